@@ -1,0 +1,44 @@
+"""Loads the compiled operators (csp_kernels/_C*.so, libtorch stable ABI) and says what is missing when it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+FIX = "build it with `pip install .` or `make build` in the source tree"
+
+
+def _load() -> str:
+    """Load the library beside this file; return "" or the reason why it did not load."""
+    found = sorted(p for p in Path(__file__).parent.glob("_C*") if p.suffix in (".so", ".dylib", ".pyd"))
+    if not found:
+        return f"the compiled library csp_kernels/_C*.so is missing; {FIX}"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (OSError, RuntimeError) as error:
+        return f"the compiled library {found[0].name} does not load with torch {torch.__version__} ({error}); {FIX}"
+    return ""
+
+
+_WHY_NOT = _load()
+
+
+def available() -> bool:
+    """True if the compiled operators are loaded."""
+    return not _WHY_NOT
+
+
+def why_not() -> str:
+    """Why the compiled operators are not loaded and what to do about it; "" if they are."""
+    return _WHY_NOT
+
+
+def isa() -> str:
+    """Instruction set the CPU kernels use here, for example "x86-64-v4"."""
+    return str(torch.ops.csp_kernels.cpu_isa()) if available() else ""
+
+
+def isas() -> list[str]:
+    """Instruction sets compiled into the library."""
+    return str(torch.ops.csp_kernels.cpu_isas()).split(",") if available() else []

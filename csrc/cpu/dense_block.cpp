@@ -1,0 +1,316 @@
+// The dense block on the CPU: forward, backward with deferred batch-norm correction, and inference. Compiled once per
+// instruction set (CSP_ISA names the namespace); docs/algorithms.md has the mathematics.
+#include "dense_block.h"
+#include <cmath>
+#include "tile/conv3x3.h"
+#include "tile/fused_layer.h"
+#include "tile/pointwise.h"
+
+namespace csp::CSP_ISA {
+namespace {
+
+// Statistics of one normalisation, in double: those of the batch, or the running ones.
+template <class T> struct Moments {
+  const double *mean, *var;   // of the batch
+  const T *running_mean, *running_var;
+  double eps;
+  bool frozen() const { return running_mean != nullptr; }
+  double centre(int64_t c) const { return frozen() ? double(running_mean[c]) : mean[c]; }
+  double rstd(int64_t c) const { return 1 / std::sqrt((frozen() ? double(running_var[c]) : var[c]) + eps); }
+  double lost(int64_t c) const { return centre(c) - double(T(centre(c))); }  // what T cannot hold of the mean
+  void fill(const Affine<T>& a, const T* gamma, const T* beta, int64_t n) const {
+    for (int64_t c = 0; c < n; c++) {
+      double s = double(gamma[c]) * rstd(c);
+      a.mean[c] = T(centre(c)), a.scale[c] = T(s), a.shift[c] = T(double(beta[c]) - lost(c) * s);
+    }
+  }
+};
+
+template <class S> struct Types { using T = decltype(widen(S{})); using Product = Plain<T>; };
+#if defined(__AVX512BF16__)
+template <> struct Types<BFloat16> { using T = float; using Product = Bf16Pair; };
+#endif
+
+template <class S, int M> struct Block {
+  using T = typename Types<S>::T;
+  using U = typename Types<S>::Product;
+  static constexpr int L = LANES<T>, E = (M + 2) * (M + 2);
+  const DenseBlock& a;
+  Frame frame;
+  const int64_t P = a.pixels(), C = a.channels(), b = a.bottleneck, g = a.growth, zp = a.z_pitch();
+  const double flops = 2.0 * double(P) * double(b) * double(a.in_channels + 9 * g);
+  const int tasks1 = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), flops);
+  const int tasks3 = choose_tasks(a.parallel, Tiling<M>(a.N, a.H, a.W).rows, flops);
+  S* F = static_cast<S*>(a.features);
+
+  explicit Block(const DenseBlock& args) : a(args) {}
+
+  const T* weight(const void* p) const { return static_cast<const T*>(p); }
+  Moments<T> moments1(int64_t l) const {
+    const DenseLayer& p = a.layers[l];
+    return {a.mean, a.var, weight(p.mean1), weight(p.var1), p.eps1};
+  }
+  Moments<T> moments2(int64_t l) const {
+    const DenseLayer& p = a.layers[l];
+    return {a.mean + C + l * b, a.var + C + l * b, weight(p.mean2), weight(p.var2), p.eps2};
+  }
+  bool features_need_statistics() const {
+    for (int64_t l = 0; l < a.num_layers; l++) if (!a.layers[l].mean1) return true;
+    return false;
+  }
+  Statistics<T>* take_statistics(int tasks, int64_t channels) {
+    Statistics<T>* s = frame.take<Statistics<T>>(tasks);
+    for (int t = 0; t < tasks; t++) s[t].bind(frame.take<T>(Statistics<T>::size(round_up(channels, 64))), round_up(channels, 64));
+    return s;
+  }
+
+  // F[:, :c0] = x, and its statistics.
+  void copy_input(bool collect) {
+    const S* x = static_cast<const S*>(a.x);
+    int64_t c0 = a.in_channels, tiles = ceil_div(P, 16);
+    int tasks = choose_tasks(a.parallel, tiles, 16.0 * double(P * c0));
+    Frame inner;
+    Statistics<T>* stats = take_statistics(tasks, c0);
+    for_tasks(a.parallel, tasks, [&](int task) {
+      Range r = share(tiles, task, tasks);
+      int64_t seen = 0;
+      for (int64_t t = r.begin; t < r.end; t++) {
+        int64_t m = min64(16, P - t * 16);
+        const S* xt = x + t * 16 * c0;
+        for (int64_t i = 0; i < m; i++) memcpy(static_cast<void*>(F + (t * 16 + i) * C), xt + i * c0, size_t(c0) * sizeof(S));
+        for (int64_t c = 0; collect && c < c0; c += L)
+          add_rows(stats[task], c, seen, m, [&](int64_t i) __attribute__((always_inline)) { return load(xt + i * c0 + c, c0 - c); });
+        seen += m;
+      }
+      stats[task].count = seen;
+    });
+    if (collect) merge(stats, tasks, c0, a.mean, a.var);
+  }
+
+  // Weights of all layers, packed by the threads; transposed for backward.
+  struct Packed { Unit<U>* w1; T* w2; };
+  template <bool TRANSPOSED> Packed* pack_weights() {
+    Packed* packed = frame.take<Packed>(a.num_layers);
+    for (int64_t l = 0; l < a.num_layers; l++) {
+      packed[l].w1 = frame.take<Unit<U>>(TRANSPOSED ? packed_size<U>(b, a.prefix(l)) : packed_size<U>(a.prefix(l), b));
+      packed[l].w2 = frame.take<T>(TRANSPOSED ? winograd_size<T, M>(g, b) : winograd_size<T, M>(b, g));
+    }
+    int items = int(2 * a.num_layers), tasks = choose_tasks(a.parallel, items, 20.0 * double(a.num_layers * b * (C + E * g)));
+    for_tasks(a.parallel, tasks, [&](int task) {
+      for (int64_t i = task; i < items; i += tasks) {
+        const DenseLayer& p = a.layers[i / 2];
+        int64_t K = a.prefix(i / 2);
+        const T* w1 = weight(p.w1);
+        if (i % 2) pack_winograd<T, M, TRANSPOSED>(packed[i / 2].w2, weight(p.w2), g, b);
+        else if (TRANSPOSED) pack_product<U>(packed[i / 2].w1, b, K, [&](int64_t k, int64_t n) { return w1[k * K + n]; });
+        else pack_product<U>(packed[i / 2].w1, K, b, [&](int64_t k, int64_t n) { return w1[n * K + k]; });
+      }
+    });
+    return packed;
+  }
+
+  void bottleneck(int64_t l, const Unit<U>* w1, S* z, bool collect) {
+    Frame inner;
+    int64_t K = a.prefix(l);
+    Affine<T> norm(inner, K);
+    moments1(l).fill(norm, weight(a.layers[l].gamma1), weight(a.layers[l].beta1), K);
+    Statistics<T>* stats = collect ? take_statistics(tasks1, b) : nullptr;
+    pointwise_forward<U>(a.parallel, tasks1, P, F, C, K, norm, w1, b, z, zp, stats);
+    if (collect) merge(stats, tasks1, b, a.mean + C + l * b, a.var + C + l * b);
+  }
+
+  S* z_of(int64_t l) const { return static_cast<S*>(a.z) + (a.keep_z ? l * P * zp : 0); }
+
+  void forward() {
+    bool collect = features_need_statistics();
+    copy_input(collect);
+    Packed* packed = pack_weights<false>();
+    for (int64_t l = 0; l < a.num_layers; l++) {
+      const DenseLayer& p = a.layers[l];
+      int64_t K = a.prefix(l);
+      S* z = z_of(l);
+      bottleneck(l, packed[l].w1, z, !p.mean2);
+      Frame inner;
+      Affine<T> norm(inner, b);
+      moments2(l).fill(norm, weight(p.gamma2), weight(p.beta2), b);
+      Dropout<T> dropout(a.drop_rate, a.seed, l);
+      Statistics<T>* stats = collect ? take_statistics(tasks3, g) : nullptr;
+      Conv3x3<S> conv{a.parallel, tasks3, a.N, a.H, a.W, b, zp, g, C, norm, dropout};
+      conv3x3_forward<M>(conv, z, packed[l].w2, F + K, stats);
+      if (collect) merge(stats, tasks3, g, a.mean + K, a.var + K);
+    }
+  }
+
+  // ---- backward
+  double *owed_mean, *owed_slope;  // [C]: gradient = G - owed_mean - (F - mean) * owed_slope
+
+  void add_up(const PartialSums<T>* parts, int tasks, const Moments<T>& m, int64_t n, T* dgamma, T* dbeta) {
+    for (int64_t c = 0; c < n; c++) {
+      double sum = 0, sum_x = 0;
+      for (int t = 0; t < tasks; t++) sum += double(parts[t].sum[c]), sum_x += double(parts[t].sum_x[c]);
+      dbeta[c] = T(sum), dgamma[c] = T(m.rstd(c) * (sum_x - m.lost(c) * sum));
+    }
+  }
+
+  void backward_3x3(int64_t l, const S* G, const T* U2, const S* z, S* dn, PartialSums<T>* parts, const Affine<T>& norm) {
+    const DenseLayer& p = a.layers[l];
+    Frame inner;
+    int64_t K = a.prefix(l), gp = round_up(g, L);
+    Affine<T> owed(inner, g);
+    for (int64_t c = 0; c < g; c++) {
+      double mean = a.mean[K + c];
+      owed.mean[c] = T(mean), owed.scale[c] = T(owed_slope[K + c]);
+      owed.shift[c] = T(owed_mean[K + c] - owed_slope[K + c] * (mean - double(T(mean))));
+    }
+    Dropout<T> dropout(a.drop_rate, a.seed, l);
+    Conv3x3<S> conv{a.parallel, tasks3, a.N, a.H, a.W, b, zp, g, C, norm, dropout};
+    Conv3x3Backward<M, S> backward{conv, F + K, G + K, {owed.mean, owed.scale, owed.shift}, z, U2, dn, gp, parts};
+    backward.run();
+    backward.finish(static_cast<T*>(p.dw2));
+    add_up(parts, tasks3, moments2(l), b, static_cast<T*>(p.dgamma2), static_cast<T*>(p.dbeta2));
+  }
+
+  void backward_1x1(int64_t l, const S* G_in, S* G, const Unit<U>* w1, const S* z, const S* dn, PartialSums<T>* parts, const Affine<T>& norm2) {
+    const DenseLayer& p = a.layers[l];
+    Frame inner;
+    int64_t K = a.prefix(l), Kp = round_up(K, 2 * L);
+    Moments<T> m1 = moments1(l), m2 = moments2(l);
+    Affine<T> norm1(inner, K), dz(inner, b);  // dz: mean as slope, scale, shift as offset
+    m1.fill(norm1, weight(p.gamma1), weight(p.beta1), K);
+    for (int64_t c = 0; c < b && !m2.frozen(); c++) {
+      double s = double(weight(p.gamma2)[c]) * m2.rstd(c), slope = -s * m2.rstd(c) * double(static_cast<T*>(p.dgamma2)[c]) / double(P);
+      dz.mean[c] = T(slope), dz.shift[c] = T(-s * double(static_cast<T*>(p.dbeta2)[c]) / double(P) - slope * m2.lost(c));
+    }
+    PointwiseBackward<U, S> backward{F, G_in, G, P, C, K, b, zp, norm1, dn, z, {norm2.scale, norm2.mean, dz.mean, dz.shift}, w1, Kp, parts};
+    backward.run(a.parallel, tasks1);
+    T *dgamma = static_cast<T*>(p.dgamma1), *dbeta = static_cast<T*>(p.dbeta1), *dw = static_cast<T*>(p.dw1);
+    for_tasks(a.parallel, tasks1, [&](int task) {
+      Range r = share(b, task, tasks1);
+      for (int64_t n = r.begin; n < r.end; n++)
+        for (int64_t k = 0; k < K; k++) {
+          T sum = parts[0].weight[n * Kp + k];
+          for (int t = 1; t < tasks1; t++) sum += parts[t].weight[n * Kp + k];
+          dw[n * K + k] = sum;
+        }
+    });
+    add_up(parts, tasks1, m1, K, dgamma, dbeta);
+    for (int64_t c = 0; c < K && !m1.frozen(); c++) {
+      double s = double(weight(p.gamma1)[c]) * m1.rstd(c) / double(P);
+      owed_mean[c] += s * double(dbeta[c]), owed_slope[c] += s * m1.rstd(c) * double(dgamma[c]);
+    }
+  }
+
+  // dx = G - owed_mean - (F - mean) * owed_slope
+  void input_gradient(const S* G) {
+    int64_t c0 = a.in_channels;
+    S* dx = static_cast<S*>(a.dx);
+    Frame inner;
+    Affine<T> owed(inner, c0);
+    for (int64_t c = 0; c < c0; c++) {
+      double mean = a.mean[c];
+      owed.mean[c] = T(mean), owed.scale[c] = T(owed_slope[c]);
+      owed.shift[c] = T(owed_mean[c] - owed_slope[c] * (mean - double(T(mean))));
+    }
+    int tasks = choose_tasks(a.parallel, P, 16.0 * double(P * c0));
+    for_tasks(a.parallel, tasks, [&](int task) {
+      Range r = share(P, task, tasks);
+      for (int64_t i = r.begin; i < r.end; i++)
+        for (int64_t c = 0; c < c0; c += L) {
+          Vec<T> f = load(F + i * C + c, c0 - c) - load(owed.mean + c);
+          store(dx + i * c0 + c, load(G + i * C + c, c0 - c) - (f * load(owed.scale + c) + load(owed.shift + c)), c0 - c);
+        }
+    });
+  }
+
+  void backward() {
+    int64_t gp = round_up(g, L), Kmax = round_up(a.prefix(a.num_layers - 1), 2 * L) + 2 * L;
+    owed_mean = frame.zeroed<double>(C), owed_slope = frame.zeroed<double>(C);
+    Packed* packed = pack_weights<true>();
+    Packed* again = a.keep_z ? nullptr : pack_weights<false>();
+    PartialSums<T>* parts3 = PartialSums<T>::take(frame, tasks3, E * zp * gp, zp + 2 * L);
+    PartialSums<T>* parts1 = PartialSums<T>::take(frame, tasks1, zp * Kmax, Kmax);
+    S *G = static_cast<S*>(a.G), *dn = static_cast<S*>(a.dn);
+    const S* source = static_cast<const S*>(a.grad_features);
+    for (int64_t l = a.num_layers - 1; l >= 0; l--, source = G) {
+      const DenseLayer& p = a.layers[l];
+      S* z = z_of(l);
+      if (again) bottleneck(l, again[l].w1, z, false);
+      Frame inner;
+      Affine<T> norm2(inner, b);
+      moments2(l).fill(norm2, weight(p.gamma2), weight(p.beta2), b);
+      backward_3x3(l, source, packed[l].w2, z, dn, parts3, norm2);
+      backward_1x1(l, source, G, packed[l].w1, z, dn, parts1, norm2);
+    }
+    input_gradient(G);
+  }
+
+  // ---- inference: everything folded, z stays in cache
+  void inference() {
+    copy_input(false);
+    Packed* packed = frame.take<Packed>(a.num_layers);
+    T** bias = frame.take<T*>(a.num_layers);
+    pack_folded(packed, bias);
+    for (int64_t l = 0; l < a.num_layers; l++) {
+      Frame inner;
+      int64_t K = a.prefix(l);
+      Affine<T> norm(inner, K);
+      moments1(l).fill(norm, weight(a.layers[l].gamma1), weight(a.layers[l].beta1), K);
+      FusedLayer<M, U, S>{a.parallel, tasks3, a.N, a.H, a.W, K, b, g, C, norm, packed[l].w1, bias[l], packed[l].w2}.run(F);
+    }
+  }
+
+  // W1 with the second normalisation folded in, and its bias.
+  void pack_folded(Packed* packed, T** bias) {
+    T** scale = frame.take<T*>(a.num_layers);
+    for (int64_t l = 0; l < a.num_layers; l++) {
+      packed[l] = {frame.take<Unit<U>>(packed_size<U>(a.prefix(l), b)), frame.take<T>(winograd_size<T, M>(b, g))};
+      bias[l] = frame.zeroed<T>(zp + 2 * L), scale[l] = frame.take<T>(b);
+      const DenseLayer& p = a.layers[l];
+      Moments<T> m = moments2(l);
+      for (int64_t c = 0; c < b; c++) {
+        double s = double(weight(p.gamma2)[c]) * m.rstd(c);
+        scale[l][c] = T(s), bias[l][c] = T(double(weight(p.beta2)[c]) - m.centre(c) * s);
+      }
+    }
+    int items = int(2 * a.num_layers), tasks = choose_tasks(a.parallel, items, 20.0 * double(a.num_layers * b * (C + E * g)));
+    for_tasks(a.parallel, tasks, [&](int task) {
+      for (int64_t i = task; i < items; i += tasks) {
+        int64_t l = i / 2, K = a.prefix(l);
+        const T *w1 = weight(a.layers[l].w1), *s = scale[l];
+        if (i % 2) pack_winograd<T, M, false>(packed[l].w2, weight(a.layers[l].w2), g, b);
+        else pack_product<U>(packed[l].w1, K, b, [&](int64_t k, int64_t n) { return w1[n * K + k] * s[n]; });
+      }
+    });
+  }
+};
+
+// F(4x4) where it was asked for and its larger tiles do not waste more than they save.
+bool large_tiles(const DenseBlock& a) {
+  int64_t small = ceil_div(a.H, 2) * ceil_div(a.W, 2) * 16, large = ceil_div(a.H, 4) * ceil_div(a.W, 4) * 36;
+  return a.winograd == 4 && double(large) < 0.85 * double(small);
+}
+
+template <class S, class F> void with_tiles(const DenseBlock& a, F f) {
+  if constexpr (sizeof(S) < 8) if (large_tiles(a)) { Block<S, 4> block(a); f(block); return; }
+  Block<S, 2> block(a);
+  f(block);
+}
+template <class F> void with_types(const DenseBlock& a, F f) {
+  switch (a.storage) {
+    case Storage::Float32: with_tiles<float>(a, f); break;
+    case Storage::BFloat16: with_tiles<BFloat16>(a, f); break;
+    case Storage::Float16: with_tiles<Half>(a, f); break;
+    case Storage::Float64: with_tiles<double>(a, f); break;
+  }
+}
+
+}  // namespace
+
+extern const DenseBlockKernels dense_block_kernels;
+const DenseBlockKernels dense_block_kernels = {
+    [](const DenseBlock& a) { with_types(a, [](auto& block) { block.forward(); }); },
+    [](const DenseBlock& a) { with_types(a, [](auto& block) { block.backward(); }); },
+    [](const DenseBlock& a) { with_types(a, [](auto& block) { block.inference(); }); },
+};
+
+}  // namespace csp::CSP_ISA

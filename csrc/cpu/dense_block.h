@@ -1,0 +1,50 @@
+// What crosses from the operators (csrc/library.cpp) to the code compiled per instruction set.
+#pragma once
+#include <cstdint>
+
+namespace csp {
+
+enum class Storage : int { Float32, BFloat16, Float16, Float64 };
+
+// Runs body(task) for task = 0 .. tasks-1 on the threads of the framework.
+struct Parallel {
+  int threads;
+  void (*run)(int tasks, void (*body)(void*, int), void* context);
+};
+
+struct DenseLayer {  // parameters and gradients in the accumulation type; null gradients are never passed
+  const void *gamma1, *beta1, *w1, *gamma2, *beta2, *w2;              // [K] [K] [b,K] [b] [b] [g,b,3,3]
+  const void *mean1, *var1, *mean2, *var2;                            // running statistics, null: those of the batch
+  double eps1, eps2;
+  void *dgamma1, *dbeta1, *dw1, *dgamma2, *dbeta2, *dw2;
+};
+
+struct DenseBlock {
+  Parallel parallel;
+  Storage storage;
+  int64_t N, H, W, in_channels, growth, bottleneck, num_layers;
+  int winograd;                                                       // 2 or 4: output tile of the 3x3
+  double drop_rate;
+  uint64_t seed;
+  const DenseLayer* layers;
+  const void* x;                                                      // [N,H,W,c0]
+  void* features;                                                     // [P, C], the output
+  void* z;                                                            // [L or 1][P][bp]
+  bool keep_z;                                                        // z has all layers; otherwise it is scratch for one
+  double *mean, *var;                                                 // [C + L*b]
+  const void* grad_features;                                          // [P, C]
+  void *G, *dn, *dx;                                                  // scratch [P, C], scratch [P, bp], result [P, c0]
+
+  int64_t pixels() const { return N * H * W; }
+  int64_t channels() const { return in_channels + num_layers * growth; }
+  int64_t prefix(int64_t l) const { return in_channels + l * growth; }
+  int64_t z_pitch() const { return (bottleneck + 15) / 16 * 16; }
+};
+
+struct DenseBlockKernels {
+  void (*forward)(const DenseBlock&);
+  void (*backward)(const DenseBlock&);
+  void (*inference)(const DenseBlock&);
+};
+
+}  // namespace csp

@@ -1,0 +1,346 @@
+// The 3x3 convolution by Winograd: forward with statistics, and both gradients. Work is cut into rows of output tiles, which
+// run on over image boundaries; a batch of tile rows is transformed, multiplied and transformed back while it is in cache.
+#pragma once
+#include "affine.h"
+#include "pack.h"
+#include "scratch.h"
+#include "statistics.h"
+
+namespace csp::CSP_ISA {
+
+template <int M> struct Tiling {
+  static constexpr int IN = M + 2, E = IN * IN;
+  int64_t H, W, TH, TW, rows;  // tile rows over all images
+  Tiling(int64_t N, int64_t H, int64_t W) : H(H), W(W), TH(ceil_div(H, M)), TW(ceil_div(W, M)), rows(N * TH) {}
+  int64_t image(int64_t row) const { return row / TH * H * W; }  // first pixel of the image of a tile row
+  int64_t y(int64_t row) const { return row % TH * M; }
+  // tile rows a batch: fills the register tile, stays in the second-level cache
+  int64_t batch() const {
+    int64_t best = 1;
+    double best_fill = 0;
+    for (int64_t n = 1; n <= rows && n * TW <= max64(TW, M == 2 ? 56 : 28); n++) {
+      double fill = double(n * TW) / double(round_up(n * TW, TILE_ROWS));
+      if (fill > best_fill + 1e-3) best = n, best_fill = fill;
+    }
+    return best;
+  }
+};
+
+// V[e][tile][LANES] (e apart e_step) = B^T d B for one tile row and one channel vector; value(y, x) inside the image.
+template <class T, int M, class Value>
+CSP_INLINE void transform_row(const Tiling<M>& g, int64_t y0, Vec<T>* columns, T* V, int64_t e_step, Value value) {
+  constexpr int IN = M + 2, L = LANES<T>;
+  auto blank = [&](int64_t x) { for (int i = 0; i < IN; i++) columns[x * IN + i] = Vec<T>{}; };
+  blank(0);
+  for (int64_t x = g.W + 1; x < g.TW * M + 2; x++) blank(x);
+  int64_t top = y0 - 1;
+  if (top >= 0 && top + IN <= g.H) {
+    for (int64_t x = 0; x < g.W; x++) {
+      Vec<T> d[IN];
+      CSP_UNROLL(8) for (int i = 0; i < IN; i++) d[i] = value(top + i, x);
+      input_transform<T, M>(d, columns + (x + 1) * IN);
+    }
+  } else {
+    for (int64_t x = 0; x < g.W; x++) {
+      Vec<T> d[IN];
+      CSP_UNROLL(8) for (int i = 0; i < IN; i++) d[i] = top + i >= 0 && top + i < g.H ? value(top + i, x) : Vec<T>{};
+      input_transform<T, M>(d, columns + (x + 1) * IN);
+    }
+  }
+  for (int64_t t = 0; t < g.TW; t++)
+    CSP_UNROLL(8) for (int i = 0; i < IN; i++) {
+      Vec<T> d[IN], o[IN];
+      CSP_UNROLL(8) for (int j = 0; j < IN; j++) d[j] = columns[(t * M + j) * IN + i];
+      input_transform<T, M>(d, o);
+      CSP_UNROLL(8) for (int j = 0; j < IN; j++) store(V + (i * IN + j) * e_step + t * L, o[j]);
+    }
+}
+
+template <class T, int M> CSP_INLINE void untransform(const T* Mb, int64_t e_step, Vec<T> (&y)[M][M]) {
+  constexpr int IN = M + 2;
+  Vec<T> t[M][IN];
+  CSP_UNROLL(8) for (int j = 0; j < IN; j++) {
+    Vec<T> d[IN], o[M];
+    CSP_UNROLL(8) for (int i = 0; i < IN; i++) d[i] = load(Mb + (i * IN + j) * e_step);
+    output_transform<T, M>(d, o);
+    CSP_UNROLL(8) for (int i = 0; i < M; i++) t[i][j] = o[i];
+  }
+  CSP_UNROLL(8) for (int i = 0; i < M; i++) output_transform<T, M>(t[i], y[i]);
+}
+
+// out[MR][NV*LANES] = A * B
+template <class T, int NV>
+CSP_NOINLINE void winograd_product(const T* A, int64_t a_step, const T* B, int64_t blocks, T* out) {
+  constexpr int MR = TILE_ROWS, L = LANES<T>;
+  Vec<T> acc[MR][NV];
+  clear(acc);
+  product<Plain<T>>(acc, A, a_step, B, blocks);
+  CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) store(out + (i * NV + j) * L, acc[i][j]);
+}
+
+// All E products of a batch of `tiles` tiles for one panel: Mb[e][Tp][NV*LANES]. V: [e][block][Tp][LANES].
+template <class T, int M>
+CSP_INLINE void winograd_products(const T* V, int64_t Tp, int64_t tiles, int64_t blocks, const T* U, int nv, T* Mb) {
+  constexpr int L = LANES<T>, E = (M + 2) * (M + 2);
+  for (int e = 0; e < E; e++)
+    for (int64_t t = 0; t < tiles; t += TILE_ROWS) {
+      const T *A = V + (e * blocks * Tp + t) * L, *B = U + e * blocks * L * nv * L;
+      T* out = Mb + (e * Tp + t) * nv * L;
+      if (nv == 2) winograd_product<T, 2>(A, Tp * L, B, blocks, out);
+      else winograd_product<T, 1>(A, Tp * L, B, blocks, out);
+    }
+}
+
+// Keeps an element with probability 1 - rate, scaled to the same mean; decided by a hash of its index, so that backward
+// finds the same mask without storing it.
+template <class T> struct Dropout {
+  uint32_t seed, threshold;
+  T scale;
+  bool on;
+  Dropout(double rate, uint64_t seed64, int64_t layer)
+      : seed(uint32_t(seed64 ^ (seed64 >> 32)) * 0x9e3779b9u + uint32_t(layer) * 0x85ebca6bu),
+        threshold(uint32_t(rate * 4294967295.0)), scale(T(rate < 1 ? 1 / (1 - rate) : 0)), on(rate > 0) {}
+  CSP_INLINE Vec<T> operator()(Vec<T> x, int64_t pixel, int64_t channel) const {
+    if (!on) return x;
+    constexpr int L = LANES<T>;
+    Vec<T> keep{};
+    for (int i = 0; i < L; i++) {
+      uint64_t index = uint64_t(pixel) * 4096u + uint64_t(channel + i);
+      uint32_t h = uint32_t(index) ^ (uint32_t(index >> 32) * 0x27d4eb2fu) ^ seed;
+      h = (h ^ (h >> 16)) * 0x7feb352du, h = (h ^ (h >> 15)) * 0x846ca68bu, h ^= h >> 16;
+      keep[i] = h >= threshold ? scale : T(0);
+    }
+    return x * keep;
+  }
+};
+
+// What every phase needs to know of a 3x3: z [P][zp] normalised on load, F slice [P][pitch] of g channels.
+template <class S> struct Conv3x3 {
+  using T = decltype(widen(S{}));
+  const Parallel& parallel;
+  int tasks;
+  int64_t N, H, W, b, zp, g, pitch;
+  const Affine<T>& norm;   // of z
+  const Dropout<T>& dropout;
+};
+
+// slice = conv3x3(act(norm(z))), statistics of the slice.
+template <int M, class S>
+void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))* U, S* slice,
+                     Statistics<decltype(widen(S{}))>* stats) {
+  using T = decltype(widen(S{}));
+  constexpr int L = LANES<T>, E = (M + 2) * (M + 2);
+  Tiling<M> tl(c.N, c.H, c.W);
+  int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS), blocks = ceil_div(c.b, L);
+  for_tasks(c.parallel, c.tasks, [&](int task) {
+    Frame frame;
+    T* V = frame.take<T>(E * blocks * Tp * L);
+    T* Mb = frame.take<T>(E * Tp * 2 * L);
+    T* out = frame.take<T>(batch * tl.TW * M * M * 2 * L);
+    Vec<T>* columns = frame.take<Vec<T>>((tl.TW * M + 2) * (M + 2));
+    Range r = share(tl.rows, task, c.tasks);
+    int64_t seen = 0;
+    for (int64_t row = r.begin; row < r.end; row += batch) {
+      int64_t nr = min64(batch, r.end - row), pixels = 0;
+      for (int64_t q = 0; q < nr; q++) {
+        const S* zi = z + tl.image(row + q) * c.zp;
+        for (int64_t k = 0; k < blocks; k++) {
+          Vec<T> mean = load(c.norm.mean + k * L), scale = load(c.norm.scale + k * L), shift = load(c.norm.shift + k * L);
+          const S* zk = zi + k * L;
+          transform_row<T, M>(tl, tl.y(row + q), columns, V + (k * Tp + q * tl.TW) * L, blocks * Tp * L,
+                              [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+                                return act<T>((load(zk + (y * c.W + x) * c.zp) - mean) * scale + shift);
+                              });
+        }
+      }
+      for (int64_t p = 0; p < panels<T>(c.g); p++) {
+        int nv = panel_vectors<T>(c.g, p);
+        winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, U + p * E * blocks * L * 2 * L, nv, Mb);
+        for (int j = 0; j < nv; j++) {
+          int64_t ch = p * 2 * L + j * L, n = c.g - ch;
+          pixels = 0;
+          for (int64_t q = 0; q < nr; q++)
+            for (int64_t tx = 0; tx < tl.TW; tx++) {
+              int64_t y0 = tl.y(row + q), x0 = tx * M, first = tl.image(row + q) + y0 * c.W + x0;
+              int ym = int(min64(M, c.H - y0)), xm = int(min64(M, c.W - x0));
+              Vec<T> y[M][M];
+              untransform<T, M>(Mb + ((q * tl.TW + tx) * nv + j) * L, Tp * nv * L, y);
+              auto put = [&](int u, int v) __attribute__((always_inline)) {
+                int64_t pixel = first + u * c.W + v;
+                Vec<T> value = c.dropout(y[u][v], pixel, ch);
+                store(slice + pixel * c.pitch + ch, value, n);
+                if (stats) store(out + pixels * L, value);
+                pixels++;
+              };
+              if (ym == M && xm == M) { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) put(u, v); }
+              else { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) if (u < ym && v < xm) put(u, v); }
+            }
+          if (stats) add_rows(stats[task], ch, seen, pixels, [&](int64_t i) __attribute__((always_inline)) { return load(out + i * L); });
+        }
+      }
+      seen += pixels;
+    }
+    if (stats) stats[task].count = seen;
+  });
+}
+
+// dY = dropout(G - (F - mean) * slope - offset): the slice's gradient with the deferred correction.
+template <class T> struct SliceGradient { const T *mean, *slope, *offset; };
+
+template <int M, class S> struct Conv3x3Backward {
+  using T = decltype(widen(S{}));
+  static constexpr int L = LANES<T>, IN = M + 2, E = IN * IN;
+  const Conv3x3<S>& c;
+  const S *F, *G;           // the slices
+  SliceGradient<T> correction;
+  const S* z;
+  const T* U;               // pack_winograd, transposed
+  S* dn;                    // [P][zp]: dh where the activation passes
+  int64_t gp;               // g rounded up to a vector
+  const PartialSums<T>* parts;  // a task: dU [E][zp][gp], sums [zp] of dn and of dn * (z - mean)
+  Tiling<M> tl{c.N, c.H, c.W};
+
+  CSP_INLINE Vec<T> dY(int64_t pixel, int64_t ch, Vec<T> mean, Vec<T> slope, Vec<T> offset) const {
+    int64_t n = c.g - ch;
+    Vec<T> f = load(F + pixel * c.pitch + ch, n), g = load(G + pixel * c.pitch + ch, n);
+    return c.dropout(g - ((f - mean) * slope + offset), pixel, ch);
+  }
+
+  void dgrad(int64_t begin, int64_t end, int64_t batch, int64_t Tp, Vec<T>* columns, T* V, T* Mb, const PartialSums<T>& part) const {
+    int64_t blocks = gp / L;
+    for (int64_t row = begin; row < end; row += batch) {
+      int64_t nr = min64(batch, end - row);
+      for (int64_t q = 0; q < nr; q++)
+        for (int64_t k = 0; k < blocks; k++) {
+          Vec<T> mean = load(correction.mean + k * L), slope = load(correction.slope + k * L), offset = load(correction.offset + k * L);
+          int64_t image = tl.image(row + q);
+          transform_row<T, M>(tl, tl.y(row + q), columns, V + (k * Tp + q * tl.TW) * L, blocks * Tp * L,
+                              [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+                                return dY(image + y * c.W + x, k * L, mean, slope, offset);
+                              });
+        }
+      for (int64_t p = 0; p < panels<T>(c.b); p++) {
+        int nv = panel_vectors<T>(c.b, p);
+        winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, U + p * E * blocks * L * 2 * L, nv, Mb);
+        for (int j = 0; j < nv; j++) emit(row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L, part);
+      }
+    }
+  }
+
+  // Transforms back one channel vector of a batch, masks it, sums it.
+  void emit(int64_t row, int64_t nr, int64_t ch, const T* Mb, int64_t e_step, int64_t t_step, const PartialSums<T>& part) const {
+    Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch);
+    Vec<T> sum = load(part.sum + ch), sum_z = load(part.sum_x + ch);
+    for (int64_t q = 0; q < nr; q++)
+      for (int64_t tx = 0; tx < tl.TW; tx++) {
+        int64_t y0 = tl.y(row + q), x0 = tx * M, o = (tl.image(row + q) + y0 * c.W + x0) * c.zp + ch;
+        int ym = int(min64(M, c.H - y0)), xm = int(min64(M, c.W - x0));
+        Vec<T> y[M][M];
+        untransform<T, M>(Mb + (q * tl.TW + tx) * t_step, e_step, y);
+        auto put = [&](int u, int v) __attribute__((always_inline)) {
+          int64_t at = o + (u * c.W + v) * c.zp;
+          Vec<T> centred = load(z + at) - mean, d = mask_positive<T>(centred * scale + shift, y[u][v]);
+          store(dn + at, d);
+          sum += d, sum_z += d * centred;
+        };
+        if (ym == M && xm == M) { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) put(u, v); }
+        else { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) if (u < ym && v < xm) put(u, v); }
+      }
+    store(part.sum + ch, sum), store(part.sum_x + ch, sum_z);
+  }
+
+  // dM[e][k][tile][LANES] = A dY A^T
+  void transform_gradient(int64_t begin, int64_t nr, T* dM) const {
+    int64_t tiles = nr * tl.TW, blocks = gp / L;
+    for (int64_t q = 0; q < nr; q++)
+      for (int64_t k = 0; k < blocks; k++) {
+        Vec<T> mean = load(correction.mean + k * L), slope = load(correction.slope + k * L), offset = load(correction.offset + k * L);
+        for (int64_t tx = 0; tx < tl.TW; tx++) {
+          int64_t y0 = tl.y(begin + q), x0 = tx * M, first = tl.image(begin + q) + y0 * c.W + x0;
+          int64_t ym = c.H - y0, xm = c.W - x0;
+          Vec<T> half[IN][M];
+          CSP_UNROLL(4) for (int v = 0; v < M; v++) {
+            Vec<T> d[M], o[IN];
+            CSP_UNROLL(4) for (int u = 0; u < M; u++) d[u] = u < ym && v < xm ? dY(first + u * c.W + v, k * L, mean, slope, offset) : Vec<T>{};
+            gradient_transform<T, M>(d, o);
+            CSP_UNROLL(8) for (int i = 0; i < IN; i++) half[i][v] = o[i];
+          }
+          CSP_UNROLL(8) for (int i = 0; i < IN; i++) {
+            Vec<T> o[IN];
+            gradient_transform<T, M>(half[i], o);
+            CSP_UNROLL(8) for (int j = 0; j < IN; j++) store(dM + (((i * IN + j) * blocks + k) * tiles + q * tl.TW + tx) * L, o[j]);
+          }
+        }
+      }
+  }
+
+  void wgrad(int64_t begin, int64_t end, Vec<T>* columns, T* V, T* dM, const PartialSums<T>& part) const {
+    int64_t nr = end - begin, tiles = nr * tl.TW, blocks = gp / L;
+    transform_gradient(begin, nr, dM);
+    for (int64_t k = 0; k < ceil_div(c.b, L); k++) {
+      Vec<T> mean = load(c.norm.mean + k * L), scale = load(c.norm.scale + k * L), shift = load(c.norm.shift + k * L);
+      for (int64_t q = 0; q < nr; q++) {
+        const S* zk = z + tl.image(begin + q) * c.zp + k * L;
+        transform_row<T, M>(tl, tl.y(begin + q), columns, V + q * tl.TW * L, tiles * L,
+                            [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+                              return act<T>((load(zk + (y * c.W + x) * c.zp) - mean) * scale + shift);
+                            });
+      }
+      for (int e = 0; e < E; e++)
+        for (int i = 0; i < L; i += WROWS<T>)
+          for (int64_t o = 0; o < blocks; o += 2) {
+            const T *A = V + e * tiles * L + i, *b0 = dM + (e * blocks + o) * tiles * L;
+            T* dU = part.weight + (e * c.zp + k * L + i) * gp + o * L;
+            if (o + 1 < blocks) outer_product<Plain<T>, WROWS<T>, 2>(A, b0, b0 + tiles * L, tiles, dU, gp);
+            else outer_product<Plain<T>, WROWS<T>, 1>(A, b0, b0, tiles, dU, gp);
+          }
+    }
+  }
+
+  void run() const {
+    int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS);
+    int64_t group = max64(1, ceil_div(M == 2 ? 98 : 56, tl.TW * batch)) * batch, tiles = group * tl.TW;
+    for_tasks(c.parallel, c.tasks, [&](int task) {
+      Frame frame;
+      parts[task].clear(E * c.zp * gp, c.zp);
+      T* V = frame.take<T>(max64(E * (gp / L) * Tp, E * tiles) * L);
+      T* Mb = frame.take<T>(E * Tp * 2 * L);
+      T* dM = frame.take<T>(E * tiles * gp);
+      Vec<T>* columns = frame.take<Vec<T>>((tl.TW * M + 2) * IN);
+      Range r = share(tl.rows, task, c.tasks);
+      for (int64_t row = r.begin; row < r.end; row += group) {
+        int64_t end = min64(row + group, r.end);
+        dgrad(row, end, batch, Tp, columns, V, Mb, parts[task]);
+        wgrad(row, end, columns, V, dM, parts[task]);
+      }
+    });
+  }
+
+  // dW2[g][b][3][3] = G^T (sum of the tasks' dU) G
+  void finish(T* dW2) const {
+    for_tasks(c.parallel, c.tasks, [&](int task) {
+      Range r = share(c.b, task, c.tasks);
+      for (int64_t ch = r.begin; ch < r.end; ch++)
+        for (int64_t o = 0; o < gp; o += L) {
+          Vec<T> half[3][IN];
+          for (int j = 0; j < IN; j++) {
+            Vec<T> u[IN], w[3];
+            for (int i = 0; i < IN; i++) {
+              u[i] = Vec<T>{};
+              for (int t = 0; t < c.tasks; t++) u[i] += load(parts[t].weight + ((i * IN + j) * c.zp + ch) * gp + o);
+            }
+            weight_gradient_transform<T, M>(u, w);
+            for (int y = 0; y < 3; y++) half[y][j] = w[y];
+          }
+          for (int y = 0; y < 3; y++) {
+            Vec<T> w[3];
+            weight_gradient_transform<T, M>(half[y], w);
+            for (int x = 0; x < 3; x++)
+              for (int lane = 0; lane < L && o + lane < c.g; lane++) dW2[((o + lane) * c.b + ch) * 9 + y * 3 + x] = w[x][lane];
+          }
+        }
+    });
+  }
+};
+
+}  // namespace csp::CSP_ISA

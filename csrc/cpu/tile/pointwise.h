@@ -1,0 +1,243 @@
+// The 1x1 product with its normalisation-activation prologue, forward, and both gradients in one pass over the features.
+#pragma once
+#include "affine.h"
+#include "pack.h"
+#include "scratch.h"
+#include "statistics.h"
+
+namespace csp::CSP_ISA {
+
+// A[block][MR][LANES]: rows 0..m-1 of F[:, k0:k1] after the prologue, the rest zero. K: width of the prefix.
+template <class U, class S>
+CSP_INLINE void pack_rows(const S* F, int64_t pitch, int m, int64_t k0, int64_t k1, int64_t K, const Affine<Acc<U>>& norm,
+                          Unit<U>* A) {
+  using T = Acc<U>;
+  constexpr int MR = TILE_ROWS, L = LANES<T>;
+  for (int64_t k = k0; k < k1; k += L * U::DEPTH, A += MR * L) {
+    Vec<T> mean[U::DEPTH], scale[U::DEPTH], shift[U::DEPTH];
+    for (int d = 0; d < U::DEPTH; d++)
+      mean[d] = load(norm.mean + k + d * L), scale[d] = load(norm.scale + k + d * L), shift[d] = load(norm.shift + k + d * L);
+    auto value = [&](Vec<T> x, int d) __attribute__((always_inline)) { return act<T>((x - mean[d]) * scale[d] + shift[d]); };
+    constexpr int LAST = U::DEPTH - 1;
+    if (m == MR && k + L * U::DEPTH <= K) {
+      CSP_UNROLL(16) for (int i = 0; i < MR; i++) {
+        const S* f = F + i * pitch + k;
+        store(A + i * L, U::join(value(load(f), 0), LAST ? value(load(f + LAST * L), LAST) : Vec<T>{}));
+      }
+    } else {
+      for (int i = 0; i < m; i++) {
+        const S* f = F + i * pitch + k;
+        store(A + i * L, U::join(value(load(f, K - k), 0), LAST ? value(load(f + LAST * L, K - k - L), LAST) : Vec<T>{}));
+      }
+      for (int i = m; i < MR; i++) store(A + i * L, Vec<Unit<U>>{});
+    }
+  }
+}
+
+// One panel of a tile: partial sums rest in C between chunks, emit(acc) gets the finished ones.
+template <class U, int NV, class Emit>
+CSP_NOINLINE void pointwise_panel(const Unit<U>* A, const Unit<U>* B, int64_t blocks, Acc<U>* C, bool first, bool last,
+                                  const Emit& emit) {
+  using T = Acc<U>;
+  constexpr int MR = TILE_ROWS, L = LANES<T>;
+  Vec<T> acc[MR][NV];
+  if (first) clear(acc);
+  else CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) acc[i][j] = load(C + (i * NV + j) * L);
+  product<U>(acc, A, MR * L, B, blocks);
+  if (last) emit(acc);
+  else CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) store(C + (i * NV + j) * L, acc[i][j]);
+}
+
+template <class U> constexpr int64_t FORWARD_CHUNK = 20;  // blocks of the reduction: 18 KiB of A
+
+template <class U> struct PointwiseScratch {
+  Unit<U>* A;
+  Acc<U>* C;
+  PointwiseScratch(Frame& frame, int64_t b)
+      : A(frame.take<Unit<U>>(TILE_ROWS * FORWARD_CHUNK<U> * LANES<Unit<U>>)),
+        C(frame.take<Acc<U>>(panels<Acc<U>>(b) * TILE_ROWS * 2 * LANES<Acc<U>>)) {}
+};
+
+// act(norm(F[m rows, :K])) * W[K, b]; emit(channel, acc) for each panel of b. W from pack_product.
+template <class U, class S, class Emit>
+CSP_INLINE void pointwise_tile(const S* F, int64_t pitch, int m, int64_t K, const Affine<Acc<U>>& norm, const Unit<U>* W,
+                               int64_t b, const PointwiseScratch<U>& scratch, const Emit& emit) {
+  using T = Acc<U>;
+  constexpr int L = LANES<T>;
+  int64_t blocks = ceil_div(K, depth_block<U>()), chunks = ceil_div(blocks, FORWARD_CHUNK<U>), step = ceil_div(blocks, chunks);
+  for (int64_t k = 0; k < blocks; k += step) {
+    int64_t n = min64(step, blocks - k);
+    pack_rows<U>(F, pitch, m, k * depth_block<U>(), (k + n) * depth_block<U>(), K, norm, scratch.A);
+    for (int64_t p = 0; p < panels<T>(b); p++) {
+      T* C = scratch.C + p * TILE_ROWS * 2 * L;
+      const Unit<U>* B = W + p * blocks * L * 2 * L;
+      auto done = [&](const auto& acc) __attribute__((always_inline)) { emit(p * 2 * L, acc); };
+      if (panel_vectors<T>(b, p) == 2) pointwise_panel<U, 2>(scratch.A, B + k * L * 2 * L, n, C, k == 0, k + n == blocks, done);
+      else pointwise_panel<U, 1>(scratch.A, B + k * L * L, n, C, k == 0, k + n == blocks, done);
+    }
+  }
+}
+
+// z[P, bp] = act(norm(F[:, :K])) * W, statistics of z. Tasks share the tiles.
+template <class U, class S>
+void pointwise_forward(const Parallel& parallel, int tasks, int64_t P, const S* F, int64_t pitch, int64_t K,
+                       const Affine<Acc<U>>& norm, const Unit<U>* W, int64_t b, S* z, int64_t zp, Statistics<Acc<U>>* stats) {
+  using T = Acc<U>;
+  constexpr int MR = TILE_ROWS, L = LANES<T>;
+  int64_t tiles = ceil_div(P, MR);
+  for_tasks(parallel, tasks, [&](int task) {
+    Frame frame;
+    PointwiseScratch<U> scratch(frame, b);
+    Range r = share(tiles, task, tasks);
+    int64_t seen = 0;
+    for (int64_t t = r.begin; t < r.end; t++) {
+      int m = int(min64(MR, P - t * MR));
+      S* zt = z + t * MR * zp;
+      auto emit = [&](int64_t n, const auto& acc) __attribute__((always_inline)) {
+        constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
+        if (__builtin_expect(m == MR, 1)) {
+          CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) store(zt + i * zp + n + j * L, acc[i][j]);
+          if (stats) add_tile<T, MR, NV>(stats[task], n, seen, acc);
+        } else {
+          Vec<T> rows[MR][NV];
+          CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) rows[i][j] = acc[i][j];
+          for (int j = 0; j < NV; j++) {
+            for (int i = 0; i < m; i++) store(zt + i * zp + n + j * L, rows[i][j]);
+            if (stats) add_rows(stats[task], n + j * L, seen, m, [&](int64_t i) { return rows[i][j]; });
+          }
+        }
+      };
+      pointwise_tile<U>(F + t * MR * pitch, pitch, m, K, norm, W, b, scratch, emit);
+      seen += m;
+    }
+    if (stats) stats[task].count = seen;
+  });
+}
+
+// dz = scale * dn + (z - mean) * slope + offset, the gradient before the second normalisation.
+template <class T> struct BottleneckGradient { const T *scale, *mean, *slope, *offset; };
+
+template <class U, class S> struct PointwiseBackward {
+  using T = Acc<U>;
+  static constexpr int MR = TILE_ROWS, L = LANES<T>, D = U::DEPTH, ROWS = MR * 8;
+  static constexpr int64_t CHUNK = 384 * 4 / int64_t(sizeof(T));
+  const S *F, *G_in;            // [P, pitch]
+  S* G;                         // [P, pitch]: G = G_in + scale * dn1
+  int64_t P, pitch, K, b, zp;
+  const Affine<T>& norm;
+  const S *dn, *z;              // [P, zp]
+  BottleneckGradient<T> dz;
+  const Unit<U>* Wt;            // pack_product, reduction over b, channels K
+  int64_t Kp;                   // pitch of dW
+  const PartialSums<T>* parts;  // a task: dW1 [zp][Kp], sums [Kp] of dn1 and of dn1 * (x - mean)
+
+  // dz of M rows, m of them real: by_channel for dgrad, by_pixel for wgrad (the same where a unit is one value).
+  void pack_dz(int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const {
+    const int64_t used = round_up(b, L);
+    for (int64_t c = 0; c < used; c += L * D) {
+      auto at = [&](int64_t i, int64_t k) __attribute__((always_inline)) {
+        if (i >= m || k >= used) return Vec<T>{};
+        int64_t o = (p0 + i) * zp + k;
+        return load(dn + o) * load(dz.scale + k) + ((load(z + o) - load(dz.mean + k)) * load(dz.slope + k) + load(dz.offset + k));
+      };
+      Unit<U>* out = by_channel + (c / (L * D)) * M * L;
+      if constexpr (D == 1) {
+        Vec<T> scale = load(dz.scale + c), mean = load(dz.mean + c), slope = load(dz.slope + c), offset = load(dz.offset + c);
+        const S *dp = dn + p0 * zp + c, *q = z + p0 * zp + c;
+        for (int64_t i = 0; i < m; i++) store(out + i * L, load(dp + i * zp) * scale + ((load(q + i * zp) - mean) * slope + offset));
+        for (int64_t i = m; i < M; i++) store(out + i * L, Vec<T>{});
+      } else {
+        for (int64_t i = 0; i < M; i += 2) {
+          Vec<T> v[2][2] = {{at(i, c), at(i, c + L)}, {at(i + 1, c), at(i + 1, c + L)}};
+          store(out + i * L, U::join(v[0][0], v[0][1])), store(out + (i + 1) * L, U::join(v[1][0], v[1][1]));
+          store(by_pixel + (c / L * (M / 2) + i / 2) * L, U::join(v[0][0], v[1][0]));
+          if (c + L < used) store(by_pixel + ((c / L + 1) * (M / 2) + i / 2) * L, U::join(v[0][1], v[1][1]));
+        }
+      }
+    }
+  }
+
+  // One tile of dgrad for NV vectors of channels from k on; leaves act(norm(F)) for wgrad in a[j][row][LANES].
+  template <int NV>
+  CSP_NOINLINE void dgrad_panel(const Unit<U>* A, int64_t a_step, int64_t blocks, int64_t p, int rows, int64_t k, Unit<U>* a,
+                                int64_t aj, const PartialSums<T>& part) const {
+    Vec<T> acc[MR][NV];
+    const S *f0 = F + p * pitch + k, *g0 = G_in + p * pitch + k;
+    S* o0 = G + p * pitch + k;
+    if (rows == MR) CSP_UNROLL(16) for (int i = 0; i < MR; i++) {
+      __builtin_prefetch(f0 + i * pitch), __builtin_prefetch(g0 + i * pitch, 1);
+      if (NV > 1 && sizeof(S) > 2) __builtin_prefetch(f0 + i * pitch + L), __builtin_prefetch(g0 + i * pitch + L, 1);
+    }
+    clear(acc);
+    product<U>(acc, A, a_step, Wt + (k / (2 * L)) * blocks * L * 2 * L, blocks);
+    CSP_UNROLL(2) for (int j = 0; j < NV; j++) {
+      int64_t c = k + j * L, n = K - c;
+      Vec<T> mean = load(norm.mean + c), scale = load(norm.scale + c), shift = load(norm.shift + c);
+      Vec<T> sum = load(part.sum + c), sum_x = load(part.sum_x + c), sum1{}, sum_x1{};
+      const S *f = f0 + j * L, *g = g0 + j * L;
+      S* o = o0 + j * L;
+      auto row = [&](Vec<T> x, Vec<T> gin, Vec<T> da, Vec<T>& s, Vec<T>& sx, Vec<T>& g_out) __attribute__((always_inline)) {
+        Vec<T> centred = x - mean, pre = centred * scale + shift, d = mask_positive<T>(pre, da);
+        s += d, sx += d * centred, g_out = gin + d * scale;
+        return act<T>(pre);
+      };
+      if (rows == MR && n >= L) {
+        CSP_UNROLL(8) for (int i = 0; i < MR; i += 2) {
+          Vec<T> u, v;
+          Vec<T> a0 = row(load(f + i * pitch), load(g + i * pitch), acc[i][j], sum, sum_x, u);
+          Vec<T> a1 = row(load(f + (i + 1) * pitch), load(g + (i + 1) * pitch), acc[i + 1][j], sum1, sum_x1, v);
+          store(o + i * pitch, u), store(o + (i + 1) * pitch, v);
+          if constexpr (D == 1) store(a + j * aj + i * L, a0), store(a + j * aj + (i + 1) * L, a1);
+          else store(a + j * aj + i / 2 * L, U::join(a0, a1));
+        }
+      } else {
+        Vec<T> da[MR], act_rows[MR];
+        CSP_UNROLL(16) for (int i = 0; i < MR; i++) da[i] = acc[i][j], act_rows[i] = Vec<T>{};
+        for (int i = 0; i < rows; i++) {
+          Vec<T> u;
+          act_rows[i] = row(load(f + i * pitch, n), load(g + i * pitch, n), da[i], sum, sum_x, u);
+          store(o + i * pitch, u, n);
+        }
+        for (int i = 0; i < MR; i += D) store(a + j * aj + i / D * L, U::join(act_rows[i], act_rows[i + D - 1]));
+      }
+      store(part.sum + c, sum + sum1), store(part.sum_x + c, sum_x + sum_x1);
+    }
+  }
+
+  void run(const Parallel& parallel, int tasks) const {
+    int64_t tiles = ceil_div(P, MR), blocks = ceil_div(b, depth_block<U>());
+    for_tasks(parallel, tasks, [&](int task) {
+      Frame frame;
+      const PartialSums<T>& part = parts[task];
+      part.clear(zp * Kp, Kp);
+      Range r = share(tiles, task, tasks);
+      int64_t chunks = ceil_div(K, CHUNK), chunk = round_up(ceil_div(K, chunks), 2 * L);
+      Unit<U>* by_channel = frame.take<Unit<U>>(round_up(zp, L * D) * ROWS);
+      Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(zp * ROWS);
+      Unit<U>* a = frame.take<Unit<U>>((chunk + 2 * L) * ROWS);
+      for (int64_t k0 = 0; k0 < K; k0 += chunk) {
+        int64_t k1 = min64(K, k0 + chunk);
+        for (int64_t t = r.begin; t < r.end; t += 8) {
+          int64_t nt = min64(8, r.end - t), M = nt * MR, p0 = t * MR, m = min64(M, P - p0);
+          pack_dz(p0, m, M, by_channel, by_pixel);
+          for (int64_t q = 0; q < nt; q++)
+            for (int64_t k = k0; k < k1; k += 2 * L) {
+              int rows = int(min64(MR, P - p0 - q * MR));
+              Unit<U>* aq = a + (k - k0) * (M / D) + q * MR / D * L;
+              if (K - k > L) dgrad_panel<2>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, rows, k, aq, M / D * L, part);
+              else dgrad_panel<1>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, rows, k, aq, M / D * L, part);
+            }
+          for (int64_t k = k0; k < k1; k += 2 * L)
+            for (int64_t n = 0; n < round_up(b, L); n += WROWS<T>) {
+              const Unit<U>* A = by_pixel + (n / L) * (M / D) * L + n % L;
+              const Unit<U>* ak = a + (k - k0) * (M / D);
+              if (K - k > L) outer_product<U, WROWS<T>, 2>(A, ak, ak + M / D * L, M / D, part.weight + n * Kp + k, Kp);
+              else outer_product<U, WROWS<T>, 1>(A, ak, ak, M / D, part.weight + n * Kp + k, Kp);
+            }
+        }
+      }
+    });
+  }
+};
+
+}  // namespace csp::CSP_ISA

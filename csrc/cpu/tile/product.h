@@ -1,0 +1,82 @@
+// The register-tile product and the units it multiplies: one float (or double), or a pair of bfloat16.
+#pragma once
+#include "vec.h"
+
+namespace csp::CSP_ISA {
+
+// A unit is what one lane of a product holds: DEPTH values of the reduction.
+template <class T> struct Plain {
+  using Acc = T;
+  using unit = T;
+  static constexpr int DEPTH = 1;
+  static CSP_INLINE Vec<T> fma(Vec<T> acc, unit a, Vec<T> b) { return acc + b * a; }
+  static CSP_INLINE Vec<unit> join(Vec<T> first, Vec<T>) { return first; }
+  static CSP_INLINE unit join1(T first, T) { return first; }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16Pair {
+  using Acc = float;
+  using unit = uint32_t;
+  static constexpr int DEPTH = 2;
+  static CSP_INLINE Vec<float> fma(Vec<float> acc, unit a, Vec<uint32_t> b) {
+    return Vec<float>(_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b));
+  }
+  static CSP_INLINE Vec<uint32_t> join(Vec<float> first, Vec<float> second) {
+    __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    return Vec<uint32_t>(_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+  }
+  static CSP_INLINE unit join1(float first, float second) {
+    BFloat16 a, b;
+    narrow(first, &a), narrow(second, &b);
+    return uint32_t(a.bits) | uint32_t(b.bits) << 16;
+  }
+};
+#endif
+
+template <class U> using Acc = typename U::Acc;
+template <class U> using Unit = typename U::unit;
+
+// acc[MR][NV] += A * B over `blocks` blocks of LANES units.
+// A: [block][pixel][LANES], blocks a_step units apart. B: [block][LANES][NV * LANES].
+template <class U, int MR, int NV>
+CSP_INLINE void product(Vec<Acc<U>> (&acc)[MR][NV], const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks) {
+  constexpr int L = LANES<Unit<U>>;
+  for (int64_t k = 0; k < blocks; k++, A += a_step, B += L * NV * L) {
+    CSP_UNROLL(2)
+    for (int kk = 0; kk < L; kk++) {
+      Vec<Unit<U>> b[NV];
+      CSP_UNROLL(4) for (int j = 0; j < NV; j++) b[j] = load(B + (kk * NV + j) * L);
+      CSP_UNROLL(16) for (int i = 0; i < MR; i++) {
+        Unit<U> a = A[i * L + kk];
+        CSP_UNROLL(4) for (int j = 0; j < NV; j++) acc[i][j] = U::fma(acc[i][j], a, b[j]);
+      }
+    }
+  }
+}
+
+template <class V, int MR, int NV> CSP_INLINE void clear(V (&acc)[MR][NV]) {
+  CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(4) for (int j = 0; j < NV; j++) acc[i][j] = V{};
+}
+
+// dW[MR][NV * LANES] += A^T B over n units of pixels. A: [pixel][LANES], its first MR lanes are rows of dW;
+// b0, b1: [pixel][LANES]. dW rows lie ldw apart.
+template <class U, int MR, int NV>
+CSP_NOINLINE void outer_product(const Unit<U>* A, const Unit<U>* b0, const Unit<U>* b1, int64_t n, Acc<U>* dW, int64_t ldw) {
+  constexpr int L = LANES<Unit<U>>;
+  Vec<Acc<U>> acc[MR][NV];
+  CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(4) for (int j = 0; j < NV; j++) acc[i][j] = load(dW + i * ldw + j * L);
+  CSP_UNROLL(2) for (int64_t p = 0; p < n; p++) {
+    Vec<Unit<U>> b[2] = {load(b0 + p * L), NV > 1 ? load(b1 + p * L) : load(b0 + p * L)};
+    CSP_UNROLL(16) for (int i = 0; i < MR; i++) {
+      Unit<U> a = A[p * L + i];
+      CSP_UNROLL(4) for (int j = 0; j < NV; j++) acc[i][j] = U::fma(acc[i][j], a, b[j]);
+    }
+  }
+  CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(4) for (int j = 0; j < NV; j++) store(dW + i * ldw + j * L, acc[i][j]);
+}
+
+template <class T> constexpr int WROWS = LANES<T> < WGRAD_ROWS ? LANES<T> : WGRAD_ROWS;
+
+}  // namespace csp::CSP_ISA

@@ -1,0 +1,66 @@
+// Mean and sum of squared deviations per channel: Chan's update per tile, relative to a pivot (the first row seen), so that
+// features with a large mean lose nothing. Merged over tasks in double, in task order.
+#pragma once
+#include "vec.h"
+
+namespace csp::CSP_ISA {
+
+template <class T> struct Statistics {  // [channels] each
+  T *pivot, *mean, *m2;                 // mean is relative to the pivot
+  int64_t count;
+
+  static int64_t size(int64_t channels) { return 3 * channels; }
+  void bind(T* memory, int64_t channels) { pivot = memory, mean = memory + channels, m2 = mean + channels; }
+};
+
+// Adds `rows` rows row(i) -> Vec of the channels at c.. to one channel vector. seen: pixels added before.
+template <class T, class Row>
+CSP_INLINE void add_rows(Statistics<T>& st, int64_t c, int64_t seen, int64_t rows, Row row) {
+  Vec<T> pivot;
+  if (seen == 0) {
+    pivot = row(0);
+    store(st.pivot + c, pivot), store(st.mean + c, Vec<T>{}), store(st.m2 + c, Vec<T>{});
+  } else {
+    pivot = load(st.pivot + c);
+  }
+  Vec<T> s0{}, s1{}, q0{}, q1{};
+  int64_t i = 0;
+  CSP_UNROLL(8) for (; i + 1 < rows; i += 2) s0 += row(i) - pivot, s1 += row(i + 1) - pivot;
+  if (i < rows) s0 += row(i) - pivot;
+  Vec<T> m = (s0 + s1) * (T(1) / T(rows)), shift = pivot + m, lost = (shift - pivot) - m;
+  // shift is rounded; put what it lost back, so that deviations are exact for a large pivot
+  i = 0;
+  CSP_UNROLL(8) for (; i + 1 < rows; i += 2) {
+    Vec<T> d = (row(i) - shift) + lost, e = (row(i + 1) - shift) + lost;
+    q0 += d * d, q1 += e * e;
+  }
+  if (i < rows) { Vec<T> d = (row(i) - shift) + lost; q0 += d * d; }
+  T n = T(seen), k = T(rows);
+  Vec<T> old = load(st.mean + c), d = m - old;
+  store(st.mean + c, old + d * (k / (n + k)));
+  store(st.m2 + c, load(st.m2 + c) + (q0 + q1) + d * d * (n * k / (n + k)));
+}
+
+template <class T, int MR, int NV>
+CSP_INLINE void add_tile(Statistics<T>& st, int64_t c, int64_t seen, const Vec<T> (&acc)[MR][NV]) {
+  CSP_UNROLL(4) for (int j = 0; j < NV; j++)
+    add_rows(st, c + j * LANES<T>, seen, MR, [&](int64_t i) __attribute__((always_inline)) { return acc[i][j]; });
+}
+
+// mean[channels] and biased variance var[channels] of all tasks.
+template <class T>
+inline void merge(const Statistics<T>* parts, int tasks, int64_t channels, double* mean, double* var) {
+  for (int64_t c = 0; c < channels; c++) {
+    double m = 0, m2 = 0, n = 0;
+    for (int t = 0; t < tasks; t++) {
+      double k = double(parts[t].count);
+      if (k == 0) continue;
+      double d = double(parts[t].pivot[c]) + double(parts[t].mean[c]) - m;
+      m2 += double(parts[t].m2[c]) + d * d * n * k / (n + k);
+      m += d * k / (n + k), n += k;
+    }
+    mean[c] = m, var[c] = m2 / n;
+  }
+}
+
+}  // namespace csp::CSP_ISA

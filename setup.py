@@ -1,0 +1,243 @@
+"""Builds csp_kernels/_C.abi3.so: C++ operators on libtorch's stable ABI, loaded by torch.ops.load_library.
+
+The library has no Python API and no pybind: one file serves every Python and every torch >= 2.11.
+csrc/cpu/*.cpp is compiled once per instruction set; the library picks one when it loads.
+
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CSP_KERNELS_NATIVE=0 leaves the library out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import setuptools
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"csp_kernels: the build needs setuptools >= 77, got {setuptools.__version__}. "
+        "Run `pip install -U setuptools`, or build with isolation (without --no-build-isolation)."
+    )
+from setuptools.command.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+OBJECTS = ROOT / "build" / "native"
+LIBRARY = Path("csp_kernels", "_C.abi3.so")
+TORCH_TARGET = "0x020b000000000000"  # stable ABI of torch 2.11
+
+# Order matters: the linker keeps the first copy of an inline function, so the weakest instruction set comes first.
+X86_ISAS: dict[str, list[str]] = {
+    "baseline": [],
+    "v3": ["-march=x86-64-v3"],
+    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "v4bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
+}
+CXX_FLAGS = [
+    "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One translation unit: source file -> object file with its flags."""
+
+    source: Path
+    object: Path
+    flags: tuple[str, ...]
+
+
+def say(text: str) -> None:
+    """Prints one line of the build report."""
+    print(f"csp_kernels: {text}", file=sys.stderr, flush=True)
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler as a command: CXX, else c++, g++ or clang++ on PATH."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise SystemExit(
+        "csp_kernels: no C++ compiler found (c++, g++, clang++). Install one, name one in CXX, "
+        "or set CSP_KERNELS_NATIVE=0 to install without the library (reference backend only, slower)."
+    )
+
+
+def torch_paths() -> tuple[str, Path, Path]:
+    """(version, include folder, library folder) of the torch to build against."""
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"csp_kernels: the build needs torch >= 2.11, and importing it failed ({error}). "
+            "Install torch first, or build with isolation (pip install . without --no-build-isolation)."
+        ) from error
+    version = str(torch.__version__)
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < (2, 11):
+        raise SystemExit(f"csp_kernels: the build needs torch >= 2.11, got {version}.")
+    home = Path(torch.__file__).parent
+    return version, home / "include", home / "lib"
+
+
+def probe(compiler: Sequence[str], flags: Sequence[str]) -> str | None:
+    """None if the compiler takes these flags, else the first line of its complaint."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("int probe(int x) { return x + 1; }\n")
+        done = run([*compiler, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))])
+    if done.returncode == 0:
+        return None
+    return (done.stdout.strip().splitlines() or ["no message"])[0]
+
+
+def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command; stdout and stderr come back together as text."""
+    try:
+        return subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    except OSError as error:
+        raise SystemExit(f"csp_kernels: cannot run {command[0]!r}: {error}") from error
+
+
+def instruction_sets(compiler: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> flags of the instruction sets this compiler can target on this machine."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        say(f"skips instruction sets v3, v4, v4bf16: x86 only, this machine is {platform.machine()}")
+        return {"baseline": []}
+    usable = {}
+    for name, flags in X86_ISAS.items():
+        complaint = probe(compiler, flags)
+        if complaint is None:
+            usable[name] = flags
+        else:
+            say(f"skips instruction set {name}: {compiler[0]} refuses {' '.join(flags)} ({complaint})")
+    return usable
+
+
+def plan(isas: dict[str, list[str]], torch_include: Path) -> list[Job]:
+    """All translation units, in link order."""
+    common = [
+        *CXX_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{CSRC}",
+        "-isystem", str(torch_include), *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]  # fmt: skip
+    known = [f"-DCSP_HAVE_{name.upper()}" for name in isas]
+    if len(isas) > 1:
+        known.append("-DCSP_ISAS_X86")
+    jobs = [Job(CSRC / "library.cpp", OBJECTS / "library.o", (*common, *known))]
+    for name, flags in isas.items():
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            target = OBJECTS / f"{source.stem}.{name}.o"
+            jobs.append(Job(source, target, (*common, *flags, f"-DCSP_ISA={name}")))
+    return jobs
+
+
+def stale(job: Job, command: str) -> bool:
+    """True if the object is missing, older than a source or header, or was built by another command."""
+    stamp, depfile = job.object.with_suffix(".cmd"), job.object.with_suffix(".d")
+    if not (job.object.exists() and stamp.exists() and depfile.exists()) or stamp.read_text() != command:
+        return True
+    built = job.object.stat().st_mtime
+    needs = shlex.split(depfile.read_text().replace("\\\n", " ").partition(": ")[2])
+    return any(not Path(need).exists() or Path(need).stat().st_mtime >= built for need in needs)
+
+
+def compile_one(job: Job, compiler: Sequence[str], salt: str) -> str:
+    """Compiles one unit if it is stale; returns a word for the report."""
+    depfile = job.object.with_suffix(".d")
+    command = [*compiler, *job.flags, "-MMD", "-MF", str(depfile), "-c", str(job.source), "-o", str(job.object)]
+    line = shlex.join(command) + f"  # {salt}\n"
+    if not stale(job, line):
+        return "kept"
+    stamp = job.object.with_suffix(".cmd")
+    stamp.unlink(missing_ok=True)
+    done = run(command)
+    if done.stdout:
+        print(done.stdout, file=sys.stderr)
+    if done.returncode:
+        raise SystemExit(f"csp_kernels: compiling {job.source.name} failed:\n{shlex.join(command)}")
+    stamp.write_text(line)
+    return "compiled"
+
+
+def link(objects: Sequence[Path], target: Path, compiler: Sequence[str], torch_lib: Path) -> None:
+    """Links the objects; torch's libraries are found in the process that has imported torch, so no rpath."""
+    if sys.platform == "darwin":
+        extra = ["-undefined", "dynamic_lookup"]
+    else:
+        extra = ["-Wl,-O1", "-Wl,--as-needed", f"-L{torch_lib}", "-ltorch_cpu", "-lc10"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_suffix(".so.new")  # replaced in one step: a process may have the old file mapped
+    names = [str(item) for item in objects]
+    command = [*compiler, "-shared", *names, "-o", str(fresh), *extra, *shlex.split(os.environ.get("LDFLAGS", ""))]
+    done = run(command)
+    if done.returncode:
+        raise SystemExit(f"csp_kernels: linking failed:\n{shlex.join(command)}\n{done.stdout}")
+    fresh.replace(target)
+
+
+def build_library(target: Path) -> None:
+    """Compiles what is stale, in parallel, and links it into target."""
+    compiler, (version, include, lib) = find_compiler(), torch_paths()
+    banner = run([*compiler, "--version"]).stdout.splitlines()[0]
+    isas = instruction_sets(compiler)
+    say(f"builds {LIBRARY} with {banner}, torch {version}, instruction sets {', '.join(isas)}")
+    say("skips CUDA: this version has CPU kernels only")
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    jobs = plan(isas, include)
+    workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        outcomes = list(pool.map(lambda job: compile_one(job, compiler, f"{banner}, torch {version}"), jobs))
+    say(f"compiled {outcomes.count('compiled')} of {len(jobs)} objects, kept {outcomes.count('kept')}")
+    link([job.object for job in jobs], target, compiler, lib)
+    say(f"linked {target} ({target.stat().st_size // 1024} KiB)")
+
+
+class BuildNative(build_ext):
+    """build_ext that hands the one library to build_library."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The library's file name does not depend on the Python version."""
+        return str(Path(*fullname.split("."))) + ".abi3.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Builds the library where setuptools expects it."""
+        build_library(Path(self.get_ext_fullpath(ext.name)).resolve())
+
+
+class WheelTag(bdist_wheel):
+    """Any Python 3, this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """('py3', 'none', platform), or 'any' without the library."""
+        if not self.distribution.has_ext_modules():
+            return "py3", "none", "any"
+        return "py3", "none", super().get_tag()[2]
+
+
+def extensions() -> list[Extension]:
+    """The library, unless it is switched off or this platform has no build for it."""
+    if os.environ.get("CSP_KERNELS_NATIVE", "1") == "0":
+        say("skips the compiled library: CSP_KERNELS_NATIVE=0 (reference backend only)")
+        return []
+    if sysconfig.get_platform().startswith("win"):
+        say("skips the compiled library: it needs GCC or Clang on Linux or macOS (reference backend only)")
+        return []
+    sources, headers = (sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob(kind)) for kind in ("*.cpp", "*.h"))
+    return [Extension("csp_kernels._C", sources=sources, depends=headers)]  # both lists: what an sdist carries
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": WheelTag})
