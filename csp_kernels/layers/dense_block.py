@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csp_kernels import backends, ops, reference
+from csp_kernels import ops, reference
+from csp_kernels.backends import selected
 from csp_kernels.ops.dense_block import RECOMPUTE
 
 
@@ -65,7 +66,7 @@ class DenseBlock(reference.DenseBlock):
         return y
 
     def _layer_by_layer(self, x: Tensor, reason: str) -> Tensor:
-        if backends.selected() == "native":
+        if selected() == "native":
             raise RuntimeError(f"backend 'native': {reason}; choose use_backend('auto') or 'reference'")
         if not self._warned:
             self._warned = True

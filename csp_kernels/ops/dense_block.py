@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csp_kernels import backends, native
+from csp_kernels import native
+from csp_kernels.backends import resolve
 from csp_kernels.reference import dense_block as reference_dense_block
 
 NAMES = ("norm1.weight", "norm1.bias", "conv1.weight", "norm2.weight", "norm2.bias", "conv2.weight")  # of one layer
@@ -69,10 +70,10 @@ def dense_block(
     x = _autocast(_checked_input(x))
     sizes = _checked_params(x, params)
     frozen = _flags(frozen, sizes)
-    eps = _epsilons(eps, sizes)
+    eps = _epsilons(eps, frozen)
     _check_running(x, running, frozen, sizes)
     _check_options(x, frozen, drop_rate, recompute)
-    backend = backends.resolve(x.device.type)
+    backend = resolve(x.device.type)
     channels_last = _is_channels_last(x)
     if backend == "reference" or x.numel() == 0:
         y, stats = reference_dense_block(x, params, running, frozen=frozen, eps=eps, drop_rate=drop_rate)
@@ -134,7 +135,9 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _autocast(x: Tensor) -> Tensor:
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):  # autocast leaves float64 alone everywhere
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):  # autocast leaves float64 alone
+        return x
+    if torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
@@ -204,13 +207,13 @@ def _flags(frozen: Sequence[bool] | None, sizes: _Sizes) -> list[bool]:
     return list(frozen)
 
 
-def _epsilons(eps: float | Sequence[float], sizes: _Sizes) -> list[float]:
-    norms = 2 * sizes.layers
+def _epsilons(eps: float | Sequence[float], frozen: list[bool]) -> list[float]:
+    norms = len(frozen)
     values = [float(eps)] * norms if isinstance(eps, (int, float)) else [float(e) for e in eps]
     if len(values) != norms:
         raise ValueError(f"eps: got {len(values)} numbers, expected one or {norms}, two a layer")
-    if min(values) < 0:
-        raise ValueError(f"eps: got {min(values)}, expected 0 or more")
+    if min(values) <= 0 and any(e < 0 or (e == 0 and not f) for e, f in zip(values, frozen, strict=True)):
+        raise ValueError(f"eps: got {min(values)}, expected more than 0 (or 0 for a frozen norm)")
     return values
 
 

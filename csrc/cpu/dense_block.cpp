@@ -102,8 +102,8 @@ template <class S, int M> struct Block {
         int64_t K = a.prefix(i / 2);
         const T* w1 = weight(p.w1);
         if (i % 2) pack_winograd<T, M, TRANSPOSED>(packed[i / 2].w2, weight(p.w2), g, b);
-        else if (TRANSPOSED) pack_product<U>(packed[i / 2].w1, b, K, [&](int64_t k, int64_t n) { return w1[k * K + n]; });
-        else pack_product<U>(packed[i / 2].w1, K, b, [&](int64_t k, int64_t n) { return w1[n * K + k]; });
+        else if (TRANSPOSED) pack_product<U, false>(packed[i / 2].w1, b, K, w1);
+        else pack_product<U, true>(packed[i / 2].w1, K, b, w1);
       }
     });
     return packed;
@@ -278,7 +278,7 @@ template <class S, int M> struct Block {
         int64_t l = i / 2, K = a.prefix(l);
         const T *w1 = weight(a.layers[l].w1), *s = scale[l];
         if (i % 2) pack_winograd<T, M, false>(packed[l].w2, weight(a.layers[l].w2), g, b);
-        else pack_product<U>(packed[l].w1, K, b, [&](int64_t k, int64_t n) { return w1[n * K + k] * s[n]; });
+        else pack_product<U, true>(packed[l].w1, K, b, w1, s);
       }
     });
   }

@@ -15,21 +15,38 @@ template <class U> CSP_INLINE int64_t packed_size(int64_t depth, int64_t channel
   return panels<Acc<U>>(channels) * ceil_div(depth, depth_block<U>()) * LANES<Unit<U>> * 2 * LANES<Unit<U>>;
 }
 
-// get(k, n): element of the reduction index k and output channel n; out of range reads as zero.
-template <class U, class Get>
-inline void pack_product(Unit<U>* out, int64_t depth, int64_t channels, Get get) {
-  constexpr int L = LANES<Unit<U>>;
+// W[depth][channels] for products. BY_CHANNEL: w is [channels][depth], each channel times scale[n] (null: 1);
+// otherwise w is [depth][channels].
+template <class U, bool BY_CHANNEL>
+inline void pack_product(Unit<U>* out, int64_t depth, int64_t channels, const Acc<U>* w, const Acc<U>* scale = nullptr) {
+  using T = Acc<U>;
+  constexpr int L = LANES<T>;
   int64_t blocks = ceil_div(depth, depth_block<U>());
-  for (int64_t p = 0; p < panels<Acc<U>>(channels); p++) {
-    int nv = panel_vectors<Acc<U>>(channels, p);
-    Unit<U>* o = out + p * blocks * L * 2 * L;
-    for (int64_t kb = 0; kb < blocks; kb++)
-      for (int kk = 0; kk < L; kk++)
+  for (int64_t p = 0; p < panels<T>(channels); p++) {
+    int nv = panel_vectors<T>(channels, p);
+    for (int64_t kb = 0; kb < blocks; kb++) {
+      Unit<U>* o = out + (p * blocks * 2 + kb * nv) * L * L;
+      int64_t k = kb * depth_block<U>(), n = p * 2 * L;
+      if constexpr (BY_CHANNEL) {
         for (int j = 0; j < nv * L; j++) {
-          int64_t k = kb * depth_block<U>() + kk, n = p * 2 * L + j;
-          auto at = [&](int64_t q) { return q < depth && n < channels ? get(q, n) : Acc<U>(0); };
-          o[((kb * L + kk) * nv) * L + j] = U::join1(at(k), U::DEPTH > 1 ? at(k + L) : Acc<U>(0));
+          alignas(64) Unit<U> line[L] = {};
+          if (n + j < channels) {
+            const T* row = w + (n + j) * depth + k;
+            T s = scale ? scale[n + j] : T(1);
+            store(line, U::join(load(row, depth - k) * s, U::DEPTH > 1 ? load(row + L, depth - k - L) * s : Vec<T>{}));
+          }
+          for (int kk = 0; kk < L; kk++) o[kk * nv * L + j] = line[kk];
         }
+      } else {
+        for (int kk = 0; kk < L; kk++)
+          for (int j = 0; j < nv; j++) {
+            auto row = [&](int64_t q) {
+              return q < depth ? load(w + q * channels + n + j * L, channels - n - j * L) : Vec<T>{};
+            };
+            store(o + (kk * nv + j) * L, U::join(row(k + kk), U::DEPTH > 1 ? row(k + kk + L) : Vec<T>{}));
+          }
+      }
+    }
   }
 }
 

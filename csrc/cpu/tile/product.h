@@ -11,7 +11,6 @@ template <class T> struct Plain {
   static constexpr int DEPTH = 1;
   static CSP_INLINE Vec<T> fma(Vec<T> acc, unit a, Vec<T> b) { return acc + b * a; }
   static CSP_INLINE Vec<unit> join(Vec<T> first, Vec<T>) { return first; }
-  static CSP_INLINE unit join1(T first, T) { return first; }
 };
 
 #if defined(__AVX512BF16__)
@@ -23,14 +22,10 @@ struct Bf16Pair {
     return Vec<float>(_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b));
   }
   static CSP_INLINE Vec<uint32_t> join(Vec<float> first, Vec<float> second) {
-    __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
-    __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
-    return Vec<uint32_t>(_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
-  }
-  static CSP_INLINE unit join1(float first, float second) {
-    BFloat16 a, b;
-    narrow(first, &a), narrow(second, &b);
-    return uint32_t(a.bits) | uint32_t(b.bits) << 16;
+    // [first | second] rounded, then lane i of both side by side
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    const __m512i order = (__m512i)(Vec<uint32_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001u + 0x100000u);
+    return Vec<uint32_t>(_mm512_permutexvar_epi16(order, both));
   }
 };
 #endif

@@ -1,0 +1,41 @@
+"""Every test: fixed seed, NaN in uninitialised memory, process-wide settings restored."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `tolerances`
+
+import csp_kernels as csp
+from csp_kernels.backends import selected
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    torch.manual_seed(0)
+    previous = selected()
+    yield
+    csp.use_backend(previous)
+    torch.set_float32_matmul_precision("highest")
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN (integers: their maximum), in the C++ operators too: they allocate through the dispatcher."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def native() -> None:
+    """Force the compiled operators; fails with the fix if they are missing."""
+    csp.use_backend("native")

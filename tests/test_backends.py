@@ -1,0 +1,128 @@
+"""Choosing a backend, the report, the command line, and a package without its library."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import csp_kernels as csp
+from csp_kernels import native as library
+from csp_kernels.__main__ import main
+from csp_kernels.backends import resolve, selected
+
+
+def test_library_is_loaded() -> None:
+    assert library.available(), library.why_not()
+    assert library.why_not() == "" and library.isa() in library.isas()
+
+
+def test_report() -> None:
+    report = csp.backends()
+    assert list(report) == ["native", "triton", "reference"]
+    assert report["native"].available and library.isa() in report["native"].reason
+    assert not report["triton"].available and "not part of this version" in report["triton"].reason
+    assert report["reference"].available
+    assert all(name in str(report) for name in report)
+
+
+def test_setter_and_context_manager() -> None:
+    csp.use_backend("reference")
+    assert selected() == "reference" and resolve("cpu") == "reference"
+    with csp.use_backend("native"):
+        assert resolve("cpu") == "native"
+        with csp.use_backend("auto"):
+            assert resolve("cpu") == "native" and resolve("cuda") == "reference"
+        assert selected() == "native"
+    assert selected() == "reference"
+    with pytest.raises(KeyError), csp.use_backend("native"):
+        raise KeyError
+    assert selected() == "reference"
+
+
+def test_refused_choices_change_nothing() -> None:
+    csp.use_backend("reference")
+    with pytest.raises(ValueError, match="name: got 'cuda', expected one of auto, native, triton, reference"):
+        csp.use_backend("cuda")
+    with pytest.raises(RuntimeError, match="'triton' is not available: not part of this version"):
+        csp.use_backend("triton")
+    assert selected() == "reference"
+
+
+def test_native_runs_on_the_cpu_only() -> None:
+    csp.use_backend("native")
+    with pytest.raises(RuntimeError, match="got tensors on 'cuda', expected 'cpu'"):
+        resolve("cuda")
+
+
+def test_backends_agree() -> None:
+    block, x = csp.DenseBlock(2, 8, 4), torch.randn(2, 8, 5, 5)
+    outputs = []
+    for name in ("auto", "native", "reference"):
+        with csp.use_backend(name):
+            outputs.append(block(x))
+    assert torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[1], outputs[2])
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for text in (csp.__version__, torch.__version__, library.isa(), str(csp.backends())):
+        assert text in printed
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fly"])
+    assert "info" in capsys.readouterr().err
+
+
+def run_python(code: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = Path(csp.__file__).parents[1] if path is None else path
+    variables = {**os.environ, "PYTHONPATH": str(root), **environment}
+    command = [sys.executable, "-W", "always::RuntimeWarning", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=root)
+
+
+def test_environment_variable() -> None:
+    code = "import csp_kernels.backends as b, sys; print(sys.modules['csp_kernels.backends'].selected())"
+    assert run_python(code, CSP_KERNELS_BACKEND="reference").stdout.strip() == "reference"
+    bad = run_python("import csp_kernels", CSP_KERNELS_BACKEND="fast")
+    assert bad.returncode != 0 and "CSP_KERNELS_BACKEND: got 'fast', expected one of auto" in bad.stderr
+
+
+WITHOUT = """
+import torch, csp_kernels as csp
+y = csp.DenseBlock(2, 8, 4)(torch.randn(2, 8, 5, 5))
+y.sum().backward()
+print(csp.backends())
+try:
+    csp.use_backend("native")
+except RuntimeError as error:
+    print("refused:", error)
+"""
+
+
+def test_works_without_the_library(tmp_path: Path) -> None:
+    """Reference backend and exactly one warning, which names the fix."""
+    ignore = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(Path(csp.__file__).parent, tmp_path / "csp_kernels", ignore=ignore)
+    done = run_python(WITHOUT, tmp_path, CSP_KERNELS_BACKEND="")
+    assert done.returncode == 0, done.stderr
+    warned = [line for line in done.stderr.splitlines() if "RuntimeWarning: csp_kernels" in line]
+    assert len(warned) == 1 and "pip install ." in warned[0] and "make build" in warned[0]
+    assert "refused: backend 'native' is not available" in done.stdout and "native     no" in done.stdout
+
+
+def test_says_why_a_broken_library_does_not_load(tmp_path: Path) -> None:
+    ignore = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(Path(csp.__file__).parent, tmp_path / "csp_kernels", ignore=ignore)
+    (tmp_path / "csp_kernels" / "_C.abi3.so").write_bytes(b"not a library")
+    done = run_python(WITHOUT, tmp_path, CSP_KERNELS_BACKEND="")
+    assert done.returncode == 0 and "does not load with torch" in done.stderr
