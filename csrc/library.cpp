@@ -5,6 +5,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <string>
 #include <tuple>
@@ -49,8 +53,19 @@ struct Shape {
   }
 };
 
+// Asks for huge pages behind a fresh large tensor: a step touches it once, and page faults would cost as much as the work.
+Tensor large(Tensor t) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = uintptr_t(2) << 20;
+  uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), end = begin + size_t(t.numel()) * t.element_size();
+  begin = (begin + PAGE - 1) / PAGE * PAGE, end = end / PAGE * PAGE;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure changes nothing
+#endif
+  return t;
+}
+
 Tensor channels_last(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W) {
-  Tensor flat = torch::stable::new_empty(like, {N, H, W, C});
+  Tensor flat = large(torch::stable::new_empty(like, {N, H, W, C}));
   return torch::stable::transpose(torch::stable::transpose(flat, 2, 3), 1, 2);
 }
 
@@ -115,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_block(const Tensor& x, std::vector<Tens
   DenseBlock& a = call.block;
   Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W);
   Tensor stats = torch::stable::new_zeros(x, {2, a.channels() + a.num_layers * a.bottleneck}, ScalarType::Double);
-  Tensor z = torch::stable::new_empty(x, {keep_bottleneck ? a.num_layers : 1, a.pixels(), a.z_pitch()});
+  Tensor z = large(torch::stable::new_empty(x, {keep_bottleneck ? a.num_layers : 1, a.pixels(), a.z_pitch()}));
   a.x = x.const_data_ptr(), a.features = y.mutable_data_ptr(), a.z = z.mutable_data_ptr(), a.keep_z = keep_bottleneck;
   a.mean = static_cast<double*>(stats.mutable_data_ptr()), a.var = a.mean + a.channels() + a.num_layers * a.bottleneck;
   if (!call.empty()) cpu_kernels().forward(a);
@@ -135,8 +150,9 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_y, const Tensor& y, 
                   "dense_block_backward: grad_y must have the shape and dtype of y");
   a.keep_z = z.numel() > 0;
   STD_TORCH_CHECK(!a.keep_z || z.numel() == a.num_layers * a.pixels() * a.z_pitch(), "dense_block_backward: z has the wrong size");
-  Tensor scratch_z = a.keep_z ? z : torch::stable::new_empty(y, {a.pixels(), a.z_pitch()});
-  Tensor G = torch::stable::new_empty(y, {a.pixels(), a.channels()}), dn = torch::stable::new_empty(y, {a.pixels(), a.z_pitch()});
+  Tensor scratch_z = a.keep_z ? z : large(torch::stable::new_empty(y, {a.pixels(), a.z_pitch()}));
+  Tensor G = large(torch::stable::new_empty(y, {a.pixels(), a.channels()}));
+  Tensor dn = large(torch::stable::new_empty(y, {a.pixels(), a.z_pitch()}));
   std::vector<Tensor> grads{channels_last(y, a.N, in_channels, a.H, a.W)};
   for (const Tensor& p : params) grads.push_back(call.empty() ? torch::stable::new_zeros(p, p.sizes()) : torch::stable::new_empty(p, p.sizes()));
   if (call.empty()) return grads;

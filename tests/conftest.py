@@ -27,7 +27,7 @@ def settings() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN (integers: their maximum), in the C++ operators too: they allocate through the dispatcher."""
+    """torch.empty gives NaN (integers: their maximum), also in the C++ operators, which use the dispatcher."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()

@@ -87,26 +87,23 @@ template <class S, int M> struct Block {
     if (collect) merge(stats, tasks, c0, a.mean, a.var);
   }
 
-  // Weights of all layers, packed by the threads; transposed for backward.
+  // Weights of one layer in the order the products read them, packed just before use so that they are in cache.
   struct Packed { Unit<U>* w1; T* w2; };
-  template <bool TRANSPOSED> Packed* pack_weights() {
-    Packed* packed = frame.take<Packed>(a.num_layers);
-    for (int64_t l = 0; l < a.num_layers; l++) {
-      packed[l].w1 = frame.take<Unit<U>>(TRANSPOSED ? packed_size<U>(b, a.prefix(l)) : packed_size<U>(a.prefix(l), b));
-      packed[l].w2 = frame.take<T>(TRANSPOSED ? winograd_size<T, M>(g, b) : winograd_size<T, M>(b, g));
-    }
-    int items = int(2 * a.num_layers), tasks = choose_tasks(a.parallel, items, 20.0 * double(a.num_layers * b * (C + E * g)));
+  Packed take_packed() {
+    int64_t K = a.prefix(a.num_layers - 1);
+    return {frame.take<Unit<U>>(max64(packed_size<U>(K, b), packed_size<U>(b, K))),
+            frame.take<T>(max64(winograd_size<T, M>(b, g), winograd_size<T, M>(g, b)))};
+  }
+  // TRANSPOSED: for backward. scale: null, or a factor for each channel of the 1x1.
+  template <bool TRANSPOSED> void pack(const Packed& packed, int64_t l, const T* scale = nullptr) {
+    const DenseLayer& p = a.layers[l];
+    int64_t K = a.prefix(l), depth1 = TRANSPOSED ? b : K, channels1 = TRANSPOSED ? K : b, depth2 = TRANSPOSED ? g : b;
+    int64_t blocks1 = ceil_div(depth1, depth_block<U>()), blocks2 = ceil_div(depth2, L);
+    int tasks = choose_tasks(a.parallel, blocks1, 60.0 * double(b * (K + E * g)));
     for_tasks(a.parallel, tasks, [&](int task) {
-      for (int64_t i = task; i < items; i += tasks) {
-        const DenseLayer& p = a.layers[i / 2];
-        int64_t K = a.prefix(i / 2);
-        const T* w1 = weight(p.w1);
-        if (i % 2) pack_winograd<T, M, TRANSPOSED>(packed[i / 2].w2, weight(p.w2), g, b);
-        else if (TRANSPOSED) pack_product<U, false>(packed[i / 2].w1, b, K, w1);
-        else pack_product<U, true>(packed[i / 2].w1, K, b, w1);
-      }
+      pack_product<U, !TRANSPOSED>(packed.w1, depth1, channels1, weight(p.w1), scale, share(blocks1, task, tasks));
+      pack_winograd<T, M, TRANSPOSED>(packed.w2, weight(p.w2), g, b, share(blocks2, task, tasks));
     });
-    return packed;
   }
 
   void bottleneck(int64_t l, const Unit<U>* w1, S* z, bool collect) {
@@ -124,19 +121,20 @@ template <class S, int M> struct Block {
   void forward() {
     bool collect = features_need_statistics();
     copy_input(collect);
-    Packed* packed = pack_weights<false>();
+    Packed packed = take_packed();
     for (int64_t l = 0; l < a.num_layers; l++) {
       const DenseLayer& p = a.layers[l];
       int64_t K = a.prefix(l);
       S* z = z_of(l);
-      bottleneck(l, packed[l].w1, z, !p.mean2);
+      pack<false>(packed, l);
+      bottleneck(l, packed.w1, z, !p.mean2);
       Frame inner;
       Affine<T> norm(inner, b);
       moments2(l).fill(norm, weight(p.gamma2), weight(p.beta2), b);
       Dropout<T> dropout(a.drop_rate, a.seed, l);
       Statistics<T>* stats = collect ? take_statistics(tasks3, g) : nullptr;
       Conv3x3<S> conv{a.parallel, tasks3, a.N, a.H, a.W, b, zp, g, C, norm, dropout};
-      conv3x3_forward<M>(conv, z, packed[l].w2, F + K, stats);
+      conv3x3_forward<M>(conv, z, packed.w2, F + K, stats);
       if (collect) merge(stats, tasks3, g, a.mean + K, a.var + K);
     }
   }
@@ -225,8 +223,7 @@ template <class S, int M> struct Block {
   void backward() {
     int64_t gp = round_up(g, L), Kmax = round_up(a.prefix(a.num_layers - 1), 2 * L) + 2 * L;
     owed_mean = frame.zeroed<double>(C), owed_slope = frame.zeroed<double>(C);
-    Packed* packed = pack_weights<true>();
-    Packed* again = a.keep_z ? nullptr : pack_weights<false>();
+    Packed packed = take_packed();
     PartialSums<T>* parts3 = PartialSums<T>::take(frame, tasks3, E * zp * gp, zp + 2 * L);
     PartialSums<T>* parts1 = PartialSums<T>::take(frame, tasks1, zp * Kmax, Kmax);
     S *G = static_cast<S*>(a.G), *dn = static_cast<S*>(a.dn);
@@ -234,12 +231,13 @@ template <class S, int M> struct Block {
     for (int64_t l = a.num_layers - 1; l >= 0; l--, source = G) {
       const DenseLayer& p = a.layers[l];
       S* z = z_of(l);
-      if (again) bottleneck(l, again[l].w1, z, false);
+      if (!a.keep_z) pack<false>(packed, l), bottleneck(l, packed.w1, z, false);
+      pack<true>(packed, l);
       Frame inner;
       Affine<T> norm2(inner, b);
       moments2(l).fill(norm2, weight(p.gamma2), weight(p.beta2), b);
-      backward_3x3(l, source, packed[l].w2, z, dn, parts3, norm2);
-      backward_1x1(l, source, G, packed[l].w1, z, dn, parts1, norm2);
+      backward_3x3(l, source, packed.w2, z, dn, parts3, norm2);
+      backward_1x1(l, source, G, packed.w1, z, dn, parts1, norm2);
     }
     input_gradient(G);
   }
@@ -247,40 +245,22 @@ template <class S, int M> struct Block {
   // ---- inference: everything folded, z stays in cache
   void inference() {
     copy_input(false);
-    Packed* packed = frame.take<Packed>(a.num_layers);
-    T** bias = frame.take<T*>(a.num_layers);
-    pack_folded(packed, bias);
+    Packed packed = take_packed();
+    T *scale = frame.zeroed<T>(zp + 2 * L), *bias = frame.zeroed<T>(zp + 2 * L);
     for (int64_t l = 0; l < a.num_layers; l++) {
+      const DenseLayer& p = a.layers[l];
       Frame inner;
       int64_t K = a.prefix(l);
       Affine<T> norm(inner, K);
-      moments1(l).fill(norm, weight(a.layers[l].gamma1), weight(a.layers[l].beta1), K);
-      FusedLayer<M, U, S>{a.parallel, tasks3, a.N, a.H, a.W, K, b, g, C, norm, packed[l].w1, bias[l], packed[l].w2}.run(F);
-    }
-  }
-
-  // W1 with the second normalisation folded in, and its bias.
-  void pack_folded(Packed* packed, T** bias) {
-    T** scale = frame.take<T*>(a.num_layers);
-    for (int64_t l = 0; l < a.num_layers; l++) {
-      packed[l] = {frame.take<Unit<U>>(packed_size<U>(a.prefix(l), b)), frame.take<T>(winograd_size<T, M>(b, g))};
-      bias[l] = frame.zeroed<T>(zp + 2 * L), scale[l] = frame.take<T>(b);
-      const DenseLayer& p = a.layers[l];
-      Moments<T> m = moments2(l);
+      moments1(l).fill(norm, weight(p.gamma1), weight(p.beta1), K);
+      Moments<T> m = moments2(l);  // folded into the 1x1
       for (int64_t c = 0; c < b; c++) {
         double s = double(weight(p.gamma2)[c]) * m.rstd(c);
-        scale[l][c] = T(s), bias[l][c] = T(double(weight(p.beta2)[c]) - m.centre(c) * s);
+        scale[c] = T(s), bias[c] = T(double(weight(p.beta2)[c]) - m.centre(c) * s);
       }
+      pack<false>(packed, l, scale);
+      FusedLayer<M, U, S>{a.parallel, tasks3, a.N, a.H, a.W, K, b, g, C, norm, packed.w1, bias, packed.w2}.run(F);
     }
-    int items = int(2 * a.num_layers), tasks = choose_tasks(a.parallel, items, 20.0 * double(a.num_layers * b * (C + E * g)));
-    for_tasks(a.parallel, tasks, [&](int task) {
-      for (int64_t i = task; i < items; i += tasks) {
-        int64_t l = i / 2, K = a.prefix(l);
-        const T *w1 = weight(a.layers[l].w1), *s = scale[l];
-        if (i % 2) pack_winograd<T, M, false>(packed[l].w2, weight(a.layers[l].w2), g, b);
-        else pack_product<U, true>(packed[l].w1, K, b, w1, s);
-      }
-    });
   }
 };
 

@@ -1,6 +1,7 @@
 // Weights in the order the products read them.
 #pragma once
 #include "product.h"
+#include "scratch.h"
 #include "winograd.h"
 
 namespace csp::CSP_ISA {
@@ -17,14 +18,15 @@ template <class U> CSP_INLINE int64_t packed_size(int64_t depth, int64_t channel
 
 // W[depth][channels] for products. BY_CHANNEL: w is [channels][depth], each channel times scale[n] (null: 1);
 // otherwise w is [depth][channels].
+// part: which blocks of the depth this call packs.
 template <class U, bool BY_CHANNEL>
-inline void pack_product(Unit<U>* out, int64_t depth, int64_t channels, const Acc<U>* w, const Acc<U>* scale = nullptr) {
+inline void pack_product(Unit<U>* out, int64_t depth, int64_t channels, const Acc<U>* w, const Acc<U>* scale, Range part) {
   using T = Acc<U>;
   constexpr int L = LANES<T>;
   int64_t blocks = ceil_div(depth, depth_block<U>());
   for (int64_t p = 0; p < panels<T>(channels); p++) {
     int nv = panel_vectors<T>(channels, p);
-    for (int64_t kb = 0; kb < blocks; kb++) {
+    for (int64_t kb = part.begin; kb < part.end; kb++) {
       Unit<U>* o = out + (p * blocks * 2 + kb * nv) * L * L;
       int64_t k = kb * depth_block<U>(), n = p * 2 * L;
       if constexpr (BY_CHANNEL) {
@@ -51,19 +53,19 @@ inline void pack_product(Unit<U>* out, int64_t depth, int64_t channels, const Ac
 }
 
 // w [g][b][3][3] -> U[panel][e][kblock][LANES][NV * LANES]; forward: reduction over b, channels g;
-// transposed (dgrad): reduction over g, channels b, taps flipped.
+// transposed (dgrad): reduction over g, channels b, taps flipped. part: which blocks of the reduction this call packs.
 template <class T, int M>
 inline int64_t winograd_size(int64_t depth, int64_t channels) {
   return panels<T>(channels) * (M + 2) * (M + 2) * ceil_div(depth, LANES<T>) * LANES<T> * 2 * LANES<T>;
 }
 template <class T, int M, bool TRANSPOSED>
-inline void pack_winograd(T* out, const T* w, int64_t g, int64_t b) {
+inline void pack_winograd(T* out, const T* w, int64_t g, int64_t b, Range part) {
   constexpr int L = LANES<T>, IN = M + 2, E = IN * IN;
   int64_t depth = TRANSPOSED ? g : b, channels = TRANSPOSED ? b : g, blocks = ceil_div(depth, L);
   for (int64_t p = 0; p < panels<T>(channels); p++) {
     int nv = panel_vectors<T>(channels, p);
     T* o = out + p * E * blocks * L * 2 * L;
-    for (int64_t k = 0; k < blocks * L; k++)
+    for (int64_t k = part.begin * L; k < part.end * L; k++)
       for (int j = 0; j < nv; j++) {
         Vec<T> taps[9];
         int64_t n0 = p * 2 * L + j * L;
