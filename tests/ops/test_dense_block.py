@@ -181,7 +181,7 @@ def test_inference(shape: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_channel(dtype: torch.dtype) -> None:
     """norm2 frozen: under batch statistics the gradient of a 1x1 weight with one input vanishes."""
-    compare(Case(layers=2, channels=1, growth=1, width=2, frozen=(False, True), dtype=dtype))
+    compare(Case(layers=2, channels=1, growth=4, width=8, frozen=(False, True), dtype=dtype))
 
 
 def test_large_mean() -> None:
@@ -208,6 +208,29 @@ def test_gradients_without_kinks(
 ) -> None:
     case = Case(size=size, dtype=dtype, options=options, frozen=frozen)
     check_each(case, measure(case, kink_free))
+
+
+@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
+def test_long_sums(recompute: str) -> None:
+    """12,544 pixels a channel: sums and statistics as good as the naive reference's, at most twice its error."""
+    case = Case(channels=64, growth=32, width=128, size=(4, 56, 56), options={"recompute": recompute})
+    errors = measure(case, kink_free, seeds=1)
+    errors["y, any sign"] = measure(case, seeds=1)["y"]
+    errors.pop("stats")  # the naive ones are exact to rounding
+    too_large = {name: f"{ours:.1e} > 2 * {naive:.1e}" for name, [(ours, naive)] in errors.items() if ours > 2 * naive}
+    assert not too_large
+
+
+@pytest.mark.parametrize("size", [(4, 14, 14), (4, 56, 56)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_statistics_describe_the_output(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    """Means (in standard deviations) and variances (relative); in 16 bits of the values before they are rounded."""
+    case = Case(layers=2, size=size, dtype=dtype)
+    y, stats = csp.ops.dense_block(case.x(), case.params())
+    var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    bound = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-3}[dtype]
+    assert ((stats[0, : case.total] - mean).abs() / var.sqrt()).max() <= bound
+    assert ((stats[1, : case.total] - var).abs() / var).max() <= bound
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

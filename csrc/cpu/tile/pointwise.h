@@ -55,6 +55,14 @@ template <class U> struct PointwiseScratch {
         C(frame.take<Acc<U>>(panels<Acc<U>>(b) * TILE_ROWS * 2 * LANES<Acc<U>>)) {}
 };
 
+// The share of panel p in bringing the next tile's rows into the second-level cache while this one is multiplied.
+template <class S>
+CSP_INLINE void prefetch_rows(const S* F, int64_t pitch, int m, int64_t k0, int64_t k1, int64_t p, int64_t of) {
+  if (m < TILE_ROWS) return;  // the last tile
+  for (int64_t i = TILE_ROWS * p / of; i < TILE_ROWS * (p + 1) / of; i++)
+    for (int64_t k = k0; k < k1; k += 64 / int64_t(sizeof(S))) __builtin_prefetch(F + (TILE_ROWS + i) * pitch + k, 0, 2);
+}
+
 // act(norm(F[m rows, :K])) * W[K, b]; emit(channel, acc) for each panel of b. W from pack_product.
 template <class U, class S, class Emit>
 CSP_INLINE void pointwise_tile(const S* F, int64_t pitch, int m, int64_t K, const Affine<Acc<U>>& norm, const Unit<U>* W,
@@ -66,6 +74,7 @@ CSP_INLINE void pointwise_tile(const S* F, int64_t pitch, int m, int64_t K, cons
     int64_t n = min64(step, blocks - k);
     pack_rows<U>(F, pitch, m, k * depth_block<U>(), (k + n) * depth_block<U>(), K, norm, scratch.A);
     for (int64_t p = 0; p < panels<T>(b); p++) {
+      prefetch_rows(F, pitch, m, k * depth_block<U>(), min64(K, (k + n) * depth_block<U>()), p, panels<T>(b));
       T* C = scratch.C + p * TILE_ROWS * 2 * L;
       const Unit<U>* B = W + p * blocks * L * 2 * L;
       auto done = [&](const auto& acc) __attribute__((always_inline)) { emit(p * 2 * L, acc); };
