@@ -3,44 +3,63 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 import csp_kernels
 from csp_kernels import native
 
-COMMANDS = {
-    "info": "what is available here, and why not where not",
-    "demo": "train a DenseNet on real digits, fused against naive: accuracy, time, memory",
-    "bench": "measure the fused operators against eager and compiled PyTorch",
-}
+BENCH = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_dense_block.py"
 
 
 def info(_: argparse.Namespace) -> int:
     """Print versions, instruction set and backends."""
-    print(f"csp_kernels {csp_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     isa = native.isa() or "library not loaded"
+    print(f"csp_kernels {csp_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, instruction set {isa}")
     print(csp_kernels.backends())
     return 0
 
 
+def bench(arguments: list[str]) -> int:
+    """Run the benchmark of the source tree with its own arguments."""
+    spec = importlib.util.spec_from_file_location("bench_dense_block", BENCH) if BENCH.is_file() else None
+    if spec is None or spec.loader is None:
+        print("bench: not part of an installed package; run it from the source tree, or `make bench`", file=sys.stderr)
+        return 1
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        print(f"bench: {error.name} is missing; run `pip install csp_kernels[bench]`", file=sys.stderr)
+        return 1
+    return int(module.main(arguments))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["bench"]:  # has its own parser
+        return bench(given[1:])
     parser = argparse.ArgumentParser(prog="python -m csp_kernels", description=csp_kernels.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        run = info
-        if name != "info" and given[:1] == [name]:  # only now: they need the optional dependencies
-            module = importlib.import_module(f"csp_kernels.{name}")
-            module.add_arguments(command)
-            run = module.main
-        command.set_defaults(run=run)
+    commands = parser.add_subparsers(required=True, metavar="info | demo | bench")
+    commands.add_parser("info", help="what is available here, and why not where not").set_defaults(run=info)
+    demo = commands.add_parser(
+        "demo", help="train a DenseNet on real digits, fused against naive: accuracy, time, memory"
+    )
+    commands.add_parser("bench", help="time the fused operators against eager and compiled PyTorch")
+    if given[:1] == ["demo"]:  # only now: it needs more packages
+        from csp_kernels.demo import add_arguments
+        from csp_kernels.demo import main as run_demo
+
+        add_arguments(demo)
+        demo.set_defaults(run=run_demo)
     parsed = parser.parse_args(given)
     return int(parsed.run(parsed))
 

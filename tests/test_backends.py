@@ -83,6 +83,14 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "info" in capsys.readouterr().err
 
 
+def test_bench_outside_the_source_tree(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("csp_kernels.__main__.BENCH", tmp_path / "nothing.py")
+    assert main(["bench", "--help"]) == 1
+    assert "run it from the source tree" in capsys.readouterr().err
+
+
 def run_python(code: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     root = Path(csp.__file__).parents[1] if path is None else path
     variables = {**os.environ, "PYTHONPATH": str(root), **environment}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,17 +45,17 @@ class DenseBlock(reference.DenseBlock):
         self._warned = False
 
     def forward(self, x: Tensor) -> Tensor:
-        layers: list[Any] = list(self.children())
+        layers = [_children(layer) for layer in self.children()]
         reason = _not_plain(layers)
         if reason:
             return self._layer_by_layer(x, reason)
-        norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)]
-        frozen = [not norm.training and norm.running_mean is not None for norm in norms]
-        fixed = [norm for norm, flag in zip(norms, frozen, strict=True) if flag]
+        norms = [norm for norm1, _, norm2, _ in layers for norm in (norm1, norm2)]
+        means = [norm.running_mean for norm in norms]
+        frozen = [not norm.training and mean is not None for norm, mean in zip(norms, means, strict=True)]
         y, stats = ops.dense_block(
             x,
-            [p for layer in layers for p in _parameters(layer)],
-            [t for norm in fixed for t in (norm.running_mean, norm.running_var)],
+            [p for n1, c1, n2, c2 in layers for p in (n1.weight, n1.bias, c1.weight, n2.weight, n2.bias, c2.weight)],
+            [t for i, flag in enumerate(frozen) if flag for t in (means[i], norms[i].running_var)],
             frozen=frozen,
             eps=[norm.eps for norm in norms],
             drop_rate=self.drop_rate if self.training else 0.0,
@@ -77,21 +77,21 @@ class DenseBlock(reference.DenseBlock):
         return f"drop_rate={self.drop_rate}, recompute={self.recompute!r}"
 
 
-def _parameters(layer: Any) -> tuple[Tensor | None, ...]:
-    norm1, norm2 = layer.norm1, layer.norm2
-    return norm1.weight, norm1.bias, layer.conv1.weight, norm2.weight, norm2.bias, layer.conv2.weight
+def _children(layer: nn.Module) -> tuple[Any, Any, Any, Any]:
+    """norm1, conv1, norm2, conv2; past nn.Module.__getattr__, which costs as much as a small operator."""
+    modules = layer._modules
+    return modules["norm1"], modules["conv1"], modules["norm2"], modules["conv2"]
 
 
-def _not_plain(layers: Sequence[nn.Module]) -> str:
+def _not_plain(layers: Sequence[tuple[Any, Any, Any, Any]]) -> str:
     """Which child the operator cannot stand for, and why; "" if there is none."""
-    for i, layer in enumerate(layers):
-        for name in ("norm1", "norm2"):
-            norm = getattr(layer, name)
+    for i, (norm1, conv1, norm2, conv2) in enumerate(layers):
+        for name, norm in (("norm1", norm1), ("norm2", norm2)):
             if not isinstance(norm, nn.BatchNorm2d) or type(norm).forward is not nn.BatchNorm2d.forward:
                 return f"denselayer{i + 1}.{name} is a {type(norm).__name__}, not an nn.BatchNorm2d"
-        for name, padding in (("conv1", (0, 0)), ("conv2", (1, 1))):
-            if not _is_plain(getattr(layer, name), padding):
-                return f"denselayer{i + 1}.{name} is not a plain nn.Conv2d with stride 1, padding {padding} and no bias"
+        for name, conv, pad in (("conv1", conv1, (0, 0)), ("conv2", conv2, (1, 1))):
+            if not _is_plain(conv, pad):
+                return f"denselayer{i + 1}.{name} is not a plain nn.Conv2d with stride 1, padding {pad} and no bias"
     return ""
 
 
@@ -102,40 +102,41 @@ def _is_plain(conv: nn.Module, padding: tuple[int, int]) -> bool:
     return place == ((1, 1), padding, (1, 1), "zeros")
 
 
-def _columns(norms: Sequence[nn.BatchNorm2d], channels: int) -> Iterator[tuple[int, int]]:
-    """Columns of stats [2, channels + L * b] of each norm: a prefix of the features, or its bottleneck."""
-    start = channels
+def _columns(norms: Sequence[nn.BatchNorm2d], channels: int) -> list[tuple[int, int]]:
+    """(start, length) in stats [2, channels + L * b] of each norm: a prefix of the features, or its bottleneck."""
+    columns, start = [], channels
     for norm1, norm2 in zip(norms[::2], norms[1::2], strict=True):
-        yield 0, norm1.num_features
-        yield start, start + norm2.num_features
+        columns += [(0, norm1.num_features), (start, norm2.num_features)]
         start += norm2.num_features
+    return columns
 
 
 @torch.no_grad()
 def _update_running(norms: Sequence[Any], stats: Tensor, channels: int, count: int) -> None:
     """Advance the running statistics as nn.BatchNorm2d does, from batch means and variances over `count` values."""
-    tracked = [pair for pair in zip(norms, _columns(norms, channels), strict=True) if _tracks(pair[0])]
-    counters = [norm.num_batches_tracked for norm, _ in tracked if norm.num_batches_tracked is not None]
+    counters: list[Tensor] = []
+    groups: dict[tuple[float | None, torch.dtype], list[tuple[Tensor, Tensor, Tensor | None, int, int]]] = {}
+    for norm, (start, length) in zip(norms, _columns(norms, channels), strict=True):
+        if not (norm.training and norm.track_running_stats):
+            continue
+        mean, counter = norm.running_mean, norm.num_batches_tracked
+        if counter is not None:
+            counters.append(counter)
+        if mean is not None:
+            entry = mean, norm.running_var, counter, start, length
+            groups.setdefault((norm.momentum, mean.dtype), []).append(entry)
     if counters:
         torch._foreach_add_(counters, 1)
     if count == 0:  # an empty batch counts as one and changes nothing else
         return
-    stats = torch.stack((stats[0], stats[1] * (count / (count - 1))))  # mean, unbiased variance
-    groups: dict[tuple[float | None, torch.dtype], list[tuple[Any, tuple[int, int]]]] = {}
-    for norm, columns in tracked:
-        groups.setdefault((norm.momentum, norm.running_mean.dtype), []).append((norm, columns))
     for (momentum, dtype), group in groups.items():
-        mean, var = stats.to(dtype).unbind()
-        new = [row[i:j] for row in (mean, var) for _, (i, j) in group]
-        old = [norm.running_mean for norm, _ in group] + [norm.running_var for norm, _ in group]
+        mean, var = stats[0].to(dtype), (stats[1] * (count / (count - 1))).to(dtype)  # unbiased
+        old = [t for row in group for t in row[:2]]
+        new = [t.narrow(0, start, length) for *_, start, length in group for t in (mean, var)]
         if momentum is not None:
-            torch._foreach_mul_(old, 1 - momentum)
-            torch._foreach_add_(old, new, alpha=momentum)
+            torch._foreach_lerp_(old, new, momentum)
         else:  # cumulative average
-            shares = [norm.num_batches_tracked.to(dtype).reciprocal() for norm, _ in group] * 2
-            for buffer, value, share in zip(old, new, shares, strict=True):
-                buffer.lerp_(value, share)
-
-
-def _tracks(norm: nn.BatchNorm2d) -> bool:
-    return norm.training and norm.track_running_stats and norm.running_mean is not None
+            counts = [counter for _, _, counter, _, _ in group for _ in range(2)]
+            for buffer, value, counter in zip(old, new, counts, strict=True):
+                if counter is not None:
+                    buffer.lerp_(value, counter.to(dtype).reciprocal())

@@ -230,7 +230,7 @@ template <int M, class S> struct Conv3x3Backward {
   // Transforms back one channel vector of a batch, masks it, sums it.
   void emit(int64_t row, int64_t nr, int64_t ch, const T* Mb, int64_t e_step, int64_t t_step, const PartialSums<T>& part) const {
     Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch);
-    Vec<T> sum = load(part.sum + ch), sum_z = load(part.sum_x + ch);
+    Vec<T> sum{}, sum_z{};  // of this batch: short sums lose less
     for (int64_t q = 0; q < nr; q++)
       for (int64_t tx = 0; tx < tl.TW; tx++) {
         int64_t y0 = tl.y(row + q), x0 = tx * M, o = (tl.image(row + q) + y0 * c.W + x0) * c.zp + ch;
@@ -246,7 +246,7 @@ template <int M, class S> struct Conv3x3Backward {
         if (ym == M && xm == M) { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) put(u, v); }
         else { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) if (u < ym && v < xm) put(u, v); }
       }
-    store(part.sum + ch, sum), store(part.sum_x + ch, sum_z);
+    store(part.sum + ch, load(part.sum + ch) + sum), store(part.sum_x + ch, load(part.sum_x + ch) + sum_z);
   }
 
   // dM[e][k][tile][LANES] = A dY A^T

@@ -179,7 +179,7 @@ template <class U, class S> struct PointwiseBackward {
     CSP_UNROLL(2) for (int j = 0; j < NV; j++) {
       int64_t c = k + j * L, n = K - c;
       Vec<T> mean = load(norm.mean + c), scale = load(norm.scale + c), shift = load(norm.shift + c);
-      Vec<T> sum = load(part.sum + c), sum_x = load(part.sum_x + c), sum1{}, sum_x1{};
+      Vec<T> sum{}, sum_x{}, sum1{}, sum_x1{};  // of this tile: short sums lose less
       const S *f = f0 + j * L, *g = g0 + j * L;
       S* o = o0 + j * L;
       auto row = [&](Vec<T> x, Vec<T> gin, Vec<T> da, Vec<T>& s, Vec<T>& sx, Vec<T>& g_out) __attribute__((always_inline)) {
@@ -206,7 +206,7 @@ template <class U, class S> struct PointwiseBackward {
         }
         for (int i = 0; i < MR; i += D) store(a + j * aj + i / D * L, U::join(act_rows[i], act_rows[i + D - 1]));
       }
-      store(part.sum + c, sum + sum1), store(part.sum_x + c, sum_x + sum_x1);
+      store(part.sum + c, load(part.sum + c) + (sum + sum1)), store(part.sum_x + c, load(part.sum_x + c) + (sum_x + sum_x1));
     }
   }
 
