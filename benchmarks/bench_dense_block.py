@@ -123,7 +123,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file the rows are appended to")
     args = parser.parse_args(argv)
-    if args.rounds < 1 or (args.batch is not None and args.batch < 1) or (args.threads is not None and args.threads < 1):
+    if min(n for n in (args.rounds, args.batch, args.threads) if n is not None) < 1:
         parser.error("--rounds, --batch and --threads: expected positive numbers")
     if args.batch:
         args.blocks = [Block(args.batch, b.channels, b.size, b.layers, b.growth) for b in args.blocks]
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-@pytest.fixture(params=DEFAULT_BLOCKS, ids=str)
+@pytest.fixture(params=DEFAULT_BLOCKS, ids=lambda block: str(block).replace(",", "-"))
 def found(request: pytest.FixtureRequest) -> dict[str, Candidate]:
     """The eager candidates and ours on one of the default blocks."""
     return candidates(request.param, "train", torch.float32, with_compile=False)

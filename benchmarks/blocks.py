@@ -48,7 +48,7 @@ class Block:
 
     @property
     def forward_flops(self) -> int:
-        """Multiplications and additions of the direct convolutions of one forward pass; a step does three times that."""
+        """Multiplications and additions of a forward pass, convolutions done directly; a step does three times that."""
         width = BN_SIZE * self.growth
         one = sum(2 * self.pixels * (self.channels + i * self.growth) * width for i in range(self.layers))
         three = self.layers * 2 * self.pixels * 9 * width * self.growth

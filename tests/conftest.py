@@ -36,6 +36,15 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The longest sums a task can have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def native() -> None:
     """Force the compiled operators; fails with the fix if they are missing."""
     csp.use_backend("native")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -82,6 +83,17 @@ def _trim(runs: list[Run]) -> None:
     common = min(len(run.seconds) for run in runs)
     for run in runs:
         del run.losses[common:], run.seconds[common:]
+
+
+def control(digits: Digits, epochs: int, batch_size: int, dtype: str, seed: int, steps: int) -> list[float]:
+    """The first losses of the naive network in NCHW instead of channels_last: how far rounding alone carries."""
+    total = epochs * (len(digits.train_labels) // batch_size)
+    run = make_run("naive", total, dtype, seed)
+    run.model.to(memory_format=torch.contiguous_format)
+    epoch_data = (batches(digits, batch_size, seed + epoch) for epoch in range(epochs))
+    for images, labels in itertools.islice(itertools.chain.from_iterable(epoch_data), steps):
+        run.step(images, labels)
+    return run.losses
 
 
 @torch.no_grad()

@@ -210,6 +210,7 @@ def test_gradients_without_kinks(
     check_each(case, measure(case, kink_free))
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])
 def test_long_sums(recompute: str) -> None:
     """12,544 pixels a channel: sums and statistics as good as the naive reference's, at most twice its error."""
@@ -221,6 +222,7 @@ def test_long_sums(recompute: str) -> None:
     assert not too_large
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("size", [(4, 14, 14), (4, 56, 56)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_statistics_describe_the_output(dtype: torch.dtype, size: tuple[int, int, int]) -> None:

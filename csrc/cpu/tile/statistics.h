@@ -7,11 +7,20 @@ namespace csp::CSP_ISA {
 
 template <class T> struct Statistics {  // [channels] each
   T *pivot, *mean, *m2;                 // mean is relative to the pivot
+  T *mean_low, *m2_low;                 // what the running sums lost to rounding
   int64_t count;
 
-  static int64_t size(int64_t channels) { return 3 * channels; }
-  void bind(T* memory, int64_t channels) { pivot = memory, mean = memory + channels, m2 = mean + channels; }
+  static int64_t size(int64_t channels) { return 5 * channels; }
+  void bind(T* memory, int64_t channels) {
+    pivot = memory, mean = memory + channels, m2 = mean + channels, mean_low = m2 + channels, m2_low = mean_low + channels;
+  }
 };
+
+// *sum += x, compensated (Kahan): thousands of tiles lose no more than one.
+template <class T, class V> CSP_INLINE void add_compensated(T* sum, T* low, V x) {
+  V old = load(sum), y = x + load(low), total = old + y;
+  store(sum, total), store(low, y - (total - old));
+}
 
 // Adds `rows` rows row(i) -> Vec of the channels at c.. to one channel vector. seen: pixels added before.
 template <class T, class Row>
@@ -19,7 +28,8 @@ CSP_INLINE void add_rows(Statistics<T>& st, int64_t c, int64_t seen, int64_t row
   Vec<T> pivot;
   if (seen == 0) {
     pivot = row(0);
-    store(st.pivot + c, pivot), store(st.mean + c, Vec<T>{}), store(st.m2 + c, Vec<T>{});
+    store(st.pivot + c, pivot);
+    store(st.mean + c, Vec<T>{}), store(st.m2 + c, Vec<T>{}), store(st.mean_low + c, Vec<T>{}), store(st.m2_low + c, Vec<T>{});
   } else {
     pivot = load(st.pivot + c);
   }
@@ -36,9 +46,9 @@ CSP_INLINE void add_rows(Statistics<T>& st, int64_t c, int64_t seen, int64_t row
   }
   if (i < rows) { Vec<T> d = (row(i) - shift) + lost; q0 += d * d; }
   T n = T(seen), k = T(rows);
-  Vec<T> old = load(st.mean + c), d = m - old;
-  store(st.mean + c, old + d * (k / (n + k)));
-  store(st.m2 + c, load(st.m2 + c) + (q0 + q1) + d * d * (n * k / (n + k)));
+  Vec<T> d = m - load(st.mean + c);
+  add_compensated(st.mean + c, st.mean_low + c, d * (k / (n + k)));
+  add_compensated(st.m2 + c, st.m2_low + c, (q0 + q1) + d * d * (n * k / (n + k)));
 }
 
 template <class T, int MR, int NV>
@@ -55,8 +65,8 @@ inline void merge(const Statistics<T>* parts, int tasks, int64_t channels, doubl
     for (int t = 0; t < tasks; t++) {
       double k = double(parts[t].count);
       if (k == 0) continue;
-      double d = double(parts[t].pivot[c]) + double(parts[t].mean[c]) - m;
-      m2 += double(parts[t].m2[c]) + d * d * n * k / (n + k);
+      double d = double(parts[t].pivot[c]) + double(parts[t].mean[c]) + double(parts[t].mean_low[c]) - m;
+      m2 += double(parts[t].m2[c]) + double(parts[t].m2_low[c]) + d * d * n * k / (n + k);
       m += d * k / (n + k), n += k;
     }
     mean[c] = m, var[c] = m2 / n;
