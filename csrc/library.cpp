@@ -42,6 +42,13 @@ ScalarType accumulation_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+const Isa& isa() {
+  const Isa* chosen = chosen_isa();
+  STD_TORCH_CHECK(chosen, "csp_kernels: CSP_KERNELS_ISA must name an instruction set that is compiled in (", isas_compiled(), ") and runs on this machine; got ", std::getenv("CSP_KERNELS_ISA"));
+  return *chosen;
+}
+const DenseBlockKernels& cpu_kernels() { return *isa().kernels; }
+
 struct Shape {
   int64_t N, C, H, W;
   explicit Shape(const Tensor& x) : N(0), C(0), H(0), W(0) {
@@ -130,11 +137,10 @@ std::tuple<Tensor, Tensor, Tensor> dense_block(const Tensor& x, std::vector<Tens
   DenseBlock& a = call.block;
   Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W);
   Tensor stats = torch::stable::new_zeros(x, {2, a.channels() + a.num_layers * a.bottleneck}, ScalarType::Double);
-  Tensor z = large(torch::stable::new_empty(x, {keep_bottleneck ? a.num_layers : 1, a.pixels(), a.z_pitch()}));
-  a.x = x.const_data_ptr(), a.features = y.mutable_data_ptr(), a.z = z.mutable_data_ptr(), a.keep_z = keep_bottleneck;
+  Tensor z = keep_bottleneck ? large(torch::stable::new_empty(x, {a.num_layers, a.pixels(), a.z_pitch()})) : torch::stable::new_empty(x, {0});
+  a.x = x.const_data_ptr(), a.features = y.mutable_data_ptr(), a.z = keep_bottleneck ? z.mutable_data_ptr() : nullptr;
   a.mean = static_cast<double*>(stats.mutable_data_ptr()), a.var = a.mean + a.channels() + a.num_layers * a.bottleneck;
   if (!call.empty()) cpu_kernels().forward(a);
-  if (!keep_bottleneck) z = torch::stable::new_empty(x, {0});
   return {y, z, stats};
 }
 
@@ -148,11 +154,8 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_y, const Tensor& y, 
   Shape grad(grad_y);
   STD_TORCH_CHECK(grad.N == a.N && grad.C == a.channels() && grad.H == a.H && grad.W == a.W && grad_y.scalar_type() == y.scalar_type(),
                   "dense_block_backward: grad_y must have the shape and dtype of y");
-  a.keep_z = z.numel() > 0;
-  STD_TORCH_CHECK(!a.keep_z || z.numel() == a.num_layers * a.pixels() * a.z_pitch(), "dense_block_backward: z has the wrong size");
-  Tensor scratch_z = a.keep_z ? z : large(torch::stable::new_empty(y, {a.pixels(), a.z_pitch()}));
-  Tensor G = large(torch::stable::new_empty(y, {a.pixels(), a.channels()}));
-  Tensor dn = large(torch::stable::new_empty(y, {a.pixels(), a.z_pitch()}));
+  bool kept = z.numel() > 0;
+  STD_TORCH_CHECK(!kept || z.numel() == a.num_layers * a.pixels() * a.z_pitch(), "dense_block_backward: z has the wrong size");
   std::vector<Tensor> grads{channels_last(y, a.N, in_channels, a.H, a.W)};
   for (const Tensor& p : params) grads.push_back(call.empty() ? torch::stable::new_zeros(p, p.sizes()) : torch::stable::new_empty(p, p.sizes()));
   if (call.empty()) return grads;
@@ -161,11 +164,11 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_y, const Tensor& y, 
     void** slots[6] = {&p.dgamma1, &p.dbeta1, &p.dw1, &p.dgamma2, &p.dbeta2, &p.dw2};
     for (size_t i = 0; i < 6; i++) *slots[i] = grads[1 + 6 * l + i].mutable_data_ptr();
   }
-  a.features = const_cast<void*>(y.const_data_ptr()), a.z = const_cast<void*>(scratch_z.const_data_ptr());
+  a.features = const_cast<void*>(y.const_data_ptr()), a.z = kept ? const_cast<void*>(z.const_data_ptr()) : nullptr;
   a.mean = const_cast<double*>(static_cast<const double*>(stats.const_data_ptr()));
   a.var = a.mean + a.channels() + a.num_layers * a.bottleneck;
   a.grad_features = grad_y.const_data_ptr();
-  a.G = G.mutable_data_ptr(), a.dn = dn.mutable_data_ptr(), a.dx = grads[0].mutable_data_ptr();
+  a.dx = grads[0].mutable_data_ptr();
   cpu_kernels().backward(a);
   return grads;
 }
@@ -180,7 +183,7 @@ Tensor dense_block_inference(const Tensor& x, std::vector<Tensor> params, std::v
   return y;
 }
 
-std::string cpu_isa() { return isa_name(); }
+std::string cpu_isa() { return isa().name; }
 std::string cpu_isas() { return isas_compiled(); }
 
 }  // namespace

@@ -116,10 +116,17 @@ template <class S, int M> struct Block {
     if (collect) merge(stats, tasks1, b, a.mean + C + l * b, a.var + C + l * b);
   }
 
-  S* z_of(int64_t l) const { return static_cast<S*>(a.z) + (a.keep_z ? l * P * zp : 0); }
+  // z of a layer: kept, or in scratch memory for one.
+  S* z_scratch = nullptr;
+  S* z_of(int64_t l) {
+    if (a.z) return static_cast<S*>(a.z) + l * P * zp;
+    if (!z_scratch) z_scratch = frame.take<S>(P * zp);
+    return z_scratch;
+  }
 
   void forward() {
     bool collect = features_need_statistics();
+    if (!a.z) z_of(0);
     copy_input(collect);
     Packed packed = take_packed();
     for (int64_t l = 0; l < a.num_layers; l++) {
@@ -226,12 +233,13 @@ template <class S, int M> struct Block {
     Packed packed = take_packed();
     PartialSums<T>* parts3 = PartialSums<T>::take(frame, tasks3, E * zp * gp, zp + 2 * L);
     PartialSums<T>* parts1 = PartialSums<T>::take(frame, tasks1, zp * Kmax, Kmax);
-    S *G = static_cast<S*>(a.G), *dn = static_cast<S*>(a.dn);
+    S *G = frame.take<S>(P * C), *dn = frame.take<S>(P * zp);
+    if (!a.z) z_of(0);
     const S* source = static_cast<const S*>(a.grad_features);
     for (int64_t l = a.num_layers - 1; l >= 0; l--, source = G) {
       const DenseLayer& p = a.layers[l];
       S* z = z_of(l);
-      if (!a.keep_z) pack<false>(packed, l), bottleneck(l, packed.w1, z, false);
+      if (!a.z) pack<false>(packed, l), bottleneck(l, packed.w1, z, false);
       pack<true>(packed, l);
       Frame inner;
       Affine<T> norm2(inner, b);

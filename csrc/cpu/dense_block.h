@@ -29,11 +29,10 @@ struct DenseBlock {
   const DenseLayer* layers;
   const void* x;                                                      // [N,H,W,c0]
   void* features;                                                     // [P, C], the output
-  void* z;                                                            // [L or 1][P][bp]
-  bool keep_z;                                                        // z has all layers; otherwise it is scratch for one
+  void* z;                                                            // [L][P][bp], null: not kept
   double *mean, *var;                                                 // [C + L*b]
   const void* grad_features;                                          // [P, C]
-  void *G, *dn, *dx;                                                  // scratch [P, C], scratch [P, bp], result [P, c0]
+  void* dx;                                                           // [P, c0]
 
   int64_t pixels() const { return N * H * W; }
   int64_t channels() const { return in_channels + num_layers * growth; }

@@ -42,19 +42,18 @@ inline const Isa* isas(int* count) {
   return all;
 }
 
-inline const Isa& chosen_isa() {
-  static const Isa& chosen = []() -> const Isa& {
+// Null: CSP_KERNELS_ISA names a set that is not compiled in or does not run here.
+inline const Isa* chosen_isa() {
+  static const Isa* chosen = []() -> const Isa* {
     int n;
     const Isa* all = isas(&n);
     const char* wanted = std::getenv("CSP_KERNELS_ISA");
     for (int i = 0; i < n; i++)
-      if (all[i].runs_here && (!wanted || !*wanted || !std::strcmp(wanted, all[i].name))) return all[i];
-    return all[n - 1];
+      if (all[i].runs_here && (!wanted || !*wanted || !std::strcmp(wanted, all[i].name))) return &all[i];
+    return nullptr;
   }();
   return chosen;
 }
-inline const DenseBlockKernels& cpu_kernels() { return *chosen_isa().kernels; }
-inline const char* isa_name() { return chosen_isa().name; }
 inline const char* isas_compiled() {
   return ""
 #if defined(CSP_HAVE_V4BF16)

@@ -1,5 +1,8 @@
 // Per-thread scratch memory with stack discipline, kept between calls; and the loop over tasks.
 #pragma once
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <cstdlib>
 #include <new>
 #include "../dense_block.h"
@@ -7,9 +10,10 @@
 
 namespace csp::CSP_ISA {
 
-class Arena {  // a chain of blocks; a Frame gives back what was taken since it began
+// A chain of blocks; a Frame gives back what was taken since it began. Once nothing is in use, a chain becomes one block.
+class Arena {
  public:
-  ~Arena() { for (int i = 0; i < blocks_; i++) free(base_[i]); }
+  ~Arena() { release(); }
   template <class T> T* take(int64_t n) {
     int64_t bytes = round_up(n * int64_t(sizeof(T)) + 64, 64);
     while (block_ < blocks_ && used_ + bytes > size_[block_]) block_++, used_ = 0;
@@ -18,21 +22,35 @@ class Arena {  // a chain of blocks; a Frame gives back what was taken since it 
     used_ += bytes;
     return reinterpret_cast<T*>(p);
   }
+  void rewind(int block, int64_t used) {
+    block_ = block, used_ = used;
+    if (block == 0 && used == 0 && blocks_ > 1) release();
+  }
   int block_ = 0;
   int64_t used_ = 0;
 
  private:
   static constexpr int MAX = 40;
+  static constexpr int64_t PAGE = int64_t(2) << 20;  // a huge page
   int blocks_ = 0;
+  int64_t reserve_ = PAGE;
   char* base_[MAX];
   int64_t size_[MAX];
+
   void grow(int64_t bytes) {
-    int64_t size = blocks_ ? 2 * size_[blocks_ - 1] : int64_t(1) << 20;
-    size = round_up(size > bytes ? size : bytes, 4096);
-    void* p = blocks_ < MAX ? aligned_alloc(4096, size_t(size)) : nullptr;
+    int64_t size = round_up(max64(bytes, blocks_ ? PAGE : reserve_), PAGE);
+    void* p = blocks_ < MAX ? aligned_alloc(size_t(PAGE), size_t(size)) : nullptr;
     if (!p) throw std::bad_alloc();
+#if defined(__linux__)
+    madvise(p, size_t(size), MADV_HUGEPAGE);  // advice: failure changes nothing
+#endif
     base_[blocks_] = static_cast<char*>(p), size_[blocks_] = size, blocks_++;
     used_ = 0;
+  }
+  void release() {
+    reserve_ = 0;
+    for (int i = 0; i < blocks_; i++) reserve_ += size_[i], free(base_[i]);
+    blocks_ = 0;
   }
 };
 
@@ -48,7 +66,7 @@ struct Frame {
     memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T));
     return p;
   }
-  ~Frame() { a.block_ = block, a.used_ = used; }
+  ~Frame() { a.rewind(block, used); }
 };
 
 template <class F> inline void for_tasks(const Parallel& parallel, int tasks, F body) {

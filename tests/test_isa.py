@@ -1,0 +1,45 @@
+"""CSP_KERNELS_ISA: every compiled instruction set that runs here agrees with the reference; an unknown name is an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHECK = """
+import torch, csp_kernels as csp
+torch.manual_seed(0)
+print(torch.ops.csp_kernels.cpu_isa())
+for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
+    block = csp.DenseBlock(3, 20, 12).to(dtype)
+    twin = csp.reference.DenseBlock(3, 20, 12).double()
+    twin.load_state_dict(block.state_dict())
+    x = torch.randn(2, 20, 9, 7).to(dtype)
+    y, want = block(x), twin(x.double())
+    error = ((y.double() - want).norm() / want.norm()).item()
+    assert error < bound, (dtype, error)
+    y.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in block.parameters())
+"""
+
+
+def run(isa: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"CSP_KERNELS_ISA": isa, "OMP_NUM_THREADS": "2"}
+    return subprocess.run([sys.executable, "-c", CHECK], env=env, text=True, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "v3", "v4", "v4bf16"])
+def test_instruction_set(isa: str) -> None:
+    done = run(isa)
+    if "must name an instruction set" in done.stderr and isa != "baseline":
+        pytest.skip(f"{isa} is not compiled in or does not run on this machine")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == isa
+
+
+def test_unknown_instruction_set() -> None:
+    done = run("v5")
+    assert done.returncode != 0
+    assert "must name an instruction set" in done.stderr and "got v5" in done.stderr
