@@ -1,4 +1,4 @@
-"""CSP_KERNELS_ISA: every compiled instruction set that runs here agrees with the reference; an unknown name is an error."""
+"""CSP_KERNELS_ISA: every compiled instruction set that runs here agrees with the reference; others are errors."""
 
 from __future__ import annotations
 

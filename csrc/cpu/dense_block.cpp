@@ -275,7 +275,7 @@ template <class S, int M> struct Block {
 // F(4x4) where it was asked for and its larger tiles do not waste more than they save.
 bool large_tiles(const DenseBlock& a) {
   int64_t small = ceil_div(a.H, 2) * ceil_div(a.W, 2) * 16, large = ceil_div(a.H, 4) * ceil_div(a.W, 4) * 36;
-  return a.winograd == 4 && double(large) < 0.85 * double(small);
+  return a.winograd == 4 && double(large) < 0.7 * double(small);
 }
 
 template <class S, class F> void with_tiles(const DenseBlock& a, F f) {
