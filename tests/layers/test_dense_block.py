@@ -299,7 +299,7 @@ def test_compiled_dropout_and_autocast() -> None:
 
 def test_compiled_follows_the_matmul_precision() -> None:
     block = csp.DenseBlock(1, 32, 32).eval()
-    compiled, x = torch.compile(block, fullgraph=True, backend="aot_eager"), torch.randn(2, 32, 14, 14)
+    compiled, x = torch.compile(block, fullgraph=True, backend="aot_eager"), torch.randn(2, 32, 28, 28)
     results = []
     with torch.no_grad():
         for precision in ("highest", "high"):
