@@ -43,10 +43,7 @@ CSP_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 CSP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 CSP_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-template <class T> CSP_INLINE Vec<T> zeros() { return Vec<T>{}; }
-template <class T> CSP_INLINE Vec<T> splat(T x) { return Vec<T>{} + x; }
-template <class T> CSP_INLINE Vec<T> relu(Vec<T> x) { return x > 0 ? x : Vec<T>{}; }
-// relu as torch has it: NaN passes through.
+// ReLU as torch has it: NaN passes through.
 template <class T> CSP_INLINE Vec<T> act(Vec<T> x) { return x <= 0 ? Vec<T>{} : x; }
 // keep x where the activation passes gradients.
 template <class T> CSP_INLINE Vec<T> mask_positive(Vec<T> pre, Vec<T> x) { return pre > 0 ? x : Vec<T>{}; }
