@@ -137,7 +137,7 @@ def plan(isas: dict[str, list[str]], torch_include: Path) -> list[Job]:
     known = [f"-DCSP_HAVE_{name.upper()}" for name in isas]
     if len(isas) > 1:
         known.append("-DCSP_ISAS_X86")
-    jobs = [Job(CSRC / "library.cpp", OBJECTS / "library.o", (*common, *known))]
+    jobs = [Job(source, OBJECTS / f"{source.stem}.o", (*common, *known)) for source in sorted(CSRC.glob("*.cpp"))]
     for name, flags in isas.items():
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             target = OBJECTS / f"{source.stem}.{name}.o"

@@ -2,12 +2,38 @@
 
 import warnings
 
-from csp_kernels import layers, native, ops, reference
+from csp_kernels import analysis, layers, models, native, ops, reference
 from csp_kernels.backends import backends, use_backend
-from csp_kernels.layers import DenseBlock, Transition
+from csp_kernels.layers import (
+    ConcatConv,
+    CSPDenseStage,
+    CSPStage,
+    DenseBlock,
+    PartialTransition,
+    PostDenseBlock,
+    Transition,
+    TwoWayDenseBlock,
+)
 
 __version__ = "0.1.0"
-__all__ = ["DenseBlock", "Transition", "__version__", "backends", "layers", "ops", "reference", "use_backend"]
+__all__ = [
+    "CSPDenseStage",
+    "CSPStage",
+    "ConcatConv",
+    "DenseBlock",
+    "PartialTransition",
+    "PostDenseBlock",
+    "Transition",
+    "TwoWayDenseBlock",
+    "__version__",
+    "analysis",
+    "backends",
+    "layers",
+    "models",
+    "ops",
+    "reference",
+    "use_backend",
+]
 
 if not native.available():
     warnings.warn(f"csp_kernels runs its plain PyTorch reference: {native.why_not()}", RuntimeWarning, stacklevel=2)

@@ -1,6 +1,21 @@
 """Modules: drop-in layers over the fused operators."""
 
+from csp_kernels.layers.concat_conv import ConcatConv
+from csp_kernels.layers.csp_dense_stage import CSPDenseStage
+from csp_kernels.layers.csp_stage import CSPStage
 from csp_kernels.layers.dense_block import DenseBlock
+from csp_kernels.layers.partial_transition import PartialTransition
+from csp_kernels.layers.post_dense_block import PostDenseBlock
 from csp_kernels.layers.transition import Transition
+from csp_kernels.layers.two_way_dense_block import TwoWayDenseBlock
 
-__all__ = ["DenseBlock", "Transition"]
+__all__ = [
+    "CSPDenseStage",
+    "CSPStage",
+    "ConcatConv",
+    "DenseBlock",
+    "PartialTransition",
+    "PostDenseBlock",
+    "Transition",
+    "TwoWayDenseBlock",
+]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from csp_kernels.reference._norms import statistics, to
+
 
 class DenseLayer(nn.Module):
     """Batch norm, ReLU, 1x1, batch norm, ReLU, 3x3: [N, in_channels, H, W] -> [N, growth_rate, H, W]."""
@@ -78,7 +80,7 @@ def dense_block(
 
     def activate(t: Tensor, norm: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:  # [N, c, H, W]
         mean, var = (next(given).to(dtype), next(given).to(dtype)) if frozen[norm] else (None, None)
-        weight, bias = _to(weight, dtype), _to(bias, dtype)
+        weight, bias = to(weight, dtype), to(bias, dtype)
         return F.relu(F.batch_norm(t, mean, var, weight, bias, not frozen[norm], 0.0, eps[norm]), inplace=True)
 
     features, widths = [x], []
@@ -88,19 +90,6 @@ def dense_block(
         z = F.conv2d(activate(torch.cat(features, 1), 2 * layer, weight1, bias1), conv1.to(x.dtype))
         y = F.conv2d(activate(z, 2 * layer + 1, weight2, bias2), conv2.to(x.dtype), padding=1)
         features.append(F.dropout(y, drop_rate) if drop_rate > 0 else y)
-        widths.append(_statistics(z, not frozen[2 * layer + 1]))
+        widths.append(statistics(z, not frozen[2 * layer + 1]))
     y = torch.cat(features, 1)
-    return y, torch.cat([_statistics(y, not all(frozen[::2])), *widths], 1)
-
-
-def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.to(dtype)
-
-
-@torch.no_grad()
-def _statistics(t: Tensor, wanted: bool) -> Tensor:
-    """[N, c, H, W] -> [2, c] float64: mean and biased variance; zeros if not wanted or without a value."""
-    if not wanted or t.numel() == 0:
-        return t.new_zeros((2, t.shape[1]), dtype=torch.float64)
-    var, mean = torch.var_mean(t.double(), (0, 2, 3), correction=0)
-    return torch.stack((mean, var))
+    return y, torch.cat([statistics(y, not all(frozen[::2])), *widths], 1)

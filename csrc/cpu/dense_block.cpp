@@ -1,35 +1,14 @@
 // The dense block on the CPU: forward, backward with deferred batch-norm correction, and inference. Compiled once per
 // instruction set (CSP_ISA names the namespace); docs/algorithms.md has the mathematics.
 #include "dense_block.h"
-#include <cmath>
 #include "tile/conv3x3.h"
 #include "tile/fused_layer.h"
+#include "tile/norm.h"
 #include "tile/pointwise.h"
+#include "tile/storage.h"
 
 namespace csp::CSP_ISA {
 namespace {
-
-// Statistics of one normalisation, in double: those of the batch, or the running ones.
-template <class T> struct Moments {
-  const double *mean, *var;   // of the batch
-  const T *running_mean, *running_var;
-  double eps;
-  bool frozen() const { return running_mean != nullptr; }
-  double centre(int64_t c) const { return frozen() ? double(running_mean[c]) : mean[c]; }
-  double rstd(int64_t c) const { return 1 / std::sqrt((frozen() ? double(running_var[c]) : var[c]) + eps); }
-  double lost(int64_t c) const { return centre(c) - double(T(centre(c))); }  // what T cannot hold of the mean
-  void fill(const Affine<T>& a, const T* gamma, const T* beta, int64_t n) const {
-    for (int64_t c = 0; c < n; c++) {
-      double s = double(gamma[c]) * rstd(c);
-      a.mean[c] = T(centre(c)), a.scale[c] = T(s), a.shift[c] = T(double(beta[c]) - lost(c) * s);
-    }
-  }
-};
-
-template <class S> struct Types { using T = decltype(widen(S{})); using Product = Plain<T>; };
-#if defined(__AVX512BF16__)
-template <> struct Types<BFloat16> { using T = float; using Product = Bf16Pair; };
-#endif
 
 template <class S, int M> struct Block {
   using T = typename Types<S>::T;
@@ -58,28 +37,22 @@ template <class S, int M> struct Block {
     for (int64_t l = 0; l < a.num_layers; l++) if (!a.layers[l].mean1) return true;
     return false;
   }
-  Statistics<T>* take_statistics(int tasks, int64_t channels) {
-    Statistics<T>* s = frame.take<Statistics<T>>(tasks);
-    for (int t = 0; t < tasks; t++) s[t].bind(frame.take<T>(Statistics<T>::size(round_up(channels, 64))), round_up(channels, 64));
-    return s;
-  }
-
   // F[:, :c0] = x, and its statistics.
   void copy_input(bool collect) {
     const S* x = static_cast<const S*>(a.x);
     int64_t c0 = a.in_channels, tiles = ceil_div(P, 16);
     int tasks = choose_tasks(a.parallel, tiles, 16.0 * double(P * c0));
     Frame inner;
-    Statistics<T>* stats = take_statistics(tasks, c0);
+    Statistics<T>* stats = take_statistics<T>(inner, tasks, c0);
     for_tasks(a.parallel, tasks, [&](int task) {
       Range r = share(tiles, task, tasks);
       int64_t seen = 0;
       for (int64_t t = r.begin; t < r.end; t++) {
         int64_t m = min64(16, P - t * 16);
-        const S* xt = x + t * 16 * c0;
-        for (int64_t i = 0; i < m; i++) memcpy(static_cast<void*>(F + (t * 16 + i) * C), xt + i * c0, size_t(c0) * sizeof(S));
+        const S* xt = x + t * 16 * a.x_pitch;
+        for (int64_t i = 0; i < m; i++) memcpy(static_cast<void*>(F + (t * 16 + i) * C), xt + i * a.x_pitch, size_t(c0) * sizeof(S));
         for (int64_t c = 0; collect && c < c0; c += L)
-          add_rows(stats[task], c, seen, m, [&](int64_t i) __attribute__((always_inline)) { return load(xt + i * c0 + c, c0 - c); });
+          add_rows(stats[task], c, seen, m, [&](int64_t i) __attribute__((always_inline)) { return load(xt + i * a.x_pitch + c, c0 - c); });
         seen += m;
       }
       stats[task].count = seen;
@@ -111,7 +84,7 @@ template <class S, int M> struct Block {
     int64_t K = a.prefix(l);
     Affine<T> norm(inner, K);
     moments1(l).fill(norm, weight(a.layers[l].gamma1), weight(a.layers[l].beta1), K);
-    Statistics<T>* stats = collect ? take_statistics(tasks1, b) : nullptr;
+    Statistics<T>* stats = collect ? take_statistics<T>(inner, tasks1, b) : nullptr;
     pointwise_forward<U>(a.parallel, tasks1, P, F, C, K, norm, w1, b, z, zp, stats);
     if (collect) merge(stats, tasks1, b, a.mean + C + l * b, a.var + C + l * b);
   }
@@ -139,7 +112,7 @@ template <class S, int M> struct Block {
       Affine<T> norm(inner, b);
       moments2(l).fill(norm, weight(p.gamma2), weight(p.beta2), b);
       Dropout<T> dropout(a.drop_rate, a.seed, l);
-      Statistics<T>* stats = collect ? take_statistics(tasks3, g) : nullptr;
+      Statistics<T>* stats = collect ? take_statistics<T>(inner, tasks3, g) : nullptr;
       Conv3x3<S> conv{a.parallel, tasks3, a.N, a.H, a.W, b, zp, g, C, norm, dropout};
       conv3x3_forward<M>(conv, z, packed.w2, F + K, stats);
       if (collect) merge(stats, tasks3, g, a.mean + K, a.var + K);
@@ -180,13 +153,13 @@ template <class S, int M> struct Block {
     Frame inner;
     int64_t K = a.prefix(l), Kp = round_up(K, 2 * L);
     Moments<T> m1 = moments1(l), m2 = moments2(l);
-    Affine<T> norm1(inner, K), dz(inner, b);  // dz: mean as slope, scale, shift as offset
+    Affine<T> norm1(inner, K), dz(inner, b);  // dz: mean as slope, shift as offset
     m1.fill(norm1, weight(p.gamma1), weight(p.beta1), K);
     for (int64_t c = 0; c < b && !m2.frozen(); c++) {
       double s = double(weight(p.gamma2)[c]) * m2.rstd(c), slope = -s * m2.rstd(c) * double(static_cast<T*>(p.dgamma2)[c]) / double(P);
       dz.mean[c] = T(slope), dz.shift[c] = T(-s * double(static_cast<T*>(p.dbeta2)[c]) / double(P) - slope * m2.lost(c));
     }
-    PointwiseBackward<U, S> backward{F, G_in, G, P, C, K, b, zp, norm1, dn, z, {norm2.scale, norm2.mean, dz.mean, dz.shift}, w1, Kp, parts};
+    PointwiseBackward<U, S> backward{F, G_in, G, P, C, K, b, zp, norm1, dn, z, {norm2.mean, dz.mean, dz.shift}, w1, Kp, parts};
     backward.run(a.parallel, tasks1);
     T *dgamma = static_cast<T*>(p.dgamma1), *dbeta = static_cast<T*>(p.dbeta1), *dw = static_cast<T*>(p.dw1);
     for_tasks(a.parallel, tasks1, [&](int task) {
@@ -222,7 +195,7 @@ template <class S, int M> struct Block {
       for (int64_t i = r.begin; i < r.end; i++)
         for (int64_t c = 0; c < c0; c += L) {
           Vec<T> f = load(F + i * C + c, c0 - c) - load(owed.mean + c);
-          store(dx + i * c0 + c, load(G + i * C + c, c0 - c) - (f * load(owed.scale + c) + load(owed.shift + c)), c0 - c);
+          store(dx + i * a.dx_pitch + c, load(G + i * C + c, c0 - c) - (f * load(owed.scale + c) + load(owed.shift + c)), c0 - c);
         }
     });
   }
@@ -230,6 +203,7 @@ template <class S, int M> struct Block {
   void backward() {
     int64_t gp = round_up(g, L), Kmax = round_up(a.prefix(a.num_layers - 1), 2 * L) + 2 * L;
     owed_mean = frame.zeroed<double>(C), owed_slope = frame.zeroed<double>(C);
+    if (a.owed) memcpy(owed_mean, a.owed, size_t(C) * sizeof(double)), memcpy(owed_slope, a.owed + C, size_t(C) * sizeof(double));
     Packed packed = take_packed();
     PartialSums<T>* parts3 = PartialSums<T>::take(frame, tasks3, E * zp * gp, zp + 2 * L);
     PartialSums<T>* parts1 = PartialSums<T>::take(frame, tasks1, zp * Kmax, Kmax);
@@ -272,24 +246,13 @@ template <class S, int M> struct Block {
   }
 };
 
-// F(4x4) where it was asked for and its larger tiles do not waste more than they save.
-bool large_tiles(const DenseBlock& a) {
-  int64_t small = ceil_div(a.H, 2) * ceil_div(a.W, 2) * 16, large = ceil_div(a.H, 4) * ceil_div(a.W, 4) * 36;
-  return a.winograd == 4 && double(large) < 0.7 * double(small);
-}
-
 template <class S, class F> void with_tiles(const DenseBlock& a, F f) {
-  if constexpr (sizeof(S) < 8) if (large_tiles(a)) { Block<S, 4> block(a); f(block); return; }
+  if constexpr (sizeof(S) < 8) if (large_tiles(a.H, a.W, a.winograd)) { Block<S, 4> block(a); f(block); return; }
   Block<S, 2> block(a);
   f(block);
 }
 template <class F> void with_types(const DenseBlock& a, F f) {
-  switch (a.storage) {
-    case Storage::Float32: with_tiles<float>(a, f); break;
-    case Storage::BFloat16: with_tiles<BFloat16>(a, f); break;
-    case Storage::Float16: with_tiles<Half>(a, f); break;
-    case Storage::Float64: with_tiles<double>(a, f); break;
-  }
+  with_storage(a.storage, [&](auto s) { with_tiles<decltype(s)>(a, f); });
 }
 
 }  // namespace

@@ -1,16 +1,8 @@
-// What crosses from the operators (csrc/library.cpp) to the code compiled per instruction set.
+// What a dense block's operators hand to the kernels.
 #pragma once
-#include <cstdint>
+#include "call.h"
 
 namespace csp {
-
-enum class Storage : int { Float32, BFloat16, Float16, Float64 };
-
-// Runs body(task) for task = 0 .. tasks-1 on the threads of the framework.
-struct Parallel {
-  int threads;
-  void (*run)(int tasks, void (*body)(void*, int), void* context);
-};
 
 struct DenseLayer {  // parameters and gradients in the accumulation type; null gradients are never passed
   const void *gamma1, *beta1, *w1, *gamma2, *beta2, *w2;              // [K] [K] [b,K] [b] [b] [g,b,3,3]
@@ -27,17 +19,20 @@ struct DenseBlock {
   double drop_rate;
   uint64_t seed;
   const DenseLayer* layers;
-  const void* x;                                                      // [N,H,W,c0]
+  const void* x;                                                      // [P, c0], pixels x_pitch apart
+  int64_t x_pitch;
   void* features;                                                     // [P, C], the output
   void* z;                                                            // [L][P][bp], null: not kept
   double *mean, *var;                                                 // [C + L*b]
   const void* grad_features;                                          // [P, C]
-  void* dx;                                                           // [P, c0]
+  const double* owed;                                                 // [2][C], null: nothing; see PartialTransition
+  void* dx;                                                           // [P, c0], pixels dx_pitch apart
+  int64_t dx_pitch;
 
   int64_t pixels() const { return N * H * W; }
   int64_t channels() const { return in_channels + num_layers * growth; }
   int64_t prefix(int64_t l) const { return in_channels + l * growth; }
-  int64_t z_pitch() const { return (bottleneck + 15) / 16 * 16; }
+  int64_t z_pitch() const { return padded_channels(bottleneck); }
 };
 
 struct DenseBlockKernels {

@@ -2,22 +2,40 @@
 #pragma once
 #include <cstdlib>
 #include <cstring>
+#include "concat_conv.h"
 #include "dense_block.h"
+#include "partial_transition.h"
+#include "post_dense_block.h"
 
 namespace csp {
 
-namespace baseline { extern const DenseBlockKernels dense_block_kernels; }
+#define CSP_KERNELS_OF(isa)                                        \
+  namespace isa {                                                  \
+  extern const DenseBlockKernels dense_block_kernels;              \
+  extern const ConcatConvKernels concat_conv_kernels;              \
+  extern const PartialTransitionKernels partial_transition_kernels; \
+  extern const PostDenseBlockKernels post_dense_block_kernels;     \
+  }
+CSP_KERNELS_OF(baseline)
 #if defined(CSP_HAVE_V3)
-namespace v3 { extern const DenseBlockKernels dense_block_kernels; }
+CSP_KERNELS_OF(v3)
 #endif
 #if defined(CSP_HAVE_V4)
-namespace v4 { extern const DenseBlockKernels dense_block_kernels; }
+CSP_KERNELS_OF(v4)
 #endif
 #if defined(CSP_HAVE_V4BF16)
-namespace v4bf16 { extern const DenseBlockKernels dense_block_kernels; }
+CSP_KERNELS_OF(v4bf16)
 #endif
+#undef CSP_KERNELS_OF
 
-struct Isa { const char* name; const DenseBlockKernels* kernels; bool runs_here; };
+struct Isa {
+  const char* name;
+  const DenseBlockKernels* dense_block;
+  const ConcatConvKernels* concat_conv;
+  const PartialTransitionKernels* partial_transition;
+  const PostDenseBlockKernels* post_dense_block;
+  bool runs_here;
+};
 
 // Best first.
 inline const Isa* isas(int* count) {
@@ -28,15 +46,15 @@ inline const Isa* isas(int* count) {
 #endif
   static const Isa all[] = {
 #if defined(CSP_HAVE_V4BF16)
-      {"v4bf16", &v4bf16::dense_block_kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {"v4bf16", &v4bf16::dense_block_kernels, &v4bf16::concat_conv_kernels, &v4bf16::partial_transition_kernels, &v4bf16::post_dense_block_kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
 #endif
 #if defined(CSP_HAVE_V4)
-      {"v4", &v4::dense_block_kernels, avx512},
+      {"v4", &v4::dense_block_kernels, &v4::concat_conv_kernels, &v4::partial_transition_kernels, &v4::post_dense_block_kernels, avx512},
 #endif
 #if defined(CSP_HAVE_V3)
-      {"v3", &v3::dense_block_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")},
+      {"v3", &v3::dense_block_kernels, &v3::concat_conv_kernels, &v3::partial_transition_kernels, &v3::post_dense_block_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")},
 #endif
-      {"baseline", &baseline::dense_block_kernels, true},
+      {"baseline", &baseline::dense_block_kernels, &baseline::concat_conv_kernels, &baseline::partial_transition_kernels, &baseline::post_dense_block_kernels, true},
   };
   *count = int(sizeof(all) / sizeof(all[0]));
   return all;

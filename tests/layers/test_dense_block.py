@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from modes import MODES, norms, set_norms, some_frozen
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import csp_kernels as csp
 
 pytestmark = pytest.mark.usefixtures("native")
-
-
-def norms(block: nn.Module) -> Iterator[nn.BatchNorm2d]:
-    return (m for m in block.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def twins(change: Callable[[nn.Module], Any] = lambda block: None, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -34,47 +31,6 @@ def twins(change: Callable[[nn.Module], Any] = lambda block: None, **options: An
     for block in (ours, naive):
         change(block)
     return ours, naive
-
-
-def set_norms(**attributes: Any) -> Callable[[nn.Module], None]:
-    def change(block: nn.Module) -> None:
-        for norm in norms(block):
-            for name, value in attributes.items():
-                setattr(norm, name, value)
-
-    return change
-
-
-def untracked(block: nn.Module) -> None:
-    """As built with track_running_stats=False: no buffers, batch statistics even in eval mode."""
-    set_norms(track_running_stats=False, running_mean=None, running_var=None, num_batches_tracked=None)(block)
-
-
-def some_frozen(block: nn.Module) -> None:
-    for i, norm in enumerate(norms(block)):
-        norm.train(i % 3 != 1)
-
-
-def different_norms(block: nn.Module) -> None:
-    for i, norm in enumerate(norms(block)):
-        norm.momentum, norm.eps = (0.1, 0.3, None)[i % 3], (1e-5, 1e-3)[i % 2]
-
-
-MODES: dict[str, Callable[[nn.Module], Any]] = {
-    "train": lambda block: block.train(),
-    "eval": lambda block: block.eval(),
-    "frozen norms": lambda block: [norm.eval() for norm in norms(block)],
-    "some frozen": some_frozen,
-    "momentum None": set_norms(momentum=None),
-    "momentum 0.7": set_norms(momentum=0.7),
-    "different norms": different_norms,
-    "no affine": set_norms(weight=None, bias=None),
-    "untracked": untracked,
-    "untracked eval": lambda block: (untracked(block), block.eval()),
-    "tracking switched off": set_norms(track_running_stats=False),
-    "no counter": set_norms(num_batches_tracked=None),
-    "frozen parameters": lambda block: [p.requires_grad_(False) for p in block.parameters()],
-}
 
 
 @pytest.mark.parametrize("mode", MODES)

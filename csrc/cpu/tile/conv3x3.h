@@ -26,6 +26,12 @@ template <int M> struct Tiling {
   }
 };
 
+// F(4x4) where it was asked for and its larger tiles do not waste more than they save.
+inline bool large_tiles(int64_t H, int64_t W, int winograd) {
+  int64_t small = ceil_div(H, 2) * ceil_div(W, 2) * 16, large = ceil_div(H, 4) * ceil_div(W, 4) * 36;
+  return winograd == 4 && double(large) < 0.7 * double(small);
+}
+
 // V[e][tile][LANES] (e apart e_step) = B^T d B for one tile row and one channel vector; value(y, x) inside the image.
 template <class T, int M, class Value>
 CSP_INLINE void transform_row(const Tiling<M>& g, int64_t y0, Vec<T>* columns, T* V, int64_t e_step, Value value) {
@@ -195,7 +201,7 @@ template <int M, class S> struct Conv3x3Backward {
   SliceGradient<T> correction;
   const S* z;
   const T* U;               // pack_winograd, transposed
-  S* dn;                    // [P][zp]: dh where the activation passes
+  S* dn;                    // [P][zp]: dh where the activation passes, times the norm's scale
   int64_t gp;               // g rounded up to a vector
   const PartialSums<T>* parts;  // a task: dU [E][zp][gp], sums [zp] of dn and of dn * (z - mean)
   Tiling<M> tl{c.N, c.H, c.W};
@@ -240,7 +246,7 @@ template <int M, class S> struct Conv3x3Backward {
         auto put = [&](int u, int v) __attribute__((always_inline)) {
           int64_t at = o + (u * c.W + v) * c.zp;
           Vec<T> centred = load(z + at) - mean, d = mask_positive<T>(centred * scale + shift, y[u][v]);
-          store(dn + at, d);
+          store(dn + at, d * scale);
           sum += d, sum_z += d * centred;
         };
         if (ym == M && xm == M) { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) put(u, v); }

@@ -120,8 +120,8 @@ void pointwise_forward(const Parallel& parallel, int tasks, int64_t P, const S* 
   });
 }
 
-// dz = scale * dn + (z - mean) * slope + offset, the gradient before the second normalisation.
-template <class T> struct BottleneckGradient { const T *scale, *mean, *slope, *offset; };
+// dz = dn + (z - mean) * slope + offset, the gradient before the second normalisation; dn: times its scale.
+template <class T> struct BottleneckGradient { const T *mean, *slope, *offset; };
 
 template <class U, class S> struct PointwiseBackward {
   using T = Acc<U>;
@@ -144,13 +144,13 @@ template <class U, class S> struct PointwiseBackward {
       auto at = [&](int64_t i, int64_t k) __attribute__((always_inline)) {
         if (i >= m || k >= used) return Vec<T>{};
         int64_t o = (p0 + i) * zp + k;
-        return load(dn + o) * load(dz.scale + k) + ((load(z + o) - load(dz.mean + k)) * load(dz.slope + k) + load(dz.offset + k));
+        return load(dn + o) + ((load(z + o) - load(dz.mean + k)) * load(dz.slope + k) + load(dz.offset + k));
       };
       Unit<U>* out = by_channel + (c / (L * D)) * M * L;
       if constexpr (D == 1) {
-        Vec<T> scale = load(dz.scale + c), mean = load(dz.mean + c), slope = load(dz.slope + c), offset = load(dz.offset + c);
+        Vec<T> mean = load(dz.mean + c), slope = load(dz.slope + c), offset = load(dz.offset + c);
         const S *dp = dn + p0 * zp + c, *q = z + p0 * zp + c;
-        for (int64_t i = 0; i < m; i++) store(out + i * L, load(dp + i * zp) * scale + ((load(q + i * zp) - mean) * slope + offset));
+        for (int64_t i = 0; i < m; i++) store(out + i * L, load(dp + i * zp) + ((load(q + i * zp) - mean) * slope + offset));
         for (int64_t i = m; i < M; i++) store(out + i * L, Vec<T>{});
       } else {
         for (int64_t i = 0; i < M; i += 2) {

@@ -30,6 +30,12 @@ struct Bf16Pair {
 };
 #endif
 
+// Storage -> accumulation type and unit of its products.
+template <class S> struct Types { using T = decltype(widen(S{})); using Product = Plain<T>; };
+#if defined(__AVX512BF16__)
+template <> struct Types<BFloat16> { using T = float; using Product = Bf16Pair; };
+#endif
+
 template <class U> using Acc = typename U::Acc;
 template <class U> using Unit = typename U::unit;
 

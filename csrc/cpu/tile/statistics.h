@@ -1,7 +1,7 @@
 // Mean and sum of squared deviations per channel: Chan's update per tile, relative to a pivot (the first row seen), so that
 // features with a large mean lose nothing. Merged over tasks in double, in task order.
 #pragma once
-#include "vec.h"
+#include "scratch.h"
 
 namespace csp::CSP_ISA {
 
@@ -15,6 +15,13 @@ template <class T> struct Statistics {  // [channels] each
     pivot = memory, mean = memory + channels, m2 = mean + channels, mean_low = m2 + channels, m2_low = mean_low + channels;
   }
 };
+
+template <class T> inline Statistics<T>* take_statistics(Frame& frame, int tasks, int64_t channels) {
+  int64_t padded = round_up(channels, 64);
+  Statistics<T>* s = frame.take<Statistics<T>>(tasks);
+  for (int t = 0; t < tasks; t++) s[t].bind(frame.take<T>(Statistics<T>::size(padded)), padded);
+  return s;
+}
 
 // *sum += x, compensated (Kahan): thousands of tiles lose no more than one.
 template <class T, class V> CSP_INLINE void add_compensated(T* sum, T* low, V x) {

@@ -1,0 +1,60 @@
+"""1x1 convolution, batch norm and activation over a concatenation as a module, run as one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from csp_kernels import ops, reference
+from csp_kernels.layers._norms import frozen_norms, not_plain, update_running, warn_once
+
+
+class ConcatConv(reference.ConcatConv):
+    """act(BN(conv1x1(cat(inputs)))), nothing concatenated: [N, in_channels[i], H, W] each -> [N, out_channels, H, W].
+
+    The joins of cross stage partial networks and, with two outputs, their splits (CSPNet, arXiv 1911.11929, Fig. 5).
+    Arguments, children (conv, norm) and outputs: `reference.ConcatConv`; the norm is a plain nn.BatchNorm2d and counts
+    as such: momentum, eps, affine, track_running_stats, train and eval act as usual. The children are not called, so
+    their hooks do not run. With another norm (SyncBatchNorm) or a changed convolution it runs as the reference does,
+    with one warning; RuntimeError if "native" was chosen. dtypes, memory formats and errors: `csp.ops.concat_conv`.
+    """
+
+    _warned = False
+
+    def forward(self, inputs: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        self._check(inputs)
+        modules: dict[str, Any] = self._modules
+        conv, norm = modules["conv"], modules["norm"]
+        reason = not_plain("norm", norm) or not_plain("conv", conv, 1)
+        if reason:
+            warn_once(self, reason)
+            return super().forward(inputs)
+        frozen, running = frozen_norms([norm])
+        single = isinstance(self.out_channels, int)
+        outputs, stats = ops.concat_conv(
+            inputs,
+            conv.weight,
+            norm.weight,
+            norm.bias,
+            running,
+            frozen=frozen[0],
+            eps=norm.eps,
+            act=self.act,
+            negative_slope=self.negative_slope,
+            splits=None if single else self.splits,
+        )
+        if not frozen[0]:
+            y = outputs[0]
+            update_running([norm], [(0, norm.num_features)], stats, y.shape[0] * y.shape[2] * y.shape[3])
+        return outputs[0] if single else tuple(outputs)
+
+    def _check(self, inputs: Sequence[Tensor]) -> None:
+        """The number and channels of the inputs; the operator sees to everything else."""
+        if not isinstance(inputs, Sequence) or any(not isinstance(t, Tensor) or t.dim() != 4 for t in inputs):
+            return
+        channels = tuple(t.shape[1] for t in inputs)
+        if channels != self.in_channels:
+            raise ValueError(f"inputs: got tensors of {list(channels)} channels, expected {list(self.in_channels)}")

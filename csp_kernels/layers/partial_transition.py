@@ -1,0 +1,90 @@
+"""The partial transition as a module, run as one operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from csp_kernels import ops, reference
+from csp_kernels.layers._norms import (
+    consecutive,
+    frozen_norms,
+    not_plain,
+    parameters,
+    update_running,
+    warn_once,
+)
+from csp_kernels.ops.partial_transition import pools_first
+
+
+class PartialTransition(reference.PartialTransition):
+    """Joins the bypass and the dense part of a stage, nothing concatenated (CSPNet, arXiv 1911.11929, Eq. 4, Fig. 3).
+
+    forward(part [N, part_channels, H, W] or None, dense [N, dense_channels, H, W]) -> [N, out_channels, H', W'].
+    Arguments, fusions, orders, children (t, u, each with norm and conv) and sizes: `reference.PartialTransition`. The
+    norms are plain nn.BatchNorm2d and count as such: momentum, eps, affine, track_running_stats, train and eval (a
+    norm in eval mode is frozen) act as usual. The children are not called, so their hooks do not run.
+    With other norms (SyncBatchNorm) or changed convolutions it runs as the reference does, with one warning;
+    RuntimeError if "native" was chosen. dtypes, memory formats and errors: `csp.ops.partial_transition`.
+    """
+
+    _warned = False
+
+    def forward(self, part: Tensor | None, dense: Tensor) -> Tensor:
+        self._check(part, dense)
+        children = self.units()
+        reason = self.not_plain()
+        if reason:
+            warn_once(self, reason)
+            return super().forward(part, dense)
+        norms = children[::2]
+        frozen, running = frozen_norms(norms)
+        y, stats = ops.partial_transition(
+            part,
+            dense,
+            parameters(children),
+            running,
+            fusion=self.fusion,
+            order=self.order,
+            pool=self.pool,
+            frozen=frozen,
+            eps=[norm.eps for norm in norms],
+        )
+        if not all(frozen):
+            self.update(stats, 0, dense)
+        return y
+
+    def units(self) -> list[Any]:
+        """norm, conv of t, then of u, of those that there are."""
+        modules: dict[str, Any] = self._modules
+        return [modules[k]._modules[name] for k in ("t", "u") if k in modules for name in ("norm", "conv")]
+
+    def not_plain(self, prefix: str = "") -> str:
+        """Which child the operator cannot stand for, and why; "" if there is none."""
+        names = [name for name in ("t", "u") if name in self._modules]
+        units = self.units()
+        for name, norm, conv in zip(names, units[::2], units[1::2], strict=True):
+            reason = not_plain(f"{prefix}{name}.norm", norm) or not_plain(f"{prefix}{name}.conv", conv, 1)
+            if reason:
+                return reason
+        return ""
+
+    def update(self, stats: Tensor, start: int, x: Tensor) -> None:
+        """Running statistics from stats, whose columns from start are this module's; x has the unpooled N, H, W."""
+        norms = self.units()[::2]
+        columns = consecutive(norms, start)
+        n, _, h, w = x.shape
+        full = len(norms) - pools_first(self.fusion, self.order, self.pool)
+        update_running(norms[:full], columns[:full], stats, n * h * w)
+        if full < len(norms):
+            update_running(norms[full:], columns[full:], stats, n * (h // 2) * (w // 2))
+
+    def _check(self, part: Tensor | None, dense: Tensor) -> None:
+        """The channels of the inputs; the operator sees to everything else."""
+        if part is None and self.part_channels:
+            raise ValueError(f"part: got None, expected a Tensor [N, {self.part_channels}, H, W]")
+        for name, t, channels in (("part", part, self.part_channels), ("dense", dense, self.dense_channels)):
+            if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] != channels:
+                expected = channels if channels else "None: part_channels is 0"
+                raise ValueError(f"{name}: got {t.shape[1]} channels {list(t.shape)}, expected {expected}")

@@ -1,0 +1,49 @@
+"""The dense block in the order convolution, batch norm, ReLU as a module, run as one operator."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from csp_kernels import ops, reference
+from csp_kernels.layers._norms import (
+    consecutive,
+    frozen_norms,
+    layer_children,
+    not_plain_layers,
+    parameters,
+    update_running,
+    warn_once,
+)
+
+
+class PostDenseBlock(reference.PostDenseBlock):
+    """Post-activation dense block, nothing concatenated: [N, c, H, W] -> [N, c + num_layers * growth_rate, H, W].
+
+    Each layer is 1x1 to bn_size * growth_rate, batch norm, ReLU, 3x3 to growth_rate, batch norm, ReLU. Arguments and
+    children denselayer{i}.{conv1,norm1,conv2,norm2}: `reference.PostDenseBlock`. The norms are plain nn.BatchNorm2d and
+    count as such: momentum, eps, affine, track_running_stats, train and eval (a norm in eval mode is frozen) act as
+    usual. The children are not called, so their hooks do not run. With other norms (SyncBatchNorm) or changed
+    convolutions it runs as the reference does, with one warning; RuntimeError if "native" was chosen.
+    dtypes, memory formats and errors: `csp.ops.post_dense_block`.
+    """
+
+    _warned = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        children = layer_children(self, "post")
+        reason = not_plain_layers(children, "post")
+        if reason:
+            warn_once(self, reason)
+            return super().forward(x)
+        norms = children[1::2]
+        frozen, running = frozen_norms(norms)
+        y, stats = ops.post_dense_block(
+            x,
+            parameters(children),
+            running,
+            frozen=frozen,
+            eps=[norm.eps for norm in norms],
+        )
+        if not all(frozen):
+            update_running(norms, consecutive(norms), stats, y.shape[0] * y.shape[2] * y.shape[3])
+        return y

@@ -1,0 +1,48 @@
+"""PeleeNet's two-way dense block as a module, run as one operator (arXiv 1804.06882, section 2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from csp_kernels import ops, reference
+from csp_kernels.layers._norms import (
+    consecutive,
+    frozen_norms,
+    layer_children,
+    not_plain_layers,
+    parameters,
+    update_running,
+    warn_once,
+)
+
+
+class TwoWayDenseBlock(reference.TwoWayDenseBlock):
+    """PeleeNet's dense block, nothing concatenated: [N, c, H, W] -> [N, c + num_layers * growth_rate, H, W].
+
+    Arguments, layers and children denselayer{i}.branch1.{conv1,norm1,conv2,norm2}, denselayer{i}.branch2.{..., conv3,
+    norm3}: `reference.TwoWayDenseBlock`. The norms are plain nn.BatchNorm2d and count as such: momentum, eps, affine,
+    track_running_stats, train and eval (a norm in eval mode is frozen) act as usual. The children are not called, so
+    their hooks do not run. With other norms (SyncBatchNorm) or changed convolutions it runs as the reference does, with
+    one warning; RuntimeError if "native" was chosen. dtypes, memory formats and errors: `csp.ops.two_way_dense_block`.
+    """
+
+    _warned = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        children = layer_children(self, "two_way")
+        reason = not_plain_layers(children, "two_way")
+        if reason:
+            warn_once(self, reason)
+            return super().forward(x)
+        norms = children[1::2]
+        frozen, running = frozen_norms(norms)
+        y, stats = ops.two_way_dense_block(
+            x,
+            parameters(children),
+            running,
+            frozen=frozen,
+            eps=[norm.eps for norm in norms],
+        )
+        if not all(frozen):
+            update_running(norms, consecutive(norms), stats, y.shape[0] * y.shape[2] * y.shape[3])
+        return y

@@ -1,0 +1,120 @@
+"""What the compiled operators share: tensors in their format, fake outputs, and one way into autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csp_kernels import native
+
+Save = Callable[[Any, tuple[Any, ...], Any], None]  # ctx, arguments, outputs
+Gradients = Callable[..., tuple[Any, ...]]  # ctx, gradients of the outputs -> gradients of the arguments
+
+
+def in_place(x: Tensor) -> Tensor:
+    """x if its channels lie side by side and its pixels at one distance (channels_last, or a channel slice of that)."""
+    n, c, h, w = x.shape
+    pitch = x.stride(3) if w > 1 else x.stride(2) if h > 1 else x.stride(0) if n > 1 else c
+    wanted = (h * w * pitch, 1, w * pitch, pitch)
+    fits = pitch >= c and all(
+        size == 1 or got == want for size, got, want in zip(x.shape, x.stride(), wanted, strict=True)
+    )
+    return x if fits else x.contiguous(memory_format=torch.channels_last)
+
+
+def packed(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def padded(channels: int) -> int:
+    """Columns that the kernels keep for these channels."""
+    return -(-channels // 16) * 16
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def winograd(dtype: torch.dtype) -> int:
+    """Winograd tile: 2 stays within twice the direct form's error, 4 is for where precision was given up for speed."""
+    if dtype == torch.float32:
+        return 2 if _float32_precision() == "highest" else 4
+    return 2 if dtype == torch.float64 else 4
+
+
+@torch.compiler.assume_constant_result  # safe: Dynamo guards on this setting
+def _float32_precision() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+def fake_image(like: Tensor, channels: int, height: int | None = None, width: int | None = None) -> Tensor:
+    """Uninitialised [N, channels, H, W], channels_last; of the size of `like` unless given."""
+    n, _, h, w = like.shape
+    shape = (n, channels, h if height is None else height, w if width is None else width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def fake_statistics(like: Tensor, columns: int) -> Tensor:
+    return like.new_empty((2, columns), dtype=torch.float64)
+
+
+class _Node(torch.autograd.Function):
+    """What register_autograd makes of the same formula, with its arguments flat: a third of the overhead of a call."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, save: Save, gradients: Gradients, lengths: list[int], *flat: Any) -> tuple[Any, ...]:
+        arguments = _folded(flat, lengths)
+        output = op(*arguments)
+        save(ctx, arguments, output)
+        ctx.gradients, ctx.lengths, ctx.outputs = gradients, lengths, _lengths(output)
+        return _flat(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return None, None, None, None, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
+
+
+def _lengths(values: Sequence[Any]) -> list[int]:
+    """Of the lists among them; -1: no list of tensors."""
+    return [len(v) if isinstance(v, list) and (not v or isinstance(v[0], Tensor)) else -1 for v in values]
+
+
+def _flat(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(item for v in values for item in (v if isinstance(v, list) else [v]))
+
+
+def _folded(flat: Sequence[Any], lengths: list[int]) -> tuple[Any, ...]:
+    values: list[Any] = []
+    at = 0
+    for n in lengths:
+        values.append(flat[at] if n < 0 else list(flat[at : at + n]))
+        at += abs(n)
+    return tuple(values)
+
+
+def call(op: Any, save: Save, gradients: Gradients, arguments: tuple[Any, ...]) -> Any:
+    """op(*arguments) with the gradient formula that is registered for it."""
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    lengths = _lengths(arguments)
+    flat = [item for v, n in zip(arguments, lengths, strict=True) for item in (v if n >= 0 else [v])]
+    return _Node.apply(op, save, gradients, lengths, *flat)
+
+
+def register(name: str, fakes: dict[str, Callable[..., Any]], save: Save, gradients: Gradients) -> None:
+    """Fake kernels ("" and suffixes of the name) and autograd of torch.ops.csp_kernels.<name>, once differentiable."""
+    if not native.available():
+        return
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"csp_kernels.{name} is differentiable once; for double backward choose csp.use_backend('reference')"
+        )
+
+    for suffix, fake in fakes.items():
+        torch.library.register_fake(f"csp_kernels::{name}{suffix}", fake)
+    torch.library.register_autograd(f"csp_kernels::{name}", gradients, setup_context=save)
+    torch.library.register_autograd(f"csp_kernels::{name}_backward", refuse)

@@ -1,0 +1,192 @@
+"""1x1 convolution, batch norm and activation over a concatenation that is never built: checks and dispatch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csp_kernels.backends import resolve
+from csp_kernels.ops import _checks as checks
+from csp_kernels.ops import _node as node
+from csp_kernels.reference import concat_conv as reference_concat_conv
+
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "mish", "hardswish", "identity")
+NAMES = ("weight", "norm_weight", "norm_bias")
+
+
+def concat_conv(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running: Sequence[Tensor] = (),
+    *,
+    frozen: bool = False,
+    eps: float = 1e-5,
+    act: str = "relu",
+    negative_slope: float = 0.01,
+    splits: Sequence[int] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """act(BN(conv1x1(cat(inputs)))) split along the channels; the inputs are read where they are.
+
+    The joins and, with two splits, the entries of cross stage partial networks (arXiv 1911.11929, Fig. 5).
+
+    Shapes:
+      inputs       one or more [N, c_i, H, W], any strides, the same dtype: float32, bfloat16, float16 or float64.
+                   Under autocast cast to its dtype.
+      weight       [out, sum of c_i, 1, 1]; dtype of the inputs; for 16-bit inputs also float32.
+      norm_weight  [out] or None (ones); norm_bias [out] or None (zeros); dtype as weight.
+      running      mean [out] and variance [out] if frozen; dtype as weight.
+      frozen       True normalises with `running`, False with batch statistics.
+      act          relu, leaky_relu (with negative_slope), silu, mish, hardswish or identity.
+      splits       channels of each output, adding up to out; None: one output.
+    Returns the outputs, each [N, splits[i], H, W], in the dtype and memory format of the first input (each may be a
+    channel slice of one tensor), and stats [2, out] float64, no gradient: batch mean and biased variance of the
+    convolution, unspecified if frozen. Running statistics are the caller's to update: `csp.ConcatConv` does.
+    Raises TypeError or ValueError for bad arguments before any work, RuntimeError if the chosen backend cannot run.
+    """
+    inputs = _checked_inputs(inputs)
+    x = inputs[0]
+    out, _ = _check_weight(inputs, weight)
+    shapes = [(out, sum(t.shape[1] for t in inputs), 1, 1), (out,), (out,)]
+    params = weight, norm_weight, norm_bias
+    checks.check_tensors(params, shapes, lambda i: NAMES[i], x, "inputs[0]")
+    if not isinstance(frozen, bool):
+        raise TypeError(f"frozen: got {type(frozen).__name__}, expected True or False")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: got {type(eps).__name__}, expected a number")
+    checks.epsilons(eps, [frozen])
+    checks.check_running(x, running, [frozen], [out], lambda i: "norm", "inputs[0]")
+    checks.check_choice("act", act, ACTIVATIONS)
+    if not abs(negative_slope) < math.inf:
+        raise ValueError(f"negative_slope: got {negative_slope}, expected a finite number")
+    _check_splits(splits, out)
+    checks.check_values(x, checks.pixels(x), [frozen], "inputs[0]")
+    channels_last = checks.is_channels_last(x)
+    if resolve(x.device.type) == "reference" or x.numel() == 0:
+        y, stats = reference_concat_conv(
+            inputs, *params, running, frozen=frozen, eps=eps, act=act, negative_slope=negative_slope, splits=splits
+        )
+    else:
+        fixed = [checks.converted(r, checks.ACCUMULATE[x.dtype]) for r in running]
+        w, gamma, beta = checks.filled(params, shapes, x)
+        sizes = [out] if splits is None else list(splits)
+        y, stats = _native(inputs, w, gamma, beta, fixed, frozen, float(eps), act, float(negative_slope), sizes)
+    return [checks.sliced(t, channels_last) for t in y], stats
+
+
+# --- checks ---
+
+
+def _checked_inputs(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """As a list, under autocast in its dtype."""
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
+        raise TypeError(f"inputs: got {type(inputs).__name__}, expected a sequence of Tensors, such as [x]")
+    if not inputs:
+        raise ValueError("inputs: got no tensor, expected at least one")
+    tensors = [checks.autocast(checks.check_image(t, f"inputs[{i}]")) for i, t in enumerate(inputs)]
+    for i, t in enumerate(tensors[1:], 1):
+        checks.check_beside(t, f"inputs[{i}]", tensors[0], "inputs[0]")
+    return tensors
+
+
+def _check_weight(inputs: list[Tensor], weight: Tensor) -> Sequence[int]:
+    channels = [t.shape[1] for t in inputs]
+    out, total = checks.check_weight(weight, "weight", f"[out, {sum(channels)}, 1, 1]")
+    if total != sum(channels):
+        got = " + ".join(map(str, channels)) + (f" = {sum(channels)}" if len(channels) > 1 else "")
+        raise ValueError(f"inputs: got {got} channels, expected {total}, the input channels of weight")
+    return out, total
+
+
+def _check_splits(splits: Sequence[int] | None, out: int) -> None:
+    if splits is not None and (not splits or min(splits) < 1 or sum(splits) != out):
+        raise ValueError(
+            f"splits: got {list(splits)}, expected sizes of at least 1 that add up to {out}, the rows of weight"
+        )
+
+
+# --- native ---
+
+_CODES = {"identity": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "mish": 4, "hardswish": 5}  # enum Activation
+
+
+def _native(
+    inputs: list[Tensor],
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running: list[Tensor],
+    frozen: bool,
+    eps: float,
+    act: str,
+    negative_slope: float,
+    splits: list[int],
+) -> tuple[list[Tensor], Tensor]:
+    """Parameters and running: contiguous, in the dtype of sums, none missing."""
+    ops = torch.ops.csp_kernels
+    inputs = [node.in_place(t) for t in inputs]
+    mean, var = running if frozen else (None, None)
+    arguments = inputs, weight, norm_weight, norm_bias, mean, var, eps, _CODES[act], negative_slope, splits
+    if node.wants_gradients(*inputs, weight, norm_weight, norm_bias):
+        *y, _, stats = _outputs(node.call(ops.concat_conv.default, _save, _gradients, arguments))
+        return y, stats
+    if frozen:
+        y = ops.concat_conv_inference.default(*arguments)
+        return y, inputs[0].new_zeros((2, sum(splits)), dtype=torch.float64)
+    y, _, stats = ops.concat_conv.default(*arguments)
+    return y, stats
+
+
+def _outputs(result: Any) -> Sequence[Tensor]:
+    """The outputs, raw and stats in a row: autograd gives them so, a compiled graph with the outputs in a list."""
+    return [*result[0], *result[1:]] if isinstance(result[0], (list, tuple)) else result
+
+
+def _fake(inputs: list[Tensor], weight: Tensor, *rest: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+    x, splits = inputs[0], rest[-1]
+    raw = x.new_empty((checks.pixels(x), sum(node.padded(c) for c in splits)))
+    return _fake_inference(inputs, weight, *rest), raw, node.fake_statistics(x, sum(splits))
+
+
+def _fake_inference(inputs: list[Tensor], weight: Tensor, *rest: Any) -> list[Tensor]:
+    return [node.fake_image(inputs[0], c) for c in rest[-1]]
+
+
+def _fake_backward(grads: list[Tensor], inputs: list[Tensor], *rest: Any) -> list[Tensor]:
+    wanted, parameters = rest[-1], rest[:3]
+    images = [node.fake_image(t, t.shape[1]) if w else t.new_empty((0,)) for t, w in zip(inputs, wanted, strict=True)]
+    return [*images, *(p.new_empty(p.shape) for p in parameters)]
+
+
+def _save(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
+    inputs, weight, gamma, beta, mean, var, *ctx.rest = arguments
+    _, raw, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(raw, stats)
+    ctx.wanted = [int(t.requires_grad) for t in inputs]
+    ctx.save_for_backward(raw, stats, weight, gamma, beta, mean, var, *inputs)
+
+
+def _gradients(ctx: Any, grads: list[Tensor | None], *_: Tensor | None) -> tuple[Any, ...]:
+    """In the order of the schema: inputs, weight, gamma, beta, then none for the rest."""
+    raw, stats, weight, gamma, beta, mean, var, *inputs = ctx.saved_tensors
+    rest = [None] * 6
+    if all(g is None for g in grads):
+        return [None] * len(inputs), None, None, None, *rest
+    splits = ctx.rest[-1]
+    full = [
+        node.fake_image(inputs[0], c).zero_() if g is None else node.in_place(g)
+        for g, c in zip(grads, splits, strict=True)
+    ]
+    *images, dw, dgamma, dbeta = torch.ops.csp_kernels.concat_conv_backward.default(
+        full, inputs, weight, gamma, beta, mean, var, raw, stats, *ctx.rest, ctx.wanted
+    )
+    return [g if w else None for g, w in zip(images, ctx.wanted, strict=True)], dw, dgamma, dbeta, *rest
+
+
+node.register("concat_conv", {"": _fake, "_backward": _fake_backward, "_inference": _fake_inference}, _save, _gradients)

@@ -1,0 +1,72 @@
+// Activations and their derivatives on vectors.
+#pragma once
+#include <cmath>
+#include "../concat_conv.h"
+#include "vec.h"
+
+namespace csp::CSP_ISA {
+
+CSP_INLINE Vec<double> exponential(Vec<double> x) {
+  Vec<double> y;
+  for (int i = 0; i < LANES<double>; i++) y[i] = std::exp(x[i]);
+  return y;
+}
+// 2^n * e^r, r = x - n log 2, by a polynomial of degree 6: within 2 units in the last place; clamped to normal numbers.
+CSP_INLINE Vec<float> exponential(Vec<float> x) {
+  Vec<float> low = Vec<float>{} - 87.0f, high = Vec<float>{} + 88.0f, clamped = x < low ? low : x > high ? high : x;
+  constexpr float MAGIC = 12582912.0f;  // adding it rounds to an integer
+  Vec<float> n = (clamped * 1.44269504f + MAGIC) - MAGIC, r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> p = r * 1.3888889e-3f + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f, p = p * r + 1.6666667e-1f, p = p * r + 0.5f, p = p * r * r + r + 1.0f;
+  Vec<int32_t> bits = (__builtin_convertvector(n, Vec<int32_t>) + 127) << 23;
+  return x != x ? x : p * Vec<float>(bits);
+}
+
+// value(x) and slope(x), the derivative.
+template <class T> struct Identity {
+  CSP_INLINE Vec<T> value(Vec<T> x) const { return x; }
+  CSP_INLINE Vec<T> slope(Vec<T>) const { return Vec<T>{} + T(1); }
+};
+template <class T> struct LeakyRelu {  // negative = 0: ReLU
+  T negative;
+  CSP_INLINE Vec<T> value(Vec<T> x) const { return x <= 0 ? x * negative : x; }
+  CSP_INLINE Vec<T> slope(Vec<T> x) const { return x > 0 ? Vec<T>{} + T(1) : Vec<T>{} + negative; }
+};
+template <class T> struct Relu {
+  CSP_INLINE Vec<T> value(Vec<T> x) const { return act<T>(x); }
+  CSP_INLINE Vec<T> slope(Vec<T> x) const { return mask_positive<T>(x, Vec<T>{} + T(1)); }
+};
+template <class T> CSP_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exponential(-x)); }
+template <class T> struct Silu {
+  CSP_INLINE Vec<T> value(Vec<T> x) const { return x * sigmoid<T>(x); }
+  CSP_INLINE Vec<T> slope(Vec<T> x) const { Vec<T> s = sigmoid<T>(x); return s * (T(1) + x * (T(1) - s)); }
+};
+template <class T> struct Mish {  // x tanh(log(1 + e^x))
+  static CSP_INLINE Vec<T> gate(Vec<T> x) {
+    Vec<T> large = Vec<T>{} + T(20), e = exponential(x > large ? large : x), w = e * (e + T(2));
+    return w / (w + T(2));
+  }
+  CSP_INLINE Vec<T> value(Vec<T> x) const { return x * gate(x); }
+  CSP_INLINE Vec<T> slope(Vec<T> x) const { Vec<T> t = gate(x); return t + x * (T(1) - t * t) * sigmoid<T>(x); }
+};
+template <class T> struct Hardswish {
+  CSP_INLINE Vec<T> value(Vec<T> x) const { return x * clamp(x + T(3)) * T(1.0 / 6); }
+  CSP_INLINE Vec<T> slope(Vec<T> x) const {
+    Vec<T> inside = x * T(1.0 / 3) + T(0.5), one = Vec<T>{} + T(1);
+    return x < -3 ? Vec<T>{} : x > 3 ? one : inside;
+  }
+  static CSP_INLINE Vec<T> clamp(Vec<T> x) { Vec<T> six = Vec<T>{} + T(6); return x < 0 ? Vec<T>{} : x > 6 ? six : x; }
+};
+
+template <class T, class F> inline void with_activation(Activation kind, double negative, F f) {
+  switch (kind) {
+    case Activation::Identity: f(Identity<T>{}); break;
+    case Activation::Relu: f(Relu<T>{}); break;
+    case Activation::LeakyRelu: f(LeakyRelu<T>{T(negative)}); break;
+    case Activation::Silu: f(Silu<T>{}); break;
+    case Activation::Mish: f(Mish<T>{}); break;
+    case Activation::Hardswish: f(Hardswish<T>{}); break;
+  }
+}
+
+}  // namespace csp::CSP_ISA

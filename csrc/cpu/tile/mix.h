@@ -1,0 +1,362 @@
+// A 1x1 convolution over inputs side by side that are never concatenated: each read in place, normalised and averaged on
+// load if asked; forward, and both gradients in one pass over the inputs.
+#pragma once
+#include "norm.h"
+#include "pointwise.h"
+
+namespace csp::CSP_ISA {
+
+// Pixels of a map, or of its 2x2 averages.
+struct Grid {
+  int64_t N, H, W;
+  bool pool;
+  int64_t rows() const { return pool ? H / 2 : H; }
+  int64_t columns() const { return pool ? W / 2 : W; }
+  int64_t pixels() const { return N * rows() * columns(); }
+  int64_t source(int64_t p) const {  // the first pixel of the map behind pixel p
+    if (!pool) return p;
+    int64_t h = rows(), w = columns();
+    return (p / (h * w) * H + p / w % h * 2) * W + p % w * 2;
+  }
+};
+
+template <class S> struct Segment {
+  using T = typename Types<S>::T;
+  const S* x;
+  int64_t pitch, channels;
+  const Affine<T>* norm;  // null: read as it is; else relu(norm(x))
+  S* g;                   // backward, null: not wanted; the gradient of x, times nothing or norm's scale
+  int64_t g_pitch;
+  int64_t column;         // its first row of the packed weights
+  bool add = false;       // g += instead of =
+};
+
+template <class S> inline Segment<S> segment(const Slice& s, const Affine<typename Types<S>::T>* norm) {
+  return {static_cast<const S*>(s.x), s.pitch, s.channels, norm, static_cast<S*>(s.dx), s.dx_pitch, 0};
+}
+
+// A[block][MR][LANES] from channels c0..c1 of one segment; source: first pixel behind each of m rows.
+template <class U, bool ACT, bool POOL, class S>
+CSP_NOINLINE void pack_segment(const Segment<S>& s, const int64_t* source, int64_t W, int m, int64_t c0, int64_t c1, Unit<U>* A) {
+  using T = Acc<U>;
+  constexpr int MR = TILE_ROWS, L = LANES<T>, LAST = U::DEPTH - 1;
+  for (int i = 0; i < m; i++) {
+    const S* f = s.x + source[i] * s.pitch;
+    auto read = [&](int64_t c) __attribute__((always_inline)) {
+      int64_t n = s.channels - c;
+      auto at = [&](int64_t pixel) __attribute__((always_inline)) {
+        Vec<T> x = load(f + pixel * s.pitch + c, n);
+        if constexpr (ACT) x = act<T>((x - load(s.norm->mean + c)) * load(s.norm->scale + c) + load(s.norm->shift + c));
+        return x;
+      };
+      if constexpr (POOL) return ((at(0) + at(1)) + (at(W) + at(W + 1))) * T(0.25);
+      else return at(0);
+    };
+    Unit<U>* o = A + i * L;
+    for (int64_t c = c0; c < c1; c += L * U::DEPTH, o += MR * L)
+      store(o, U::join(read(c), LAST ? read(c + LAST * L) : Vec<T>{}));
+  }
+  for (int i = m; i < MR; i++)
+    for (int64_t c = c0; c < c1; c += L * U::DEPTH) store(A + ((c - c0) / (L * U::DEPTH) * MR + i) * L, Vec<Unit<U>>{});
+}
+
+// Channels of the output, cut into splits that each begin at a multiple of 16 columns.
+struct Splits {
+  const int64_t* sizes;
+  int64_t count;
+  int64_t width() const { return columns(sizes, count); }
+  template <class F> void each(F f) const {  // f(split, first channel, first column, size)
+    for (int64_t i = 0, channel = 0, column = 0; i < count; channel += sizes[i], column += padded_channels(sizes[i]), i++) f(i, channel, column, sizes[i]);
+  }
+};
+
+template <class S> struct Mix {
+  using T = typename Types<S>::T;
+  using U = typename Types<S>::Product;
+  static constexpr int MR = TILE_ROWS, L = LANES<T>, D = U::DEPTH;
+  const Parallel& parallel;
+  Grid grid;
+  Segment<S>* segments;
+  int64_t count;
+  Splits out;
+  int64_t K = 0, Kp = 0, O = out.width(), P = grid.pixels();  // reduction: real, padded by segment; columns of the output
+  int tasks;
+
+  Mix(const Parallel& parallel, const Grid& grid, Segment<S>* segments, int64_t count, Splits out)
+      : parallel(parallel), grid(grid), segments(segments), count(count), out(out) {
+    for (int64_t i = 0; i < count; i++) segments[i].column = Kp, K += segments[i].channels, Kp += round_up(segments[i].channels, L * D);
+    tasks = choose_tasks(parallel, ceil_div(P, MR), 2.0 * double(P) * double(K) * double(O));
+  }
+
+  // Weights [out][K] in padded form [O][Kp], each row times scale[column] (null: 1).
+  T* padded(Frame& frame, const T* w, const T* scale) const {
+    T* full = frame.zeroed<T>(O * Kp);
+    out.each([&](int64_t, int64_t channel, int64_t column, int64_t size) {
+      for (int64_t n = 0; n < size; n++) {
+        const T* from = w + (channel + n) * K;
+        T f = scale ? scale[column + n] : T(1);
+        for (int64_t i = 0; i < count; from += segments[i].channels, i++)
+          for (int64_t c = 0; c < segments[i].channels; c++) full[(column + n) * Kp + segments[i].column + c] = from[c] * f;
+      }
+    });
+    return full;
+  }
+  template <bool TRANSPOSED> Unit<U>* packed(Frame& frame, const T* w, const T* scale = nullptr) const {
+    int64_t depth = TRANSPOSED ? O : Kp, channels = TRANSPOSED ? Kp : O, blocks = ceil_div(depth, depth_block<U>());
+    Unit<U>* to = frame.take<Unit<U>>(packed_size<U>(depth, channels));
+    Frame inner;
+    const T* full = padded(inner, w, scale);
+    for_tasks(parallel, int(min64(tasks, blocks)), [&](int task) {
+      pack_product<U, !TRANSPOSED>(to, depth, channels, full, nullptr, share(blocks, task, int(min64(tasks, blocks))));
+    });
+    return to;
+  }
+
+  void pack(int64_t k0, int64_t k1, const int64_t* source, int m, Unit<U>* A) const {
+    for (int64_t i = 0; i < count; i++) {
+      const Segment<S>& s = segments[i];
+      int64_t end = s.column + round_up(s.channels, L * D), c0 = max64(k0, s.column), c1 = min64(k1, end);
+      if (c0 >= c1) continue;
+      Unit<U>* to = A + (c0 - k0) / D * MR;
+      c0 -= s.column, c1 -= s.column;
+      if (s.norm) grid.pool ? pack_segment<U, true, true>(s, source, grid.W, m, c0, c1, to) : pack_segment<U, true, false>(s, source, grid.W, m, c0, c1, to);
+      else grid.pool ? pack_segment<U, false, true>(s, source, grid.W, m, c0, c1, to) : pack_segment<U, false, false>(s, source, grid.W, m, c0, c1, to);
+    }
+  }
+
+  // Tiles multiplied together: large weights are read once for all of them.
+  int64_t group() const { return min64(8, max64(1, O * Kp * int64_t(sizeof(T)) >> 17)); }
+
+  // emit(task, pixel, m, column, acc): m pixels of one panel.
+  template <class Emit> void forward(const Unit<U>* W, const Emit& emit) const {
+    int64_t tiles = ceil_div(P, MR), blocks = Kp / (L * D), nt = group();
+    int64_t chunks = ceil_div(blocks, FORWARD_CHUNK<U>), step = ceil_div(blocks, chunks), np = panels<T>(O);
+    for_tasks(parallel, tasks, [&](int task) {
+      Frame frame;
+      Unit<U>* A = frame.take<Unit<U>>(nt * step * MR * L);
+      T* C = frame.take<T>(nt * np * MR * 2 * L);
+      int64_t* source = frame.take<int64_t>(nt * MR);
+      Range r = share(tiles, task, tasks);
+      for (int64_t t = r.begin; t < r.end; t += nt) {
+        int64_t n = min64(nt, r.end - t);
+        for (int64_t i = 0; i < n * MR; i++) source[i] = grid.source(min64(t * MR + i, P - 1));
+        for (int64_t k = 0; k < blocks; k += step) {
+          int64_t kn = min64(step, blocks - k);
+          for (int64_t q = 0; q < n; q++)
+            pack(k * L * D, (k + kn) * L * D, source + q * MR, rows(t + q), A + q * step * MR * L);
+          for (int64_t p = 0; p < np; p++)
+            for (int64_t q = 0; q < n; q++) {
+              const Unit<U>* B = W + p * blocks * L * 2 * L;
+              T* Cq = C + (q * np + p) * MR * 2 * L;
+              auto done = [&](const auto& acc) __attribute__((always_inline)) { emit(task, (t + q) * MR, rows(t + q), p * 2 * L, acc); };
+              if (panel_vectors<T>(O, p) == 2) pointwise_panel<U, 2>(A + q * step * MR * L, B + k * L * 2 * L, kn, Cq, k == 0, k + kn == blocks, done);
+              else pointwise_panel<U, 1>(A + q * step * MR * L, B + k * L * L, kn, Cq, k == 0, k + kn == blocks, done);
+            }
+        }
+      }
+    });
+  }
+  int rows(int64_t tile) const { return int(min64(MR, P - tile * MR)); }
+
+  // z[P][pitch] (channels of it written) and its statistics, both in columns.
+  void forward_raw(const Unit<U>* W, S* z, int64_t pitch, int64_t channels, Statistics<T>* stats) const {
+    auto first = [&](int task) { return share(ceil_div(P, MR), task, tasks).begin * MR; };
+    for (int t = 0; stats && t < tasks; t++) stats[t].count = min64(P, first(t + 1)) - first(t);
+    forward(W, [&](int task, int64_t pixel, int m, int64_t n, const auto& acc) __attribute__((always_inline)) {
+      constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
+      S* zt = z + pixel * pitch + n;
+      CSP_UNROLL(16) for (int i = 0; i < MR; i++)
+        if (i < m) CSP_UNROLL(2) for (int j = 0; j < NV; j++) store(zt + i * pitch + j * L, acc[i][j], channels - n - j * L);
+      if (!stats) return;
+      int64_t seen = pixel - first(task);
+      if (m == MR) add_tile<T, MR, NV>(stats[task], n, seen, acc);
+      else for (int j = 0; j < NV; j++) add_rows(stats[task], n + j * L, seen, m, [&](int64_t i) { return acc[i][j]; });
+    });
+  }
+  // The tasks' statistics in columns -> those of the channels.
+  void merge(const Statistics<T>* stats, double* mean, double* var) const {
+    Frame frame;
+    double* both = frame.take<double>(2 * O);
+    csp::CSP_ISA::merge(stats, tasks, O, both, both + O);
+    out.each([&](int64_t, int64_t channel, int64_t column, int64_t size) {
+      memcpy(mean + channel, both + column, size_t(size) * sizeof(double)), memcpy(var + channel, both + O + column, size_t(size) * sizeof(double));
+    });
+  }
+};
+
+// Where dz comes from: d [P][pitch], and z of the same pitch where a norm follows.
+template <class S> struct OutputGradient {
+  using T = typename Types<S>::T;
+  const S *d, *z;  // z null: dz = d
+  int64_t pitch, channels;
+  const Correction<T>* correction;
+
+  CSP_INLINE Vec<T> at(int64_t pixel, int64_t n) const {
+    int64_t o = pixel * pitch + n, left = channels - n;
+    Vec<T> x = load(d + o, left);
+    if (!z) return x;
+    const Correction<T>& c = *correction;
+    return x * load(c.scale + n) + ((load(z + o, left) - load(c.mean + n)) * load(c.slope + n) + load(c.offset + n));
+  }
+};
+
+// The last row and column of an odd map belong to no average: no gradient.
+template <class S> inline void clear_border(const Grid& g, S* gradient, int64_t pitch, int64_t channels) {
+  if (!g.pool) return;
+  auto clear = [&](int64_t pixel) { memset(static_cast<void*>(gradient + pixel * pitch), 0, size_t(channels) * sizeof(S)); };
+  for (int64_t i = 0; i < g.N; i++) {
+    for (int64_t x = 0; g.H % 2 && x < g.W; x++) clear((i * g.H + g.H - 1) * g.W + x);
+    for (int64_t y = 0; g.W % 2 && y < g.H; y++) clear((i * g.H + y) * g.W + g.W - 1);
+  }
+}
+
+template <class S> struct MixBackward {
+  using T = typename Types<S>::T;
+  using U = typename Types<S>::Product;
+  static constexpr int MR = TILE_ROWS, L = LANES<T>, D = U::DEPTH;
+  static constexpr int64_t CHUNK = 384 * 4 / int64_t(sizeof(T));
+  const Mix<S>& mix;
+  OutputGradient<S> gradient;
+  const Unit<U>* W;             // packed<true>
+  const PartialSums<T>* parts;  // a task: dW [O rounded to a vector][pitch()], sums [pitch()] of dn and dn * (x - mean)
+
+  static int64_t pitch(const Mix<S>& mix) { return round_up(mix.Kp, 2 * L); }
+  static int64_t weights(const Mix<S>& mix) { return round_up(mix.O, L) * pitch(mix); }
+  // Tiles at a time: their dz stays in the second-level cache.
+  int64_t group() const { return max64(1, min64(8, (int64_t(256) << 10) / (mix.O * MR * int64_t(sizeof(T))))); }
+
+  // dz of m pixels from p0 on, M with padding: by_channel for dgrad, by_pixel for wgrad (the same where a unit is one value).
+  void pack(int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const {
+    for (int64_t c = 0; c < mix.O; c += L * D) {
+      auto at = [&](int64_t i, int64_t n) __attribute__((always_inline)) { return i < m && n < mix.O ? gradient.at(p0 + i, n) : Vec<T>{}; };
+      Unit<U>* to = by_channel + c / (L * D) * M * L;
+      if constexpr (D == 1) {
+        for (int64_t i = 0; i < M; i++) store(to + i * L, at(i, c));
+      } else {
+        for (int64_t i = 0; i < M; i += 2) {
+          Vec<T> v[2][2] = {{at(i, c), at(i, c + L)}, {at(i + 1, c), at(i + 1, c + L)}};
+          store(to + i * L, U::join(v[0][0], v[0][1])), store(to + (i + 1) * L, U::join(v[1][0], v[1][1]));
+          store(by_pixel + (c / L * (M / 2) + i / 2) * L, U::join(v[0][0], v[1][0]));
+          if (c + L < mix.O) store(by_pixel + ((c / L + 1) * (M / 2) + i / 2) * L, U::join(v[0][1], v[1][1]));
+        }
+      }
+    }
+  }
+
+  // One vector of channels of one tile: da[i * nv] -> gradient of the segment; what the product read goes to a[row][LANES].
+  template <bool ACT, bool POOL>
+  CSP_NOINLINE void emit(const Segment<S>& s, int64_t c, const int64_t* source, int m, const Vec<T>* da, int nv, Unit<U>* a,
+                         const PartialSums<T>& part) const {
+    int64_t n = s.channels - c, W = mix.grid.W;
+    Vec<T> mean{}, scale{}, shift{}, sum{}, sum_x{};
+    if constexpr (ACT) mean = load(s.norm->mean + c), scale = load(s.norm->scale + c), shift = load(s.norm->shift + c);
+    auto one = [&](int64_t pixel, Vec<T> d) __attribute__((always_inline)) {
+      Vec<T> x = load(s.x + pixel * s.pitch + c, n);
+      if constexpr (ACT) {
+        Vec<T> centred = x - mean, pre = centred * scale + shift;
+        d = mask_positive<T>(pre, d);
+        sum += d, sum_x += d * centred, d *= scale, x = act<T>(pre);
+      }
+      if (s.g) {
+        S* to = s.g + pixel * s.g_pitch + c;
+        store(to, s.add ? load(to, n) + d : d, n);
+      }
+      return x;
+    };
+    auto row = [&](int i) __attribute__((always_inline)) {
+      if (i >= m) return Vec<T>{};
+      int64_t p = source[i];
+      if constexpr (!POOL) return one(p, da[i * nv]);
+      Vec<T> d = da[i * nv] * T(0.25), top = one(p, d) + one(p + 1, d);
+      return (top + (one(p + W, d) + one(p + W + 1, d))) * T(0.25);
+    };
+    for (int i = 0; i < MR; i += D) {
+      Vec<T> first = row(i);
+      store(a + i / D * L, U::join(first, D > 1 ? row(i + D - 1) : Vec<T>{}));
+    }
+    if constexpr (ACT) {
+      int64_t k = s.column + c;
+      store(part.sum + k, load(part.sum + k) + sum), store(part.sum_x + k, load(part.sum_x + k) + sum_x);
+    }
+  }
+
+  void emit_vector(int64_t k, const int64_t* source, int m, const Vec<T>* da, int nv, Unit<U>* a, const PartialSums<T>& part) const {
+    int64_t i = mix.count - 1;
+    while (mix.segments[i].column > k) i--;
+    const Segment<S>& s = mix.segments[i];
+    int64_t c = k - s.column;
+    if (s.norm) mix.grid.pool ? emit<true, true>(s, c, source, m, da, nv, a, part) : emit<true, false>(s, c, source, m, da, nv, a, part);
+    else mix.grid.pool ? emit<false, true>(s, c, source, m, da, nv, a, part) : emit<false, false>(s, c, source, m, da, nv, a, part);
+  }
+
+  template <int NV>
+  CSP_NOINLINE void dgrad(const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks, Vec<T>* da) const {
+    Vec<T> acc[MR][NV];
+    clear(acc);
+    product<U>(acc, A, a_step, B, blocks);
+    CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) da[i * NV + j] = acc[i][j];
+  }
+
+  void run() const {
+    int64_t P = mix.P, O = mix.O, Kp = mix.Kp, tiles = ceil_div(P, MR), blocks = ceil_div(O, depth_block<U>()), ldw = pitch(mix);
+    int64_t chunk = round_up(ceil_div(Kp, ceil_div(Kp, CHUNK)), 2 * L), nt = group();
+    for_tasks(mix.parallel, mix.tasks, [&](int task) {
+      Frame frame;
+      const PartialSums<T>& part = parts[task];
+      part.clear(weights(mix), ldw);
+      Unit<U>* by_channel = frame.take<Unit<U>>(round_up(O, L * D) * nt * MR);
+      Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(round_up(O, L * D) * nt * MR);
+      Unit<U>* a = frame.take<Unit<U>>((chunk + 2 * L) * nt * MR);
+      int64_t* source = frame.take<int64_t>(nt * MR);
+      Vec<T>* da = frame.take<Vec<T>>(MR * 2);
+      Range r = share(tiles, task, mix.tasks);
+      for (int64_t t = r.begin; t < r.end; t += nt) {
+        int64_t n = min64(nt, r.end - t), M = n * MR, p0 = t * MR;
+        for (int64_t i = 0; i < M; i++) source[i] = mix.grid.source(min64(p0 + i, P - 1));
+        pack(p0, min64(M, P - p0), M, by_channel, by_pixel);
+        for (int64_t k0 = 0; k0 < Kp; k0 += chunk) {
+          int64_t k1 = min64(Kp, k0 + chunk);
+          for (int64_t k = k0; k < k1; k += 2 * L)
+            for (int64_t q = 0; q < n; q++) {
+              int nv = Kp - k > L ? 2 : 1;
+              const Unit<U>*A = by_channel + q * MR * L, *B = W + k / (2 * L) * blocks * L * 2 * L;
+              if (nv == 2) dgrad<2>(A, M * L, B, blocks, da);
+              else dgrad<1>(A, M * L, B, blocks, da);
+              for (int j = 0; j < nv; j++)
+                emit_vector(k + j * L, source + q * MR, mix.rows(t + q), da + j, nv, a + ((k - k0) / L + j) * (M / D) * L + q * MR / D * L, part);
+            }
+          for (int64_t k = k0; k < k1; k += 2 * L)
+            for (int64_t o = 0; o < round_up(O, L); o += WROWS<T>) {
+              const Unit<U>*A = by_pixel + o / L * (M / D) * L + o % L, *ak = a + (k - k0) * (M / D);
+              if (Kp - k > L) outer_product<U, WROWS<T>, 2>(A, ak, ak + M / D * L, M / D, part.weight + o * ldw + k, ldw);
+              else outer_product<U, WROWS<T>, 1>(A, ak, ak, M / D, part.weight + o * ldw + k, ldw);
+            }
+        }
+      }
+    });
+    for (int64_t i = 0; i < mix.count; i++)
+      if (mix.segments[i].g) clear_border(mix.grid, mix.segments[i].g, mix.segments[i].g_pitch, mix.segments[i].channels);
+  }
+
+  // dW [out][K], the tasks' sums.
+  void weight_gradient(T* dw) const {
+    int64_t ldw = pitch(mix);
+    mix.out.each([&](int64_t, int64_t channel, int64_t column, int64_t size) {
+      for_tasks(mix.parallel, mix.tasks, [&](int task) {
+        Range r = share(size, task, mix.tasks);
+        for (int64_t n = r.begin; n < r.end; n++) {
+          T* to = dw + (channel + n) * mix.K;
+          for (int64_t i = 0; i < mix.count; to += mix.segments[i].channels, i++)
+            for (int64_t c = 0; c < mix.segments[i].channels; c++) {
+              int64_t at = (column + n) * ldw + mix.segments[i].column + c;
+              T sum = parts[0].weight[at];
+              for (int t = 1; t < mix.tasks; t++) sum += parts[t].weight[at];
+              to[c] = sum;
+            }
+        }
+      });
+    });
+  }
+};
+
+}  // namespace csp::CSP_ISA

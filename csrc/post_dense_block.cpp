@@ -1,0 +1,77 @@
+// The operators of post-activation dense blocks (one branch, or PeleeNet's two) on CPU tensors.
+#include "post_dense_block.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "partial_transition.h"
+
+namespace csp {
+namespace {
+
+constexpr const char* OP = "post_dense_block";
+
+Slice slice_of(const Tensor& x, const Shape& s) { return {x.const_data_ptr(), s.pitch, s.C, nullptr, 0}; }
+
+void check_norms(const std::vector<Tensor>& params, const std::vector<int64_t>& frozen, const std::vector<double>& eps) {
+  STD_TORCH_CHECK(frozen.size() * 3 == params.size() && eps.size() == frozen.size(), OP, ": 3 tensors, a flag and an eps for each norm");
+}
+
+// y, and of what backward needs (keep: all but z and middle): raw features, bottlenecks, middles, statistics.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> post_dense_block(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor> running,
+                                                                    std::vector<int64_t> frozen, std::vector<double> eps, bool two_way, int64_t winograd,
+                                                                    bool keep) {
+  check_norms(params, frozen, eps);
+  Shape s(OP, x);
+  PostDenseBlockCall call(OP, x, s, slice_of(x, s), params, running, frozen.data(), eps.data(), two_way, winograd);
+  PostDenseBlock& a = call.block;
+  Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W), features = large(torch::stable::new_empty(x, {a.pixels(), a.grown()}));
+  Tensor z = large(torch::stable::new_empty(x, {keep ? call.z_size() : 0})), middle = large(torch::stable::new_empty(x, {keep ? call.middle_size() : 0}));
+  Tensor stats = torch::stable::new_zeros(x, {2, call.statistics_size}, ScalarType::Double);
+  double* mean = static_cast<double*>(stats.mutable_data_ptr());
+  call.statistics(mean, mean + call.statistics_size);
+  a.features = features.mutable_data_ptr(), a.z = pointer_or_null(z), a.middle = pointer_or_null(middle);
+  a.y = {nullptr, 0, a.channels(), y.mutable_data_ptr(), a.channels()};
+  if (y.numel() > 0) isa().post_dense_block->forward(a);
+  return {y, features, z, middle, stats};
+}
+
+std::vector<Tensor> post_dense_block_backward(const Tensor& grad_y, const Tensor& x, const Tensor& features, const Tensor& z, const Tensor& middle,
+                                              const Tensor& stats, std::vector<Tensor> params, std::vector<Tensor> running, std::vector<int64_t> frozen,
+                                              std::vector<double> eps, bool two_way, int64_t winograd) {
+  check_norms(params, frozen, eps);
+  Shape s(OP, x), grad(OP, grad_y);
+  PostDenseBlockCall call(OP, x, s, slice_of(x, s), params, running, frozen.data(), eps.data(), two_way, winograd);
+  PostDenseBlock& a = call.block;
+  grad.same(OP, s);
+  STD_TORCH_CHECK(grad.C == a.channels() && grad_y.scalar_type() == x.scalar_type(), OP, "_backward: grad_y must have the shape and dtype of y");
+  STD_TORCH_CHECK(features.numel() == a.pixels() * a.grown() && (!z.numel() || z.numel() == call.z_size()) &&
+                      (!middle.numel() || middle.numel() == call.middle_size()), OP, "_backward: what forward kept has the wrong size");
+  bool empty = grad_y.numel() == 0;
+  std::vector<Tensor> grads{channels_last(x, a.N, s.C, a.H, a.W)};
+  for (const Tensor& p : params) grads.push_back(empty ? torch::stable::new_zeros(p, p.sizes()) : torch::stable::new_empty(p, p.sizes()));
+  if (empty) return grads;
+  double* mean = const_cast<double*>(static_cast<const double*>(stats.const_data_ptr()));
+  call.statistics(mean, mean + call.statistics_size), call.gradients(grads, 1);
+  Tensor G = large(torch::stable::new_empty(x, {a.pixels(), a.grown()}));
+  a.features = const_cast<void*>(features.const_data_ptr()), a.z = pointer_or_null(z), a.middle = pointer_or_null(middle), a.G = G.mutable_data_ptr();
+  a.y = {grad_y.const_data_ptr(), grad.pitch, grad.C, nullptr, 0};
+  a.x.dx = grads[0].mutable_data_ptr(), a.x.dx_pitch = s.C;
+  isa().post_dense_block->backward(a);
+  return grads;
+}
+
+}  // namespace
+}  // namespace csp
+
+STABLE_TORCH_LIBRARY_FRAGMENT(csp_kernels, m) {
+  m.def("post_dense_block(Tensor x, Tensor[] params, Tensor[] running, int[] frozen, float[] eps, bool two_way, int winograd, bool keep) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("post_dense_block_backward(Tensor grad_y, Tensor x, Tensor features, Tensor z, Tensor middle, Tensor stats, Tensor[] params, "
+        "Tensor[] running, int[] frozen, float[] eps, bool two_way, int winograd) -> Tensor[]");
+}
+STABLE_TORCH_LIBRARY_IMPL(csp_kernels, CPU, m) {
+  m.impl("post_dense_block", TORCH_BOX(&csp::post_dense_block));
+  m.impl("post_dense_block_backward", TORCH_BOX(&csp::post_dense_block_backward));
+}
