@@ -1,8 +1,9 @@
-"""Command line: python -m csp_kernels info | demo | bench."""
+"""Command line: python -m csp_kernels info | demo | profile | bench."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import platform
 import sys
@@ -14,6 +15,10 @@ import torch
 import csp_kernels
 from csp_kernels import native
 
+LAZY = {  # command -> its module, which has add_arguments and main, and its help
+    "demo": ("csp_kernels.demo", "train networks on real digits, fused against naive: accuracy, time, memory"),
+    "profile": ("csp_kernels.profile_command", "count a network's parameters, FLOPs, traffic and saved activations"),
+}
 BENCH = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_dense_block.py"
 
 
@@ -48,18 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["bench"]:  # has its own parser
         return bench(given[1:])
     parser = argparse.ArgumentParser(prog="python -m csp_kernels", description=csp_kernels.__doc__)
-    commands = parser.add_subparsers(required=True, metavar="info | demo | bench")
+    commands = parser.add_subparsers(required=True, metavar="info | demo | profile | bench")
     commands.add_parser("info", help="what is available here, and why not where not").set_defaults(run=info)
-    demo = commands.add_parser(
-        "demo", help="train a DenseNet on real digits, fused against naive: accuracy, time, memory"
-    )
+    for name, (module, text) in LAZY.items():
+        command = commands.add_parser(name, help=text)
+        if given[:1] == [name]:  # only now: it needs more packages or time
+            imported = importlib.import_module(module)
+            imported.add_arguments(command)
+            command.set_defaults(run=imported.main)
     commands.add_parser("bench", help="time the fused operators against eager and compiled PyTorch")
-    if given[:1] == ["demo"]:  # only now: it needs more packages
-        from csp_kernels.demo import add_arguments
-        from csp_kernels.demo import main as run_demo
-
-        add_arguments(demo)
-        demo.set_defaults(run=run_demo)
     parsed = parser.parse_args(given)
     return int(parsed.run(parsed))
 

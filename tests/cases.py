@@ -164,7 +164,8 @@ def compare(case: Case) -> None:
     if too_large(case, errors):
         for name, pairs in measure(case, range(3, 9)).items():
             errors[name] += pairs
-    assert not too_large(case, errors)
+    failures = too_large(case, errors)
+    assert not failures, failures
 
 
 def check_inference(case: Case) -> None:

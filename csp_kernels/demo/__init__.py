@@ -1,4 +1,4 @@
-"""`python -m csp_kernels demo`: one network, trained twice from the same weights, fused and naive, on real digits."""
+"""`python -m csp_kernels demo`: networks, each trained twice from the same weights, fused and naive, on real digits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from .network import NETWORKS
+
 __all__ = ["add_arguments", "main"]
 
 NEEDED = ("mlxtend", "matplotlib", "numpy")
+EPOCHS, EPOCHS_OF_SEVERAL = 3, 2
 
 
 def _positive(text: str) -> int:
@@ -21,7 +24,15 @@ def _positive(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the demo's options to a parser."""
-    parser.add_argument("--epochs", type=_positive, default=3, help="passes over the 4,000 training digits (default 3)")
+    names = ", ".join(NETWORKS)
+    parser.add_argument(
+        "--network", nargs="+", choices=(*NETWORKS, "all"), default=["densenet"], metavar="NAME",
+        help=f"one or several of {names}, or all (default densenet)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--epochs", type=_positive,
+        help=f"passes over the 4,000 training digits (default {EPOCHS}; {EPOCHS_OF_SEVERAL} for several networks)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=_positive, default=64, help="images a step (default 64)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 uses autocast")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split, the weights and the data order")
@@ -35,5 +46,8 @@ def main(args: argparse.Namespace) -> int:
         print(f'The demo needs {", ".join(missing)}: pip install "csp_kernels[demo]"', file=sys.stderr)
         return 1
     from .run import run_demo
+    from .train import Settings
 
-    return run_demo(args.epochs, args.batch_size, args.dtype, args.seed, args.out)
+    networks = [name for name in NETWORKS if name in args.network or "all" in args.network]
+    epochs = args.epochs or (EPOCHS if len(networks) == 1 else EPOCHS_OF_SEVERAL)
+    return run_demo(networks, Settings(epochs, args.batch_size, args.dtype, args.seed), args.out)

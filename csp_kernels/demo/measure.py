@@ -1,6 +1,6 @@
 """What a training step keeps and needs: saved activation bytes and peak resident memory.
 
-Run as a program (`python -m csp_kernels.demo.measure KIND BATCH DTYPE`) it takes a few steps and prints its own peak.
+As a program (`python -m csp_kernels.demo.measure NETWORK KIND BATCH DTYPE`) it takes a few steps and prints its peak.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
+
+from csp_kernels.analysis import saved_bytes
+
+from .network import build
 
 STEPS = 3
 
@@ -23,29 +25,9 @@ def precision(dtype: str) -> AbstractContextManager[object]:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int:
-    """Bytes of all distinct storages that autograd keeps after forward(), without those of `exclude`."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # alive until counted: no address is used twice
-    total = sum(kept.values())
-    del result
-    return total
-
-
-def network_saved_bytes(kind: str, batch_size: int, dtype: str) -> int:
-    """Saved activation bytes of one training step of the demo network, inputs and parameters not counted."""
-    from .network import build
-
-    model, images = build(kind, 0), torch.randn(batch_size, 1, 28, 28)
+def network_saved_bytes(network: str, kind: str, batch_size: int, dtype: str) -> int:
+    """Saved activation bytes of one training step, inputs and parameters not counted."""
+    model, images = build(network, kind, 0), torch.randn(batch_size, 1, 28, 28)
     with precision(dtype):
         return saved_bytes(lambda: model(images), [images, *model.parameters(), *model.buffers()])
 
@@ -65,20 +47,18 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def peak_of(kind: str, batch_size: int, dtype: str) -> tuple[int, int]:
+def peak_of(network: str, kind: str, batch_size: int, dtype: str) -> tuple[int, int]:
     """(peak, peak before the first step) resident bytes of a process of its own that takes a few steps."""
-    command = [sys.executable, "-m", "csp_kernels.demo.measure", kind, str(batch_size), dtype]
+    command = [sys.executable, "-m", "csp_kernels.demo.measure", network, kind, str(batch_size), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {kind!r} failed:\n{done.stderr}")
+        raise RuntimeError(f"measuring the memory of {network!r}, {kind}, failed:\n{done.stderr}")
     answer = json.loads(done.stdout.splitlines()[-1])
     return answer["peak"], answer["start"]
 
 
-def _steps(kind: str, batch_size: int, dtype: str) -> None:
-    from .network import build
-
-    model = build(kind, 0)
+def _steps(network: str, kind: str, batch_size: int, dtype: str) -> None:
+    model = build(network, kind, 0)
     images, labels = torch.randn(batch_size, 1, 28, 28), torch.zeros(batch_size, dtype=torch.int64)
     optimizer = torch.optim.AdamW(model.parameters())
     start = peak_resident_bytes()
@@ -92,4 +72,4 @@ def _steps(kind: str, batch_size: int, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    _steps(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    _steps(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

@@ -1,49 +1,33 @@
-"""A DenseNet-BC for 28x28 images, built from fused or from naive parts with the same state_dict keys."""
+"""The demo's networks, from `csp_kernels.models`: fused, and naive from the plain PyTorch twins of the same layers."""
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import csp_kernels as csp
 
-LAYERS = (4, 8, 12)  # dense layers at 28x28, 14x14, 7x7
-GROWTH = 16
-KINDS = ("csp", "naive")
+NETWORKS = ("densenet", "csp_densenet", "peleenet", "csp_peleenet")
+KINDS = ("fused", "naive")
 
 
-class DenseNetBC(nn.Module):
-    """DenseNet-BC (arXiv 1608.06993, table 1 in small): [N, 1, 28, 28] -> logits [N, 10]; compression 0.5.
-
-    `parts` is the module that DenseBlock and Transition come from: csp_kernels or csp_kernels.reference.
-    """
-
-    def __init__(self, parts: ModuleType) -> None:
-        super().__init__()
-        channels = 2 * GROWTH
-        stages: list[nn.Module] = [nn.Conv2d(1, channels, 3, padding=1, bias=False)]
-        for index, layers in enumerate(LAYERS):
-            stages.append(parts.DenseBlock(layers, channels, GROWTH))
-            channels += layers * GROWTH
-            if index + 1 < len(LAYERS):
-                stages.append(parts.Transition(channels, channels // 2))
-                channels //= 2
-        self.features = nn.Sequential(*stages, nn.BatchNorm2d(channels), nn.ReLU())
-        self.classifier = nn.Linear(channels, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [N, 1, 28, 28] -> logits [N, 10]."""
-        return self.classifier(self.features(images).mean((2, 3)))
-
-
-def build(kind: str, seed: int) -> DenseNetBC:
-    """The network from 'csp' or 'naive' parts; the weights depend on the seed alone. channels_last."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+def build(network: str, kind: str, seed: int) -> csp.models.Network:
+    """[N, 1, 28, 28] -> logits [N, 10], channels_last; the weights depend on network and seed alone."""
+    for name, value, choices in (("network", network, NETWORKS), ("kind", kind, KINDS)):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+    model: csp.models.Network = getattr(csp.models, f"{network}_digits")()
     torch.manual_seed(seed)
-    weights = DenseNetBC(csp.reference).state_dict()
-    model = DenseNetBC(csp if kind == "csp" else csp.reference)
-    model.load_state_dict(weights)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):  # torch's initialisation: the start of earlier demos
+            module.reset_parameters()
+        if kind == "naive":
+            _make_twin(module)
     return model.to(memory_format=torch.channels_last)
+
+
+def _make_twin(module: nn.Module) -> None:
+    """Makes a fused layer its plain PyTorch twin, in place: the same parameters and state_dict keys."""
+    name = type(module).__name__
+    if type(module) is getattr(csp.layers, name, None):
+        module.__class__ = getattr(csp.reference, name)

@@ -3,29 +3,77 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MIB = 2**20
 COMPARED_STEPS = 20
+COLOURS = {"fused": "tab:blue", "naive": "tab:orange"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one network's training came to. Memory in bytes, None where it was not measured."""
+    """What the training of one form of a network came to. Memory in bytes.
 
-    name: str
+    difference: largest loss difference of the first steps, fused against naive; of the naive form, against itself in
+    NCHW (None: not measured).
+    """
+
+    network: str
+    kind: str
     losses: list[float]
     seconds: list[float]
-    accuracy: float | None
-    saved: int | None
-    peak: int | None
-    start: int | None
+    accuracy: float
+    difference: float | None
+    saved: int
+    peak: int
+    start: int
 
     @property
     def step_ms(self) -> float:
         """Median time of a step in milliseconds; the first (warm-up) step does not count if there are more."""
         return 1e3 * statistics.median(self.seconds[1:] or self.seconds)
+
+    @property
+    def above(self) -> int:
+        """Peak resident memory above that before the first step."""
+        return self.peak - self.start
+
+
+@dataclass(frozen=True)
+class Column:
+    """A quantity of the table: lines of its heading, its value, and how that is printed."""
+
+    heading: tuple[str, str]
+    value: Callable[[Result], float | None]
+    form: str
+
+    def cell(self, result: Result) -> str:
+        """The value as text."""
+        value = self.value(result)
+        return "-" if value is None else format(value, self.form)
+
+    def ratio(self, a: Result, b: Result) -> str:
+        """a / b as text."""
+        above, below = self.value(a), self.value(b)
+        return "-" if above is None or not below else f"{above / below:.3f}"
+
+
+COLUMNS = (
+    Column(("test", "accuracy"), lambda r: r.accuracy, ".4f"),
+    Column(("final", "loss"), lambda r: r.losses[-1], ".4f"),
+    Column(("loss", "difference"), lambda r: r.difference, ".2e"),
+    Column(("step", "ms"), lambda r: r.step_ms, ".1f"),
+    Column(("saved", "MiB"), lambda r: r.saved / MIB, ".1f"),
+    Column(("peak", "MiB"), lambda r: r.peak / MIB, ".0f"),
+    Column(("above", "start MiB"), lambda r: r.above / MIB, ".0f"),
+)
+NOTES = f"""\
+step: median time; saved: activations kept for backward; peak: resident memory of a process of its own.
+loss difference: largest of the first {COMPARED_STEPS} steps, fused against naive; for scale, in the naive row, naive
+channels_last against naive NCHW, where rounding alone differs."""
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
@@ -33,63 +81,64 @@ def largest_difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a[:COMPARED_STEPS], b, strict=False))
 
 
-def _row(label: str, ours: float | None, naive: float | None, form: str, scale: float = 1.0) -> str:
-    cells = [format(v / scale, form) if v is not None else "-" for v in (ours, naive)]
-    ratio = f"{ours / naive:.3f}" if ours is not None and naive else "-"
-    return f"{label:<44}{cells[0]:>12}{cells[1]:>12}{ratio:>10}"
+def table(results: Sequence[Result]) -> str:
+    """A row for each form of each network and the ratios, fused to naive and CSP to plain. Forms come in pairs."""
+    lines = [["", *(c.heading[0] for c in COLUMNS)], ["network", *(c.heading[1] for c in COLUMNS)]]
+    by_name = {(r.network, r.kind): r for r in results}
+    for fused, naive in _pairs(results):
+        lines += [[f"{r.network} {r.kind}", *(c.cell(r) for c in COLUMNS)] for r in (fused, naive)]
+        lines.append(_ratios("  fused / naive", fused, naive))
+        plain = fused.network.removeprefix("csp_")
+        if plain != fused.network and (plain, "fused") in by_name:
+            lines.append(_ratios("  CSP / plain, fused", fused, by_name[plain, "fused"]))
+            lines.append(_ratios("  CSP / plain, naive", naive, by_name[plain, "naive"]))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join([f"{line[0]:<{widths[0]}}", *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    return "\n".join([*text, NOTES])
 
 
-def _above(result: Result) -> int | None:
-    return result.peak - result.start if result.peak is not None and result.start is not None else None
+def _ratios(label: str, a: Result, b: Result) -> list[str]:
+    return [label, *(c.ratio(a, b) for c in COLUMNS)]
 
 
-def table(ours: Result, naive: Result, control: list[float]) -> str:
-    """The comparison as text; ratio = ours / naive. `control`: losses of the naive network in NCHW, or []."""
-    steps = len(ours.losses)
-    difference = largest_difference(ours.losses, naive.losses)
-    rounding = f"{largest_difference(control, naive.losses):.2e}" if control else "-"
-    rows = [
-        f"{'':<44}{ours.name:>12}{naive.name:>12}{'ratio':>10}",
-        _row("test accuracy (1,000 digits)", ours.accuracy, naive.accuracy, ".4f"),
-        _row(f"loss after {steps} steps", ours.losses[-1], naive.losses[-1], ".4f"),
-        f"{f'largest loss difference, first {min(steps, COMPARED_STEPS)} steps':<44}{difference:>12.2e}",
-        f"{'  for scale: naive channels_last against NCHW':<44}{rounding:>12}",
-        _row("time per step, median (ms)", ours.step_ms, naive.step_ms, ".1f"),
-        _row("saved activations (MiB)", ours.saved, naive.saved, ".1f", MIB),
-        _row("peak resident memory (MiB)", ours.peak, naive.peak, ".0f", MIB),
-        _row("peak resident memory, above start-up (MiB)", _above(ours), _above(naive), ".0f", MIB),
-    ]
-    return "\n".join(rows)
+def _pairs(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    return list(zip(results[::2], results[1::2], strict=True))
 
 
-def picture(ours: Result, naive: Result, title: str, path: Path) -> None:
-    """Loss curves, time and memory as a PNG."""
-    import matplotlib
+def picture(results: Sequence[Result], title: str, path: Path) -> None:
+    """Loss curves, time and memory of every network as a PNG."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(13, 4.2), width_ratios=(2.4, 1, 1.6), layout="constrained"
-    )
-    colours = ("tab:blue", "tab:orange")
-    left.plot(naive.losses, color=colours[1], linewidth=2.5, alpha=0.6, label=naive.name)
-    left.plot(ours.losses, color=colours[0], linewidth=1.0, label=ours.name)
-    left.set(xlabel="step", ylabel="training loss", yscale="log", title="Same weights, same data")
-    left.legend()
-    bars = middle.bar([ours.name, naive.name], [ours.step_ms, naive.step_ms], color=colours)
-    middle.bar_label(bars, fmt="%.0f")
-    middle.set(ylabel="ms", title="Time per step, median")
-    saved, peak = (ours.saved, naive.saved), (_above(ours), _above(naive))
-    memory = {"saved\nactivations": saved, "peak resident\nabove start": peak}
-    measured = {label: pair for label, pair in memory.items() if None not in pair}
-    for index, result in enumerate((ours, naive)):
-        places = [place + 0.4 * index - 0.2 for place in range(len(measured))]
-        heights = [float(pair[index] or 0) / MIB for pair in measured.values()]
-        right.bar_label(right.bar(places, heights, 0.38, color=colours[index], label=result.name), fmt="%.0f")
-    right.set_xticks(range(len(measured)), list(measured))
-    right.set(ylabel="MiB", title="Memory of a training step")
+    pairs = _pairs(results)
+    figure = Figure(figsize=(max(11.0, 4.2 * len(pairs)), 8), layout="constrained")
+    halves: Any = figure.subfigures(2, 1)
+    curves, bars = halves
+    for axes, pair in zip(curves.subplots(1, len(pairs), sharey=True, squeeze=False)[0], pairs, strict=True):
+        _curves(axes, *pair)
+    time, saved, peak = bars.subplots(1, 3)
+    _bars(time, pairs, lambda r: r.step_ms, "ms", "Time per step, median")
+    _bars(saved, pairs, lambda r: r.saved / MIB, "MiB", "Saved activations")
+    _bars(peak, pairs, lambda r: r.above / MIB, "MiB", "Peak resident memory above start")
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def _curves(axes: Any, fused: Result, naive: Result) -> None:
+    axes.plot(naive.losses, color=COLOURS["naive"], linewidth=2.5, alpha=0.6, label="naive")
+    axes.plot(fused.losses, color=COLOURS["fused"], linewidth=1.0, label="fused")
+    axes.set(xlabel="step", ylabel="training loss", yscale="log", title=fused.network)
+    axes.legend()
+
+
+def _bars(
+    axes: Any, pairs: list[tuple[Result, Result]], value: Callable[[Result], float], unit: str, title: str
+) -> None:  # fmt: skip
+    """Fused beside naive for every network."""
+    for offset, results in zip((-0.2, 0.2), zip(*pairs, strict=True), strict=True):
+        places, kind = [i + offset for i in range(len(pairs))], results[0].kind
+        bars = axes.bar(places, [value(r) for r in results], 0.38, color=COLOURS[kind], label=kind)
+        axes.bar_label(bars, fmt="%.0f")
+    axes.set_xticks(range(len(pairs)), [fused.network for fused, _ in pairs], fontsize="small")
+    axes.set(ylabel=unit, title=title)
+    axes.legend()

@@ -4,66 +4,103 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-import csp_kernels as csp
+from csp_kernels.backends import backends, resolve
 
 from .data import TRAIN_IMAGES, Digits, load_digits
 from .measure import network_saved_bytes, peak_of
-from .network import GROWTH, KINDS, LAYERS
-from .report import COMPARED_STEPS, Result, picture, table
-from .train import Run, accuracy, control, train
+from .network import KINDS
+from .report import COMPARED_STEPS, Result, largest_difference, picture, table
+from .train import Run, Settings, accuracy, control, make_run, train
 
-Memory = dict[str, tuple[int | None, int | None, int | None]]  # kind -> (saved, peak, peak before the first step)
+Memory = dict[str, tuple[int, int, int]]  # kind -> (saved, peak, peak before the first step)
+
+
+@dataclass
+class Comparison:
+    """A network's two trainings; what Ctrl-C kept from being measured is missing."""
+
+    network: str
+    runs: list[Run] = field(default_factory=list)
+    memory: Memory = field(default_factory=dict)
+    control: list[float] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Done by both forms."""
+        return len(self.runs[-1].losses) if self.runs else 0
+
+    def run(self, digits: Digits, settings: Settings) -> None:
+        """Measures and trains both forms."""
+        _note(f"{self.network}: measuring memory ...")
+        self.memory = measure_memory(self.network, settings)
+        self.runs = [make_run(self.network, kind, settings.steps(digits), settings) for kind in KINDS]
+        _note(f"{self.network}: training ...")
+        train(self.runs, digits, settings)
+        self.control = control(self.network, digits, settings, COMPARED_STEPS)
+
+    def results(self, digits: Digits) -> list[Result]:
+        """Fused, naive."""
+        losses = [run.losses for run in self.runs]
+        fused = largest_difference(*losses)
+        naive = largest_difference(self.control, losses[1]) if self.control else None
+        return [
+            Result(
+                self.network, run.kind, run.losses, run.seconds, accuracy(run.model, digits, run.dtype), difference,
+                *self.memory[run.kind],
+            )
+            for run, difference in zip(self.runs, (fused, naive), strict=True)
+        ]  # fmt: skip
 
 
 def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measure_memory(batch_size: int, dtype: str) -> Memory:
-    """Saved activations and the peaks of both networks, each peak in a process of its own."""
-    return {kind: (network_saved_bytes(kind, batch_size, dtype), *peak_of(kind, batch_size, dtype)) for kind in KINDS}
+def measure_memory(network: str, settings: Settings) -> Memory:
+    """Saved activations and the peaks of both forms, each peak in a process of its own."""
+    size = settings.batch_size, settings.dtype
+    return {kind: (network_saved_bytes(network, kind, *size), *peak_of(network, kind, *size)) for kind in KINDS}
 
 
-def _result(run: Run, memory: Memory, digits: Digits) -> Result:
-    return Result(run.kind, run.losses, run.seconds, accuracy(run.model, digits, run.dtype), *memory[run.kind])
-
-
-def _report(
-    runs: list[Run], memory: Memory, digits: Digits, scale: list[float], title: str, out: Path
-) -> None:  # fmt: skip
-    ours, naive = (_result(run, memory, digits) for run in runs)
-    print(f"\n{title}\n{table(ours, naive, scale)}")
-    picture(ours, naive, title, out)
-    print(f"picture: {out}")
-
-
-def run_demo(epochs: int, batch_size: int, dtype: str, seed: int, out: Path) -> int:
-    """Trains both networks and reports; 0, or 130 after Ctrl-C."""
-    if not 2 <= batch_size <= TRAIN_IMAGES:
-        _note(f"--batch-size: expected 2 to {TRAIN_IMAGES}, got {batch_size}")
+def run_demo(networks: Sequence[str], settings: Settings, out: Path) -> int:
+    """Trains every network in both forms and reports; 0, or 130 after Ctrl-C."""
+    if not 2 <= settings.batch_size <= TRAIN_IMAGES:
+        _note(f"--batch-size: expected 2 to {TRAIN_IMAGES}, got {settings.batch_size}")
         return 1
-    begin, digits = time.perf_counter(), load_digits(seed)
-    backend = csp.backends()["native"]
-    _note(f"csp: {backend.reason if backend.available else 'reference backend only, ' + backend.reason}")
-    _note(f"DenseNet-BC, layers {LAYERS}, growth {GROWTH}; {torch.get_num_threads()} threads, {dtype}")
-    memory: Memory = dict.fromkeys(KINDS, (None, None, None))
+    begin, digits = time.perf_counter(), load_digits(settings.seed)
+    backend = resolve("cpu")
+    _note(f"fused: backend {backend}, {backends()[backend].reason}")
+    _note(f"{', '.join(networks)}; {torch.get_num_threads()} threads, {settings.dtype}")
+    done: list[Comparison] = []
+    interrupted = False
     try:
-        _note("measuring memory ...")
-        memory = measure_memory(batch_size, dtype)
+        for network in networks:
+            done.append(Comparison(network))
+            done[-1].run(digits, settings)
     except KeyboardInterrupt:
+        interrupted = True
+    state = f"{settings.epochs} epochs"
+    if interrupted:
+        state = f"PARTIAL: interrupted in {done[-1].network} after {done[-1].steps} steps"
+    done = [comparison for comparison in done if comparison.steps]
+    if not done:
         _note("interrupted before the first step: nothing to report")
         return 130
-    runs, complete = train(digits, epochs, batch_size, dtype, seed)
-    if not runs[0].losses:
-        _note("interrupted before the first step: nothing to report")
-        return 130
-    state = f"{epochs} epochs" if complete else f"PARTIAL: interrupted after {len(runs[0].losses)} steps"
-    title = f"DenseNet-BC on 4,000 MNIST digits, batch {batch_size}, {dtype}, seed {seed}, {state}"
-    scale = control(digits, epochs, batch_size, dtype, seed, COMPARED_STEPS) if complete else []
-    _report(runs, memory, digits, scale, title, out)
+    _report(done, digits, settings, state, out)
     print(f"whole demo: {time.perf_counter() - begin:.0f} s")
-    return 0 if complete else 130
+    return 130 if interrupted else 0
+
+
+def _report(done: list[Comparison], digits: Digits, settings: Settings, state: str, out: Path) -> None:
+    data = f"4,000 MNIST digits, batch {settings.batch_size}, {settings.dtype}, seed {settings.seed}"
+    title = f"{data}, {state}"
+    results = [result for comparison in done for result in comparison.results(digits)]
+    print(f"\n{title}\n{table(results)}")
+    picture(results, title, out)
+    print(f"picture: {out}")

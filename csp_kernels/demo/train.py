@@ -1,10 +1,10 @@
-"""Trains both networks in alternation, step by step on the same images: the fair way to time them."""
+"""Trains a network's two forms in alternation, step by step on the same images: the fair way to time them."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,18 +12,37 @@ from torch import Tensor, nn
 
 from .data import Digits, batches
 from .measure import precision
-from .network import KINDS, DenseNetBC, build
+from .network import KINDS, build
 from .progress import Progress
 
 PEAK_RATE = 4e-3
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What all networks are trained with."""
+
+    epochs: int
+    batch_size: int
+    dtype: str
+    seed: int
+
+    def steps(self, digits: Digits) -> int:
+        """Of the whole training."""
+        return self.epochs * (len(digits.train_labels) // self.batch_size)
+
+    def data(self, digits: Digits) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of every step."""
+        for epoch in range(self.epochs):
+            yield from batches(digits, self.batch_size, self.seed + epoch)
+
+
 @dataclass
 class Run:
-    """One network's training: its loss and its seconds at every step."""
+    """One form's training: its loss and its seconds at every step."""
 
     kind: str
-    model: DenseNetBC
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     dtype: str
@@ -44,29 +63,23 @@ class Run:
         self.seconds.append(spent)
 
 
-def make_run(kind: str, steps: int, dtype: str, seed: int) -> Run:
-    """A network of this kind with its optimiser (AdamW, one cycle)."""
-    model = build(kind, seed)
+def make_run(network: str, kind: str, steps: int, settings: Settings) -> Run:
+    """This form of the network with its optimiser (AdamW, one cycle)."""
+    model = build(network, kind, settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps + 1)
-    return Run(kind, model, optimizer, schedule, dtype)
+    return Run(kind, model, optimizer, schedule, settings.dtype)
 
 
-def train(digits: Digits, epochs: int, batch_size: int, dtype: str, seed: int) -> tuple[list[Run], bool]:
-    """Both runs, and whether they came to the end (False after Ctrl-C)."""
-    steps = epochs * (len(digits.train_labels) // batch_size)
-    runs = [make_run(kind, steps, dtype, seed) for kind in KINDS]
-    progress = Progress(steps, batch_size)
+def train(runs: list[Run], digits: Digits, settings: Settings) -> None:
+    """Trains both forms to the end. After Ctrl-C, which goes on to the caller, both hold the same number of steps."""
+    progress = Progress(settings.steps(digits), settings.batch_size)
     try:
-        for epoch in range(epochs):
-            for images, labels in batches(digits, batch_size, seed + epoch):
-                _alternate(runs, images, labels, progress)
-    except KeyboardInterrupt:
-        return runs, False
+        for images, labels in settings.data(digits):
+            _alternate(runs, images, labels, progress)
     finally:
         progress.close()
         _trim(runs)
-    return runs, True
 
 
 def _alternate(runs: list[Run], images: Tensor, labels: Tensor, progress: Progress) -> None:
@@ -85,13 +98,11 @@ def _trim(runs: list[Run]) -> None:
         del run.losses[common:], run.seconds[common:]
 
 
-def control(digits: Digits, epochs: int, batch_size: int, dtype: str, seed: int, steps: int) -> list[float]:
-    """The first losses of the naive network in NCHW instead of channels_last: how far rounding alone carries."""
-    total = epochs * (len(digits.train_labels) // batch_size)
-    run = make_run("naive", total, dtype, seed)
+def control(network: str, digits: Digits, settings: Settings, steps: int) -> list[float]:
+    """The first losses of the naive form in NCHW instead of channels_last: how far rounding alone carries."""
+    run = make_run(network, "naive", settings.steps(digits), settings)
     run.model.to(memory_format=torch.contiguous_format)
-    epoch_data = (batches(digits, batch_size, seed + epoch) for epoch in range(epochs))
-    for images, labels in itertools.islice(itertools.chain.from_iterable(epoch_data), steps):
+    for images, labels in itertools.islice(settings.data(digits), steps):
         run.step(images, labels)
     return run.losses
 

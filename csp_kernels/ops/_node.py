@@ -116,5 +116,8 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], save: Save, gradie
 
     for suffix, fake in fakes.items():
         torch.library.register_fake(f"csp_kernels::{name}{suffix}", fake)
-    torch.library.register_autograd(f"csp_kernels::{name}", gradients, setup_context=save)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # torch passes them by name
+        save(ctx, inputs, output)
+
+    torch.library.register_autograd(f"csp_kernels::{name}", gradients, setup_context=setup_context)
     torch.library.register_autograd(f"csp_kernels::{name}_backward", refuse)

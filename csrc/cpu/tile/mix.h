@@ -289,6 +289,22 @@ template <class S> struct MixBackward {
     else mix.grid.pool ? emit<false, true>(s, c, source, m, da, nv, a, part) : emit<false, false>(s, c, source, m, da, nv, a, part);
   }
 
+  // The segment of two vectors of channels that are read and whose gradient is written in place, null if it takes more.
+  const Segment<S>* plain(int64_t k) const {
+    if (D > 1 || sizeof(S) != sizeof(T) || mix.grid.pool) return nullptr;
+    int64_t i = mix.count - 1;
+    while (mix.segments[i].column > k) i--;
+    const Segment<S>& s = mix.segments[i];
+    return s.norm || s.add || k + 2 * L > s.column + s.channels ? nullptr : &s;
+  }
+  CSP_NOINLINE void dgrad_plain(const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks, S* g, int64_t pitch, int m) const {
+    Vec<T> acc[MR][2];
+    clear(acc);
+    product<U>(acc, A, a_step, B, blocks);
+    CSP_UNROLL(16) for (int i = 0; i < MR; i++)
+      if (i < m) CSP_UNROLL(2) for (int j = 0; j < 2; j++) store(g + i * pitch + j * L, acc[i][j]);
+  }
+
   template <int NV>
   CSP_NOINLINE void dgrad(const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks, Vec<T>* da) const {
     Vec<T> acc[MR][NV];
@@ -318,6 +334,11 @@ template <class S> struct MixBackward {
           int64_t k1 = min64(Kp, k0 + chunk);
           for (int64_t k = k0; k < k1; k += 2 * L)
             for (int64_t q = 0; q < n; q++) {
+              if (const Segment<S>* s = plain(k)) {
+                S* g = s->g + (p0 + q * MR) * s->g_pitch + (k - s->column);
+                if (s->g) dgrad_plain(by_channel + q * MR * L, M * L, W + k / (2 * L) * blocks * L * 2 * L, blocks, g, s->g_pitch, mix.rows(t + q));
+                continue;
+              }
               int nv = Kp - k > L ? 2 : 1;
               const Unit<U>*A = by_channel + q * MR * L, *B = W + k / (2 * L) * blocks * L * 2 * L;
               if (nv == 2) dgrad<2>(A, M * L, B, blocks, da);
@@ -327,6 +348,13 @@ template <class S> struct MixBackward {
             }
           for (int64_t k = k0; k < k1; k += 2 * L)
             for (int64_t o = 0; o < round_up(O, L); o += WROWS<T>) {
+              if constexpr (D == 1 && sizeof(S) == sizeof(T)) {
+                if (const Segment<S>* s = plain(k)) {
+                  const S* x = s->x + p0 * s->pitch + (k - s->column);
+                  outer_product<U, WROWS<T>, 2>(by_pixel + o / L * M * L + o % L, x, x + L, min64(M, P - p0), part.weight + o * ldw + k, ldw, s->pitch);
+                  continue;
+                }
+              }
               const Unit<U>*A = by_pixel + o / L * (M / D) * L + o % L, *ak = a + (k - k0) * (M / D);
               if (Kp - k > L) outer_product<U, WROWS<T>, 2>(A, ak, ak + M / D * L, M / D, part.weight + o * ldw + k, ldw);
               else outer_product<U, WROWS<T>, 1>(A, ak, ak, M / D, part.weight + o * ldw + k, ldw);
