@@ -97,8 +97,8 @@ struct Call {
     block.parallel = {int(torch::stable::get_num_threads()), run_tasks};
     layers.resize(L);
     ScalarType acc = accumulation_type(x);
-    auto pointer = [&](const Tensor& t, int64_t numel, const char* name) -> const void* {
-      STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous() && t.scalar_type() == acc && t.is_cpu(), "dense_block: ", name, " must be contiguous, in the accumulation type, with ", numel, " elements");
+    auto pointer = [&](const Tensor& t, int64_t numel, const char* name, bool dense = false) -> const void* {
+      STD_TORCH_CHECK(t.numel() == numel && (dense || t.is_contiguous()) && t.scalar_type() == acc && t.is_cpu(), "dense_block: ", name, " must be contiguous, in the accumulation type, with ", numel, " elements");
       return t.const_data_ptr();
     };
     size_t r = 0;
@@ -108,7 +108,10 @@ struct Call {
       p.gamma1 = pointer(params[6 * l], K, "norm1.weight"), p.beta1 = pointer(params[6 * l + 1], K, "norm1.bias");
       p.w1 = pointer(params[6 * l + 2], b * K, "conv1.weight");
       p.gamma2 = pointer(params[6 * l + 3], b, "norm2.weight"), p.beta2 = pointer(params[6 * l + 4], b, "norm2.bias");
-      p.w2 = pointer(params[6 * l + 5], 9 * g * b, "conv2.weight");
+      const Tensor& w2 = params[6 * l + 5];
+      p.w2_channels_last = !w2.is_contiguous() && w2.dim() == 4 && (g == 1 || w2.stride(0) == 9 * b) && w2.stride(1) == 1 &&
+                           w2.stride(2) == 3 * b && w2.stride(3) == b;
+      p.w2 = pointer(w2, 9 * g * b, "conv2.weight", p.w2_channels_last);
       p.eps1 = eps[2 * l], p.eps2 = eps[2 * l + 1];
       auto take = [&](int64_t n, const void*& mean, const void*& var) {
         STD_TORCH_CHECK(r + 2 <= running.size(), "dense_block: running lacks statistics of a frozen norm");
@@ -157,7 +160,11 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_y, const Tensor& y, 
   bool kept = z.numel() > 0;
   STD_TORCH_CHECK(!kept || z.numel() == a.num_layers * a.pixels() * a.z_pitch(), "dense_block_backward: z has the wrong size");
   std::vector<Tensor> grads{channels_last(y, a.N, in_channels, a.H, a.W)};
-  for (const Tensor& p : params) grads.push_back(call.empty() ? torch::stable::new_zeros(p, p.sizes()) : torch::stable::new_empty(p, p.sizes()));
+  for (size_t i = 0; i < params.size(); i++) {
+    bool last = i % 6 == 5 && call.layers[i / 6].w2_channels_last;
+    grads.push_back(last ? channels_last(params[i], a.growth, a.bottleneck, 3, 3) : torch::stable::new_empty(params[i], params[i].sizes()));
+    if (call.empty()) torch::stable::zero_(grads.back());
+  }
   if (call.empty()) return grads;
   for (size_t l = 0; l < call.layers.size(); l++) {
     DenseLayer& p = call.layers[l];

@@ -125,7 +125,12 @@ def _float32_precision() -> str:
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
+    """t in dtype, contiguous or channels_last."""
+    if t.dtype is not dtype:
+        t = t.to(dtype)
+    if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)):
+        return t
+    return t.contiguous()
 
 
 def _filled(index: int, sizes: _Sizes, dtype: torch.dtype) -> Tensor:
@@ -295,7 +300,7 @@ def _fake_backward(
     in_channels: int,
     winograd: int,
 ) -> list[Tensor]:
-    return [_features(y, in_channels), *(p.new_empty(p.shape) for p in params)]
+    return [_features(y, in_channels), *(torch.empty_like(p) for p in params)]
 
 
 def _fake_inference(x: Tensor, params: list[Tensor], running: list[Tensor], eps: list[float], winograd: int) -> Tensor:

@@ -287,6 +287,21 @@ def test_expanded_input_and_gradient() -> None:
         assert torch.equal(given[name], value), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("growth", "width"), [(12, 48), (33, 17), (1, 5), (3, 1), (16, 64)])
+def test_channels_last_weights(growth: int, width: int, dtype: torch.dtype) -> None:
+    case = Case(growth=growth, width=width, dtype=dtype)
+    x, params = case.x(), case.params()
+    grad = torch.randn(3, case.total, 7, 5)
+    last = [p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for p in params]
+    plain = run(csp.ops.dense_block, case, [x, params, []], grad)
+    given = run(csp.ops.dense_block, case, [x, last, []], grad)
+    for name, value in plain.items():
+        assert torch.equal(given[name], value), name
+    for layer in range(case.layers):  # as the parameter lies, so that accumulation need not copy
+        assert given[f"grad {layer}.conv2.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_single_channel_keeps_the_memory_format() -> None:
     case = Case(channels=1)
     x, params = case.x(), case.params()
