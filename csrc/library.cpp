@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -60,6 +61,26 @@ struct Shape {
   }
 };
 
+// A fresh tensor on the CPU, by the C interface: a call of the dispatcher for each would be most of a small block's overhead.
+Tensor empty_strided(int32_t dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+Tensor contiguous(int32_t dtype, const std::vector<int64_t>& size) {
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t i = size.size() - 1; i > 0; i--) stride[i - 1] = stride[i] * size[i];
+  return empty_strided(dtype, size, stride);
+}
+Tensor channels_last(int32_t dtype, int64_t N, int64_t C, int64_t H, int64_t W) {
+  return empty_strided(dtype, {N, C, H, W}, {H * W * C, 1, W * C, C});
+}
+
 // Asks for huge pages behind a fresh large tensor: a step touches it once, and page faults would cost as much as the work.
 Tensor large(Tensor t) {
 #if defined(__linux__)
@@ -69,11 +90,6 @@ Tensor large(Tensor t) {
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure changes nothing
 #endif
   return t;
-}
-
-Tensor channels_last(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W) {
-  Tensor flat = large(torch::stable::new_empty(like, {N, H, W, C}));
-  return torch::stable::transpose(torch::stable::transpose(flat, 2, 3), 1, 2);
 }
 
 // The arguments that forward, backward and inference share, checked.
@@ -138,9 +154,10 @@ std::tuple<Tensor, Tensor, Tensor> dense_block(const Tensor& x, std::vector<Tens
   Call call(x, x.size(1), params, running, &frozen, eps, winograd);
   call.dropout(drop_rate, seed);
   DenseBlock& a = call.block;
-  Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W);
-  Tensor stats = torch::stable::new_zeros(x, {2, a.channels() + a.num_layers * a.bottleneck}, ScalarType::Double);
-  Tensor z = keep_bottleneck ? large(torch::stable::new_empty(x, {a.num_layers, a.pixels(), a.z_pitch()})) : torch::stable::new_empty(x, {0});
+  Tensor y = large(channels_last(dtype_of(x), a.N, a.channels(), a.H, a.W));
+  Tensor stats = contiguous(aoti_torch_dtype_float64(), {2, a.channels() + a.num_layers * a.bottleneck});
+  memset(stats.mutable_data_ptr(), 0, size_t(stats.numel()) * sizeof(double));
+  Tensor z = keep_bottleneck ? large(contiguous(dtype_of(x), {a.num_layers, a.pixels(), a.z_pitch()})) : contiguous(dtype_of(x), {0});
   a.x = x.const_data_ptr(), a.features = y.mutable_data_ptr(), a.z = keep_bottleneck ? z.mutable_data_ptr() : nullptr;
   a.mean = static_cast<double*>(stats.mutable_data_ptr()), a.var = a.mean + a.channels() + a.num_layers * a.bottleneck;
   if (!call.empty()) cpu_kernels().forward(a);
@@ -159,11 +176,10 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_y, const Tensor& y, 
                   "dense_block_backward: grad_y must have the shape and dtype of y");
   bool kept = z.numel() > 0;
   STD_TORCH_CHECK(!kept || z.numel() == a.num_layers * a.pixels() * a.z_pitch(), "dense_block_backward: z has the wrong size");
-  std::vector<Tensor> grads{channels_last(y, a.N, in_channels, a.H, a.W)};
-  for (size_t i = 0; i < params.size(); i++) {
-    bool last = i % 6 == 5 && call.layers[i / 6].w2_channels_last;
-    grads.push_back(last ? channels_last(params[i], a.growth, a.bottleneck, 3, 3) : torch::stable::new_empty(params[i], params[i].sizes()));
-    if (call.empty()) torch::stable::zero_(grads.back());
+  std::vector<Tensor> grads{large(channels_last(dtype_of(y), a.N, in_channels, a.H, a.W))};
+  for (const Tensor& p : params) {  // each as its parameter lies
+    grads.push_back(empty_strided(dtype_of(p), {p.sizes().begin(), p.sizes().end()}, {p.strides().begin(), p.strides().end()}));
+    if (call.empty()) memset(grads.back().mutable_data_ptr(), 0, size_t(p.numel()) * p.element_size());
   }
   if (call.empty()) return grads;
   for (size_t l = 0; l < call.layers.size(); l++) {
@@ -184,7 +200,7 @@ Tensor dense_block_inference(const Tensor& x, std::vector<Tensor> params, std::v
                              int64_t winograd) {
   Call call(x, x.size(1), params, running, nullptr, eps, winograd);
   DenseBlock& a = call.block;
-  Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W);
+  Tensor y = large(channels_last(dtype_of(x), a.N, a.channels(), a.H, a.W));
   a.x = x.const_data_ptr(), a.features = y.mutable_data_ptr();
   if (!call.empty()) cpu_kernels().inference(a);
   return y;

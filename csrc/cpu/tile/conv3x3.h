@@ -330,18 +330,19 @@ template <int M, class S> struct Conv3x3Backward {
   }
   void transform_weights(int64_t ch, int64_t o, T* taps) const {
     Vec<T> half[3][IN], w[3];
-    for (int j = 0; j < IN; j++) {
+    CSP_UNROLL(6) for (int j = 0; j < IN; j++) {
       Vec<T> u[IN];
-      for (int i = 0; i < IN; i++) {
-        u[i] = Vec<T>{};
-        for (int t = 0; t < c.tasks; t++) u[i] += load(parts[t].weight + ((i * IN + j) * c.zp + ch) * gp + o);
+      CSP_UNROLL(6) for (int i = 0; i < IN; i++) {
+        int64_t at = ((i * IN + j) * c.zp + ch) * gp + o;
+        u[i] = load(parts[0].weight + at);
+        for (int t = 1; t < c.tasks; t++) u[i] += load(parts[t].weight + at);
       }
       weight_gradient_transform<T, M>(u, w);
-      for (int y = 0; y < 3; y++) half[y][j] = w[y];
+      CSP_UNROLL(3) for (int y = 0; y < 3; y++) half[y][j] = w[y];
     }
-    for (int y = 0; y < 3; y++) {
+    CSP_UNROLL(3) for (int y = 0; y < 3; y++) {
       weight_gradient_transform<T, M>(half[y], w);
-      for (int x = 0; x < 3; x++) store(taps + (y * 3 + x) * L, w[x]);
+      CSP_UNROLL(3) for (int x = 0; x < 3; x++) store(taps + (y * 3 + x) * L, w[x]);
     }
   }
 };
