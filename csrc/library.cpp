@@ -1,4 +1,5 @@
 // Operator schemas and their CPU entry points, on the libtorch stable ABI: no Python, no pybind.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -61,10 +62,16 @@ struct Shape {
   }
 };
 
-// A fresh tensor on the CPU, by the C interface: a call of the dispatcher for each would be most of a small block's overhead.
-Tensor empty_strided(int32_t dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+// A fresh tensor on the CPU, by the C interface: boxed calls of the dispatcher would be most of a small block's overhead.
+// In two steps, since this new_empty heeds torch.utils.deterministic.fill_uninitialized_memory and its empty_strided does not.
+Tensor empty_strided(const Tensor& like, int32_t dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
+  int64_t numel = 1;
+  for (int64_t n : size) numel *= n;
+  AtenTensorHandle flat, made;
+  int32_t layout = aoti_torch_layout_strided(), device = aoti_torch_device_type_cpu();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), &numel, 1, &dtype, &layout, &device, 0, nullptr, &flat));
+  Tensor owner(flat);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(flat, int64_t(size.size()), size.data(), stride.data(), 0, &made));
   return Tensor(made);
 }
 int32_t dtype_of(const Tensor& t) {
@@ -72,13 +79,13 @@ int32_t dtype_of(const Tensor& t) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
 }
-Tensor contiguous(int32_t dtype, const std::vector<int64_t>& size) {
+Tensor contiguous(const Tensor& like, int32_t dtype, const std::vector<int64_t>& size) {
   std::vector<int64_t> stride(size.size(), 1);
   for (size_t i = size.size() - 1; i > 0; i--) stride[i - 1] = stride[i] * size[i];
-  return empty_strided(dtype, size, stride);
+  return empty_strided(like, dtype, size, stride);
 }
-Tensor channels_last(int32_t dtype, int64_t N, int64_t C, int64_t H, int64_t W) {
-  return empty_strided(dtype, {N, C, H, W}, {H * W * C, 1, W * C, C});
+Tensor channels_last(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W) {
+  return empty_strided(like, dtype_of(like), {N, C, H, W}, {H * W * C, 1, W * C, C});
 }
 
 // Asks for huge pages behind a fresh large tensor: a step touches it once, and page faults would cost as much as the work.
@@ -154,10 +161,10 @@ std::tuple<Tensor, Tensor, Tensor> dense_block(const Tensor& x, std::vector<Tens
   Call call(x, x.size(1), params, running, &frozen, eps, winograd);
   call.dropout(drop_rate, seed);
   DenseBlock& a = call.block;
-  Tensor y = large(channels_last(dtype_of(x), a.N, a.channels(), a.H, a.W));
-  Tensor stats = contiguous(aoti_torch_dtype_float64(), {2, a.channels() + a.num_layers * a.bottleneck});
+  Tensor y = large(channels_last(x, a.N, a.channels(), a.H, a.W));
+  Tensor stats = contiguous(x, aoti_torch_dtype_float64(), {2, a.channels() + a.num_layers * a.bottleneck});
   memset(stats.mutable_data_ptr(), 0, size_t(stats.numel()) * sizeof(double));
-  Tensor z = keep_bottleneck ? large(contiguous(dtype_of(x), {a.num_layers, a.pixels(), a.z_pitch()})) : contiguous(dtype_of(x), {0});
+  Tensor z = keep_bottleneck ? large(contiguous(x, dtype_of(x), {a.num_layers, a.pixels(), a.z_pitch()})) : contiguous(x, dtype_of(x), {0});
   a.x = x.const_data_ptr(), a.features = y.mutable_data_ptr(), a.z = keep_bottleneck ? z.mutable_data_ptr() : nullptr;
   a.mean = static_cast<double*>(stats.mutable_data_ptr()), a.var = a.mean + a.channels() + a.num_layers * a.bottleneck;
   if (!call.empty()) cpu_kernels().forward(a);
@@ -176,9 +183,9 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_y, const Tensor& y, 
                   "dense_block_backward: grad_y must have the shape and dtype of y");
   bool kept = z.numel() > 0;
   STD_TORCH_CHECK(!kept || z.numel() == a.num_layers * a.pixels() * a.z_pitch(), "dense_block_backward: z has the wrong size");
-  std::vector<Tensor> grads{large(channels_last(dtype_of(y), a.N, in_channels, a.H, a.W))};
+  std::vector<Tensor> grads{large(channels_last(y, a.N, in_channels, a.H, a.W))};
   for (const Tensor& p : params) {  // each as its parameter lies
-    grads.push_back(empty_strided(dtype_of(p), {p.sizes().begin(), p.sizes().end()}, {p.strides().begin(), p.strides().end()}));
+    grads.push_back(empty_strided(p, dtype_of(p), {p.sizes().begin(), p.sizes().end()}, {p.strides().begin(), p.strides().end()}));
     if (call.empty()) memset(grads.back().mutable_data_ptr(), 0, size_t(p.numel()) * p.element_size());
   }
   if (call.empty()) return grads;
@@ -200,7 +207,7 @@ Tensor dense_block_inference(const Tensor& x, std::vector<Tensor> params, std::v
                              int64_t winograd) {
   Call call(x, x.size(1), params, running, nullptr, eps, winograd);
   DenseBlock& a = call.block;
-  Tensor y = large(channels_last(dtype_of(x), a.N, a.channels(), a.H, a.W));
+  Tensor y = large(channels_last(x, a.N, a.channels(), a.H, a.W));
   a.x = x.const_data_ptr(), a.features = y.mutable_data_ptr();
   if (!call.empty()) cpu_kernels().inference(a);
   return y;

@@ -259,6 +259,8 @@ template <class S, int M> struct Block {
 
   // ---- inference: everything folded, z stays in cache
   void inference() {
+    // Fused, each task computes the bottleneck at its edges once more: too much where it has but a few rows.
+    if (tasks3 > 1 && Tiling<M>(a.N, a.H, a.W).rows < 4 * tasks3) return forward();
     copy_input(false);
     Packed packed = take_packed();
     T *scale = frame.zeroed<T>(zp + 2 * L), *bias = frame.zeroed<T>(zp + 2 * L);

@@ -422,6 +422,21 @@ def test_repeats_bitwise(dtype: torch.dtype, options: dict[str, Any]) -> None:
         assert all(torch.equal(value, other[name]) for other in runs[1:]), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 14, 14), (2, 28, 28)], ids=str)
+def test_inference_on_several_threads(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Few rows a thread or many, the same result as on one thread but for rounding."""
+    case = Case(channels=64, growth=32, width=128, size=size, frozen=(True,), dtype=dtype)
+    x, params, running = case.x(), case.params(), case.running()
+    alone, _ = csp.ops.dense_block(x, params, running, frozen=case.flags)
+    torch.set_num_threads(3)
+    runs = [csp.ops.dense_block(x, params, running, frozen=case.flags)[0] for _ in range(3)]
+    assert all(torch.equal(runs[0], y) for y in runs[1:])
+    assert torch.linalg.vector_norm((runs[0] - alone).double()) < 4 * torch.finfo(dtype).eps * torch.linalg.vector_norm(
+        alone.double()
+    )
+
+
 def saved_bytes(case: Case, params: list[Tensor], x: Tensor) -> int:
     """Bytes of the tensors saved for backward, each storage once, without the parameters."""
     own = {p.data_ptr() for p in params}
