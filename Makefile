@@ -11,13 +11,13 @@ ARGS ?=
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo   train a DenseNet on 5,000 MNIST digits, fused and naive side by side (needs no download of data)"
+	@echo "make demo   train networks on 5,000 MNIST digits, fused and naive side by side (needs no download of data)"
 	@echo "make test   run the tests"
 	@echo "make bench  time the operators against eager PyTorch and torch.compile"
 	@echo "make lint   ruff and mypy"
 	@echo "make build  compile the library in place"
 	@echo "make clean  remove build products; make distclean also removes $(VENV)"
-	@echo "ARGS is passed on: make demo ARGS='--epochs 1', make test ARGS='-k demo', make bench ARGS='--dtype bfloat16'"
+	@echo "ARGS is passed on: make demo ARGS='--network all', make test ARGS='-k demo', make bench ARGS='--dtype bfloat16'"
 
 demo: $(VENV)/.demo $(VENV)/.build
 	$(PY) -m csp_kernels demo $(ARGS)

@@ -1,6 +1,6 @@
 """ConcatConv of 2, 4 and 8 inputs against cat + conv + BN + act.
 
-    python benchmarks/bench_concat_conv.py --mode infer
+python benchmarks/bench_concat_conv.py --mode infer
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from race import Case, main
 
 import csp_kernels as csp
 
-SHAPES = ((2, 128, 256, 28), (4, 64, 128, 28), (8, 32, 128, 28), (2, 64, 64, 56), (2, 256, 256, 14))  # inputs, each, out, size
+SHAPES = (
+    (2, 128, 256, 28),
+    (4, 64, 128, 28),
+    (8, 32, 128, 28),
+    (2, 64, 64, 56),
+    (2, 256, 256, 14),
+)  # inputs, each, out, size
 
 
 def case(count: int, each: int, out: int, size: int, act: str = "relu") -> Case:

@@ -1,6 +1,6 @@
 """CSPDenseStage, part_ratio .25, .5 and .75, against the naive stage.
 
-    python benchmarks/bench_csp_stage.py --only pre
+python benchmarks/bench_csp_stage.py --only pre
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """PartialTransition, all fusions and both orders, against concatenation.
 
-    python benchmarks/bench_partial_transition.py --only csp
+python benchmarks/bench_partial_transition.py --only csp
 """
 
 from __future__ import annotations

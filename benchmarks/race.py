@@ -103,7 +103,10 @@ def runners(case: Case, mode: str, dtype: torch.dtype, with_compile: bool) -> di
     found |= {"eager NCHW": runner(naive, dtype, first), "eager channels_last": runner(naive, dtype, last)}
     if with_compile:
         torch._dynamo.reset()
-        found |= {"compile NCHW": runner(naive, dtype, first, True), "compile channels_last": runner(naive, dtype, last, True)}
+        found |= {
+            "compile NCHW": runner(naive, dtype, first, True),
+            "compile channels_last": runner(naive, dtype, last, True),
+        }
     return found
 
 
@@ -123,7 +126,9 @@ def measure(case: Case, args: argparse.Namespace) -> tuple[list[dict[str, object
     print(f"\n{case.name}, {args.mode}, {args.dtype}, {args.precision}")
     print(f"{'':<22}{'ms':>9}{'q1':>9}{'q3':>9}{'saved MiB':>11}{'error':>10}")
     for name, t in timings.items():
-        print(f"{name:<22}{t.median:>9.2f}{t.low:>9.2f}{t.high:>9.2f}{saved[name] / 2**20:>11.1f}{error[name]:>10.1e}{'  WRONG' if name in bad else ''}")
+        print(
+            f"{name:<22}{t.median:>9.2f}{t.low:>9.2f}{t.high:>9.2f}{saved[name] / 2**20:>11.1f}{error[name]:>10.1e}{'  WRONG' if name in bad else ''}"
+        )
     rows: list[dict[str, object]] = [
         {
             **environment(), "case": case.name, "mode": args.mode, "dtype": args.dtype, "precision": args.precision,

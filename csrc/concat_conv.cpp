@@ -70,8 +70,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> concat_conv(std::vector<Tensor> 
                                                             int64_t act, double negative_slope, std::vector<int64_t> splits) {
   ConcatConvCall call(inputs, weight, gamma, beta, running_mean, running_var, eps, act, negative_slope, splits);
   std::vector<Tensor> y = call.allocate_outputs(inputs[0]);
-  Tensor raw = large(torch::stable::new_empty(inputs[0], {call.pixels(), columns(splits.data(), int64_t(splits.size()))}));
-  Tensor stats = torch::stable::new_zeros(inputs[0], {2, call.channels}, ScalarType::Double);
+  Tensor raw = buffer(inputs[0], {call.pixels(), columns(splits.data(), int64_t(splits.size()))});
+  Tensor stats = statistics(inputs[0], call.channels);
   call.statistics(stats);
   call.conv.raw = raw.mutable_data_ptr();
   if (call.pixels() > 0) isa().concat_conv->forward(call.conv);
@@ -98,11 +98,11 @@ std::vector<Tensor> concat_conv_backward(std::vector<Tensor> grads, std::vector<
   std::vector<Tensor> result;
   for (size_t i = 0; i < inputs.size(); i++) {
     int64_t C = call.inputs[i].channels;
-    result.push_back(wanted[i] ? channels_last(inputs[i], a.N, C, a.H, a.W) : torch::stable::new_empty(inputs[i], {0}));
+    result.push_back(wanted[i] ? channels_last(inputs[i], a.N, C, a.H, a.W) : buffer(inputs[i], {0}));
     call.inputs[i].dx = wanted[i] ? result.back().mutable_data_ptr() : nullptr, call.inputs[i].dx_pitch = C;
   }
   bool empty = call.pixels() == 0;
-  for (const Tensor* p : {&weight, &gamma, &beta}) result.push_back(empty ? torch::stable::new_zeros(*p, p->sizes()) : torch::stable::new_empty(*p, p->sizes()));
+  append_gradients(result, {weight, gamma, beta}, empty);
   size_t n = inputs.size();
   a.dweight = result[n].mutable_data_ptr(), a.norm.dgamma = result[n + 1].mutable_data_ptr(), a.norm.dbeta = result[n + 2].mutable_data_ptr();
   a.raw = const_cast<void*>(raw.const_data_ptr());

@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor, Tensor> dense_block(const Tensor& x, std::vector<Tens
   call.dropout(drop_rate, seed);
   DenseBlock& a = call.block;
   Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W);
-  Tensor stats = torch::stable::new_zeros(x, {2, a.channels() + a.num_layers * a.bottleneck}, ScalarType::Double);
-  Tensor z = keep_bottleneck ? large(torch::stable::new_empty(x, {a.num_layers, a.pixels(), a.z_pitch()})) : torch::stable::new_empty(x, {0});
+  Tensor stats = statistics(x, a.channels() + a.num_layers * a.bottleneck);
+  Tensor z = keep_bottleneck ? buffer(x, {a.num_layers, a.pixels(), a.z_pitch()}) : buffer(x, {0});
   a.x = x.const_data_ptr(), a.features = y.mutable_data_ptr(), a.z = keep_bottleneck ? z.mutable_data_ptr() : nullptr;
   a.mean = static_cast<double*>(stats.mutable_data_ptr()), a.var = a.mean + a.channels() + a.num_layers * a.bottleneck;
   if (!call.empty()) isa().dense_block->forward(a);
@@ -39,7 +39,7 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_y, const Tensor& y, 
   bool kept = z.numel() > 0;
   STD_TORCH_CHECK(!kept || z.numel() == a.num_layers * a.pixels() * a.z_pitch(), "dense_block_backward: z has the wrong size");
   std::vector<Tensor> grads{channels_last(y, a.N, in_channels, a.H, a.W)};
-  for (const Tensor& p : params) grads.push_back(call.empty() ? torch::stable::new_zeros(p, p.sizes()) : torch::stable::new_empty(p, p.sizes()));
+  append_gradients(grads, params, call.empty());
   if (call.empty()) return grads;
   call.gradients(grads, 1);
   a.features = const_cast<void*>(y.const_data_ptr()), a.z = kept ? const_cast<void*>(z.const_data_ptr()) : nullptr;

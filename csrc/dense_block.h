@@ -33,7 +33,8 @@ struct DenseBlockCall {
       p.gamma1 = pointer(params[6 * l], K, "norm1.weight"), p.beta1 = pointer(params[6 * l + 1], K, "norm1.bias");
       p.w1 = pointer(params[6 * l + 2], b * K, "conv1.weight");
       p.gamma2 = pointer(params[6 * l + 3], b, "norm2.weight"), p.beta2 = pointer(params[6 * l + 4], b, "norm2.bias");
-      p.w2 = pointer(params[6 * l + 5], 9 * g * b, "conv2.weight");
+      p.w2_channels_last = is_channels_last(params[6 * l + 5]);
+      p.w2 = parameter(op, x, params[6 * l + 5], 9 * g * b, "conv2.weight", p.w2_channels_last);
       p.eps1 = eps[2 * l], p.eps2 = eps[2 * l + 1];
       auto take = [&](int64_t n, const void*& mean, const void*& var) {
         STD_TORCH_CHECK(r + 2 <= running.size(), op, ": running lacks statistics of a frozen norm");

@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_transition(std::optional<Tens
   call.link();
   PartialTransition& a = call.transition;
   Tensor y = channels_last(dense, a.N, call.channels(), call.height(), call.width());
-  Tensor raw_t = large(torch::stable::new_empty(dense, {keep ? call.raw_t_size() : 0})), raw_u = large(torch::stable::new_empty(dense, {keep ? call.raw_u_size() : 0}));
-  Tensor stats = torch::stable::new_zeros(dense, {2, call.statistics_size}, ScalarType::Double);
+  Tensor raw_t = buffer(dense, {keep ? call.raw_t_size() : 0}), raw_u = buffer(dense, {keep ? call.raw_u_size() : 0});
+  Tensor stats = statistics(dense, call.statistics_size);
   double* mean = static_cast<double*>(stats.mutable_data_ptr());
   call.statistics(mean, mean + call.statistics_size);
   call.raw(pointer_or_null(raw_t), pointer_or_null(raw_u));
@@ -56,8 +56,8 @@ std::vector<Tensor> partial_transition_backward(const Tensor& grad_y, std::optio
   STD_TORCH_CHECK(raw_t.numel() == call.raw_t_size() && raw_u.numel() == call.raw_u_size(), OP, "_backward: raw outputs of the wrong size");
   bool empty = grad_y.numel() == 0;
   auto fresh = [&](const Tensor& like, int64_t C) { return channels_last(like, a.N, C, a.H, a.W); };
-  std::vector<Tensor> grads{part ? fresh(*part, a.part.channels) : torch::stable::new_empty(dense, {0}), fresh(dense, a.dense.channels)};
-  for (const Tensor& p : params) grads.push_back(empty ? torch::stable::new_zeros(p, p.sizes()) : torch::stable::new_empty(p, p.sizes()));
+  std::vector<Tensor> grads{part ? fresh(*part, a.part.channels) : buffer(dense, {0}), fresh(dense, a.dense.channels)};
+  append_gradients(grads, params, empty);
   if (empty) return grads;
   a.part.dx = pointer_or_null(grads[0]), a.part.dx_pitch = a.part.channels;
   a.dense.dx = grads[1].mutable_data_ptr(), a.dense.dx_pitch = a.dense.channels;

@@ -26,9 +26,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> post_dense_block(const Tensor
   Shape s(OP, x);
   PostDenseBlockCall call(OP, x, s, slice_of(x, s), params, running, frozen.data(), eps.data(), two_way, winograd);
   PostDenseBlock& a = call.block;
-  Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W), features = large(torch::stable::new_empty(x, {a.pixels(), a.grown()}));
-  Tensor z = large(torch::stable::new_empty(x, {keep ? call.z_size() : 0})), middle = large(torch::stable::new_empty(x, {keep ? call.middle_size() : 0}));
-  Tensor stats = torch::stable::new_zeros(x, {2, call.statistics_size}, ScalarType::Double);
+  Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W), features = buffer(x, {a.pixels(), a.grown()});
+  Tensor z = buffer(x, {keep ? call.z_size() : 0}), middle = buffer(x, {keep ? call.middle_size() : 0});
+  Tensor stats = statistics(x, call.statistics_size);
   double* mean = static_cast<double*>(stats.mutable_data_ptr());
   call.statistics(mean, mean + call.statistics_size);
   a.features = features.mutable_data_ptr(), a.z = pointer_or_null(z), a.middle = pointer_or_null(middle);
@@ -50,11 +50,11 @@ std::vector<Tensor> post_dense_block_backward(const Tensor& grad_y, const Tensor
                       (!middle.numel() || middle.numel() == call.middle_size()), OP, "_backward: what forward kept has the wrong size");
   bool empty = grad_y.numel() == 0;
   std::vector<Tensor> grads{channels_last(x, a.N, s.C, a.H, a.W)};
-  for (const Tensor& p : params) grads.push_back(empty ? torch::stable::new_zeros(p, p.sizes()) : torch::stable::new_empty(p, p.sizes()));
+  append_gradients(grads, params, empty);
   if (empty) return grads;
   double* mean = const_cast<double*>(static_cast<const double*>(stats.const_data_ptr()));
   call.statistics(mean, mean + call.statistics_size), call.gradients(grads, 1);
-  Tensor G = large(torch::stable::new_empty(x, {a.pixels(), a.grown()}));
+  Tensor G = buffer(x, {a.pixels(), a.grown()});
   a.features = const_cast<void*>(features.const_data_ptr()), a.z = pointer_or_null(z), a.middle = pointer_or_null(middle), a.G = G.mutable_data_ptr();
   a.y = {grad_y.const_data_ptr(), grad.pitch, grad.C, nullptr, 0};
   a.x.dx = grads[0].mutable_data_ptr(), a.x.dx_pitch = s.C;

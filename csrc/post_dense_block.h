@@ -26,7 +26,8 @@ struct PostDenseBlockCall {
     layers.resize(params.size() / each);
     size_t at = 0, norm = 0, r = 0;
     auto fill = [&](ConvNorm& c, int64_t out, int64_t in, int64_t taps) {
-      c.weight = parameter(op, like, params[at], out * in * taps, "conv.weight");
+      c.channels_last = taps == 9 && is_channels_last(params[at]);
+      c.weight = parameter(op, like, params[at], out * in * taps, "conv.weight", c.channels_last);
       c.norm.gamma = parameter(op, like, params[at + 1], out, "norm.weight"), c.norm.beta = parameter(op, like, params[at + 2], out, "norm.bias");
       c.norm.eps = eps[norm];
       if (frozen[norm++]) {

@@ -1,5 +1,6 @@
 // Tensors at the operators' door: what kernels need to know of them, checked.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -9,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstring>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -74,14 +76,55 @@ inline Tensor large(Tensor t) {
   return t;
 }
 
+// A fresh tensor on the CPU, by the C interface: boxed calls of the dispatcher would be most of a small block's overhead.
+// In two steps, since this new_empty heeds torch.utils.deterministic.fill_uninitialized_memory and its empty_strided does not.
+inline Tensor empty_strided(const Tensor& like, int32_t dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
+  int64_t numel = 1;
+  for (int64_t n : size) numel *= n;
+  AtenTensorHandle flat, made;
+  int32_t layout = aoti_torch_layout_strided(), device = aoti_torch_device_type_cpu();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), &numel, 1, &dtype, &layout, &device, 0, nullptr, &flat));
+  Tensor owner(flat);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(flat, int64_t(size.size()), size.data(), stride.data(), 0, &made));
+  return large(Tensor(made));
+}
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+inline Tensor contiguous(const Tensor& like, int32_t dtype, const std::vector<int64_t>& size) {
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t i = size.size() - 1; i > 0; i--) stride[i - 1] = stride[i] * size[i];
+  return empty_strided(like, dtype, size, stride);
+}
+// In the dtype of `like`.
+inline Tensor buffer(const Tensor& like, const std::vector<int64_t>& size) { return contiguous(like, dtype_of(like), size); }
 inline Tensor channels_last(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W) {
-  Tensor flat = large(torch::stable::new_empty(like, {N, H, W, C}));
-  return torch::stable::transpose(torch::stable::transpose(flat, 2, 3), 1, 2);
+  return empty_strided(like, dtype_of(like), {N, C, H, W}, {H * W * C, 1, W * C, C});
+}
+inline Tensor statistics(const Tensor& like, int64_t columns) {
+  Tensor stats = contiguous(like, aoti_torch_dtype_float64(), {2, columns});
+  memset(stats.mutable_data_ptr(), 0, size_t(stats.numel()) * sizeof(double));
+  return stats;
+}
+// Gradients of parameters, each as its parameter lies.
+inline void append_gradients(std::vector<Tensor>& grads, const std::vector<Tensor>& params, bool zero) {
+  for (const Tensor& p : params) {
+    grads.push_back(empty_strided(p, dtype_of(p), {p.sizes().begin(), p.sizes().end()}, {p.strides().begin(), p.strides().end()}));
+    if (zero) memset(grads.back().mutable_data_ptr(), 0, size_t(p.numel()) * p.element_size());
+  }
 }
 
-// A parameter or statistic: contiguous, in the accumulation type of x, with numel elements.
-inline const void* parameter(const char* op, const Tensor& x, const Tensor& t, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous() && t.scalar_type() == accumulation_type(x) && t.is_cpu(), op, ": ", name, " must be contiguous, in the accumulation type, with ", numel, " elements");
+// [g, b, 3, 3] that lies as [g, 3, 3, b] and not as contiguous too.
+inline bool is_channels_last(const Tensor& w) {
+  if (w.is_contiguous() || w.dim() != 4) return false;
+  int64_t b = w.size(1);
+  return (w.size(0) == 1 || w.stride(0) == 9 * b) && w.stride(1) == 1 && w.stride(2) == 3 * b && w.stride(3) == b;
+}
+// A parameter or statistic: contiguous (or known to be channels_last), in the accumulation type of x, with numel elements.
+inline const void* parameter(const char* op, const Tensor& x, const Tensor& t, int64_t numel, const char* name, bool channels_last = false) {
+  STD_TORCH_CHECK(t.numel() == numel && (channels_last || t.is_contiguous()) && t.scalar_type() == accumulation_type(x) && t.is_cpu(), op, ": ", name, " must be contiguous, in the accumulation type, with ", numel, " elements");
   return t.const_data_ptr();
 }
 

@@ -33,8 +33,8 @@ def digits() -> data.Digits:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch, digits: data.Digits) -> None:
-    """Small networks on few digits, with the memory not measured."""
+def tiny(monkeypatch: pytest.MonkeyPatch, digits: data.Digits, one_thread: None) -> None:
+    """Small networks on few digits and one thread, with the memory not measured."""
     for name in ("densenet", "peleenet"):  # models.peleenet is the function
         monkeypatch.setattr(importlib.import_module(f"csp_kernels.models.{name}"), "DIGITS", (1, 1, 1))
     monkeypatch.setattr(run, "load_digits", lambda seed: _small(digits, 48))
@@ -147,7 +147,9 @@ def test_interruption_leaves_a_partial_report(
             raise KeyboardInterrupt
         step(self, images, labels)
 
+    drawn: list[report.Result] = []
     monkeypatch.setattr(train.Run, "step", interrupted)
+    monkeypatch.setattr(run, "picture", lambda results, *rest: drawn.extend(results) or report.picture(results, *rest))
     out = tmp_path / "demo.png"
     names = ("peleenet", "csp_densenet", "densenet")  # trained in the order of NETWORKS
     given = ("--network", *names, "--epochs", "1", "--batch-size", "16", "--out", str(out))
@@ -158,6 +160,7 @@ def test_interruption_leaves_a_partial_report(
     assert "-" not in rows["densenet naive"]
     assert rows["csp_densenet naive"][2] == "-"  # the drift was not measured
     assert "-" not in rows["csp_densenet fused"]
+    assert [(len(result.losses), len(result.seconds)) for result in drawn] == [(3, 3), (3, 3), (2, 2), (2, 2)]
     assert "peleenet fused" not in rows
     assert out.exists()
     assert calls[9:] == ["fused", "naive", "naive", "fused", "fused", "naive"]
@@ -179,20 +182,16 @@ def test_interruption_before_the_first_step(
 
 
 @pytest.mark.parametrize(
-    ("given", "networks", "epochs"),
-    [([], ["densenet"], 3), (["all"], list(network.NETWORKS), 2), (["all", "peleenet"], list(network.NETWORKS), 2),
-     (["csp_peleenet", "peleenet"], ["peleenet", "csp_peleenet"], 2), (["peleenet", "peleenet"], ["peleenet"], 3)],
+    ("given", "networks"),
+    [([], ["densenet"]), (["all"], list(network.NETWORKS)), (["all", "peleenet"], list(network.NETWORKS)),
+     (["csp_peleenet", "peleenet"], ["peleenet", "csp_peleenet"]), (["peleenet", "peleenet"], ["peleenet"])],
 )  # fmt: skip
-def test_networks_and_epochs(
-    monkeypatch: pytest.MonkeyPatch, given: list[str], networks: list[str], epochs: int
-) -> None:  # fmt: skip
-    """DenseNet by default; each network once; fewer epochs for several, unless they are given."""
-    calls: list[tuple[list[str], int]] = []
-    monkeypatch.setattr(run, "run_demo", lambda names, settings, out: calls.append((names, settings.epochs)) or 0)
-    option = ["--network", *given] if given else []
-    demo.main(_arguments(*option))
-    demo.main(_arguments(*option, "--epochs", "7"))
-    assert calls == [(networks, epochs), (networks, 7)]
+def test_networks_that_are_trained(monkeypatch: pytest.MonkeyPatch, given: list[str], networks: list[str]) -> None:
+    """DenseNet by default; each network once, a plain one before its CSP form."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(run, "run_demo", lambda names, settings, out: calls.append(names) or 0)
+    demo.main(_arguments(*(["--network", *given] if given else [])))
+    assert calls == [networks]
 
 
 def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,7 @@ def _bars(
         places, kind = [i + offset for i in range(len(pairs))], results[0].kind
         bars = axes.bar(places, [value(r) for r in results], 0.38, color=COLOURS[kind], label=kind)
         axes.bar_label(bars, fmt="%.0f")
+    axes.margins(y=0.2)
     axes.set_xticks(range(len(pairs)), [fused.network for fused, _ in pairs], fontsize="small")
     axes.set(ylabel=unit, title=title)
     axes.legend()

@@ -85,7 +85,7 @@ def run_demo(networks: Sequence[str], settings: Settings, out: Path) -> int:
             done[-1].run(digits, settings)
     except KeyboardInterrupt:
         interrupted = True
-    state = f"{settings.epochs} epochs"
+    state = f"epochs {settings.epochs}"
     if interrupted:
         state = f"PARTIAL: interrupted in {done[-1].network} after {done[-1].steps} steps"
     done = [comparison for comparison in done if comparison.steps]

@@ -68,11 +68,16 @@ def pixels(x: Tensor) -> int:
 
 
 def converted(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
+    """t in dtype, contiguous or channels_last."""
+    if t.dtype is not dtype:
+        t = t.to(dtype)
+    if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)):
+        return t
+    return t.contiguous()
 
 
 def filled(params: Sequence[Tensor | None], shapes: Sequence[Shape], x: Tensor) -> list[Tensor]:
-    """Contiguous parameters in the dtype of sums; a missing norm weight is ones, a missing bias zeros."""
+    """Parameters in the dtype of sums, contiguous or channels_last; a missing norm weight is ones, a missing bias zeros."""
     dtype, tensors, bias = ACCUMULATE[x.dtype], [], False
     for p, shape in zip(params, shapes, strict=True):
         if p is None:

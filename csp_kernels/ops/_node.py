@@ -67,14 +67,18 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Any, save: Save, gradients: Gradients, lengths: list[int], *flat: Any) -> tuple[Any, ...]:
         arguments = _folded(flat, lengths)
-        output = op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():  # past the other door, which would only pass the call on
+            output = op(*arguments)
         save(ctx, arguments, output)
         ctx.gradients, ctx.lengths, ctx.outputs = gradients, lengths, _lengths(output)
         return _flat(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, None, None, None, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
+        if torch.is_grad_enabled():  # create_graph: the other door knows that there is no double backward
+            return None, None, None, None, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
+        with torch._C._AutoDispatchBelowAutograd():
+            return None, None, None, None, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
 
 
 def _lengths(values: Sequence[Any]) -> list[int]:
@@ -116,6 +120,7 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], save: Save, gradie
 
     for suffix, fake in fakes.items():
         torch.library.register_fake(f"csp_kernels::{name}{suffix}", fake)
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # torch passes them by name
         save(ctx, inputs, output)
 

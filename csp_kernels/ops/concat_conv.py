@@ -160,7 +160,7 @@ def _fake_inference(inputs: list[Tensor], weight: Tensor, *rest: Any) -> list[Te
 def _fake_backward(grads: list[Tensor], inputs: list[Tensor], *rest: Any) -> list[Tensor]:
     wanted, parameters = rest[-1], rest[:3]
     images = [node.fake_image(t, t.shape[1]) if w else t.new_empty((0,)) for t, w in zip(inputs, wanted, strict=True)]
-    return [*images, *(p.new_empty(p.shape) for p in parameters)]
+    return [*images, *(torch.empty_like(p) for p in parameters)]
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:

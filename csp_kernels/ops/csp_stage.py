@@ -217,7 +217,7 @@ def _fake(
 
 def _fake_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     params = rest[6]
-    return [node.fake_image(x, x.shape[1]), *(p.new_empty(p.shape) for p in params)]
+    return [node.fake_image(x, x.shape[1]), *(torch.empty_like(p) for p in params)]
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:

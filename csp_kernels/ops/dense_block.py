@@ -202,7 +202,7 @@ def _fake_backward(
     in_channels: int,
     winograd: int,
 ) -> list[Tensor]:
-    return [node.fake_image(y, in_channels), *(p.new_empty(p.shape) for p in params)]
+    return [node.fake_image(y, in_channels), *(torch.empty_like(p) for p in params)]
 
 
 def _fake_inference(x: Tensor, params: list[Tensor], running: list[Tensor], eps: list[float], winograd: int) -> Tensor:

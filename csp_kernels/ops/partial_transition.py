@@ -226,7 +226,7 @@ def _fake(
 
 def _fake_backward(grad_y: Tensor, part: Tensor | None, dense: Tensor, params: list[Tensor], *_: Any) -> list[Tensor]:
     first = dense.new_empty((0,)) if part is None else node.fake_image(part, part.shape[1])
-    return [first, node.fake_image(dense, dense.shape[1]), *(p.new_empty(p.shape) for p in params)]
+    return [first, node.fake_image(dense, dense.shape[1]), *(torch.empty_like(p) for p in params)]
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:

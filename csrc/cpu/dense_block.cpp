@@ -61,6 +61,7 @@ template <class S, int M> struct Block {
   }
 
   // Weights of one layer in the order the products read them, packed just before use so that they are in cache.
+  Weights3x3<T> weights3x3(int64_t l) const { return {g, b, a.layers[l].w2_channels_last}; }
   struct Packed { Unit<U>* w1; T* w2; };
   Packed take_packed() {
     int64_t K = a.prefix(a.num_layers - 1);
@@ -75,7 +76,7 @@ template <class S, int M> struct Block {
     int tasks = choose_tasks(a.parallel, blocks1, 60.0 * double(b * (K + E * g)));
     for_tasks(a.parallel, tasks, [&](int task) {
       pack_product<U, !TRANSPOSED>(packed.w1, depth1, channels1, weight(p.w1), scale, share(blocks1, task, tasks));
-      pack_winograd<T, M, TRANSPOSED>(packed.w2, weight(p.w2), g, b, share(blocks2, task, tasks));
+      pack_winograd<T, M, TRANSPOSED>(packed.w2, weight(p.w2), weights3x3(l), share(blocks2, task, tasks));
     });
   }
 
@@ -144,7 +145,7 @@ template <class S, int M> struct Block {
     Conv3x3<S> conv{a.parallel, tasks3, a.N, a.H, a.W, b, zp, g, C, norm, dropout};
     Conv3x3Backward<M, S> backward{conv, F + K, G + K, {owed.mean, owed.scale, owed.shift}, z, U2, dn, gp, parts};
     backward.run();
-    backward.finish(static_cast<T*>(p.dw2));
+    backward.finish(static_cast<T*>(p.dw2), weights3x3(l));
     add_up(parts, tasks3, moments2(l), b, static_cast<T*>(p.dgamma2), static_cast<T*>(p.dbeta2));
   }
 
@@ -226,6 +227,8 @@ template <class S, int M> struct Block {
 
   // ---- inference: everything folded, z stays in cache
   void inference() {
+    // Fused, each task computes the bottleneck at its edges once more: too much where it has but a few rows.
+    if (tasks3 > 1 && Tiling<M>(a.N, a.H, a.W).rows < 4 * tasks3) return forward();
     copy_input(false);
     Packed packed = take_packed();
     T *scale = frame.zeroed<T>(zp + 2 * L), *bias = frame.zeroed<T>(zp + 2 * L);

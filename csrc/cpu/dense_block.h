@@ -8,6 +8,7 @@ struct DenseLayer {  // parameters and gradients in the accumulation type; null 
   const void *gamma1, *beta1, *w1, *gamma2, *beta2, *w2;              // [K] [K] [b,K] [b] [b] [g,b,3,3]
   const void *mean1, *var1, *mean2, *var2;                            // running statistics, null: those of the batch
   double eps1, eps2;
+  bool w2_channels_last;                                              // w2 and dw2 lie as [g,3,3,b]
   void *dgamma1, *dbeta1, *dw1, *dgamma2, *dbeta2, *dw2;
 };
 

@@ -95,7 +95,7 @@ template <class S, int M> struct PostBlock {
     int64_t blocks = ceil_div(TRANSPOSED ? g : channels, L);
     int tasks = choose_tasks(a.parallel, blocks, 60.0 * double(channels * E * g));
     for_tasks(a.parallel, tasks, [&](int task) {
-      pack_winograd<T, M, TRANSPOSED>(packed, static_cast<const T*>(c.weight), g, channels, share(blocks, task, tasks));
+      pack_winograd<T, M, TRANSPOSED>(packed, static_cast<const T*>(c.weight), {g, channels, c.channels_last}, share(blocks, task, tasks));
     });
   }
   void middle(int64_t l, bool collect) {
@@ -175,7 +175,7 @@ template <class S, int M> struct PostBlock {
     Conv3x3<S> shape{a.parallel, tasks3, a.N, a.H, a.W, channels, from_pitch, g, out_pitch, norm, no_dropout};
     Conv3x3Backward<M, S> back{shape, out, dout, {owed.mean, owed.scale, owed.shift}, from, packed, dfrom, gp, parts};
     back.run();
-    back.finish(static_cast<T*>(c.dweight));
+    back.finish(static_cast<T*>(c.dweight), {g, channels, c.channels_last});
     reads.add_up(parts, tasks3, 0, channels);
   }
   void unreduce(int64_t l, const S* z, const S* dz) {

@@ -6,6 +6,7 @@ namespace csp {
 
 struct ConvNorm {        // a convolution and the batch norm that follows it
   const void* weight;
+  bool channels_last;    // weight and dweight of a 3x3 lie as [g, 3, 3, b]
   void* dweight;
   BatchNorm norm;
 };

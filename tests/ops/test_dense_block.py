@@ -287,6 +287,21 @@ def test_expanded_input_and_gradient() -> None:
         assert torch.equal(given[name], value), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("growth", "width"), [(12, 48), (33, 17), (1, 5), (3, 1), (16, 64)])
+def test_channels_last_weights(growth: int, width: int, dtype: torch.dtype) -> None:
+    case = Case(growth=growth, width=width, dtype=dtype)
+    x, params = case.x(), case.params()
+    grad = torch.randn(3, case.total, 7, 5)
+    last = [p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for p in params]
+    plain = run(csp.ops.dense_block, case, [x, params, []], grad)
+    given = run(csp.ops.dense_block, case, [x, last, []], grad)
+    for name, value in plain.items():
+        assert torch.equal(given[name], value), name
+    for layer in range(case.layers):  # as the parameter lies, so that accumulation need not copy
+        assert given[f"grad {layer}.conv2.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_single_channel_keeps_the_memory_format() -> None:
     case = Case(channels=1)
     x, params = case.x(), case.params()
@@ -405,6 +420,21 @@ def test_repeats_bitwise(dtype: torch.dtype, options: dict[str, Any]) -> None:
         runs.append(run(csp.ops.dense_block, case, inputs, grad))
     for name, value in runs[0].items():
         assert all(torch.equal(value, other[name]) for other in runs[1:]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 14, 14), (2, 28, 28)], ids=str)
+def test_inference_on_several_threads(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Few rows a thread or many, the same result as on one thread but for rounding."""
+    case = Case(channels=64, growth=32, width=128, size=size, frozen=(True,), dtype=dtype)
+    x, params, running = case.x(), case.params(), case.running()
+    alone, _ = csp.ops.dense_block(x, params, running, frozen=case.flags)
+    torch.set_num_threads(3)
+    runs = [csp.ops.dense_block(x, params, running, frozen=case.flags)[0] for _ in range(3)]
+    assert all(torch.equal(runs[0], y) for y in runs[1:])
+    assert torch.linalg.vector_norm((runs[0] - alone).double()) < 4 * torch.finfo(dtype).eps * torch.linalg.vector_norm(
+        alone.double()
+    )
 
 
 def saved_bytes(case: Case, params: list[Tensor], x: Tensor) -> int:

@@ -322,30 +322,34 @@ template <int M, class S> struct Conv3x3Backward {
     });
   }
 
-  // dW2[g][b][3][3] = G^T (sum of the tasks' dU) G
-  void finish(T* dW2) const {
+  // dW2 = G^T (sum of the tasks' dU) G
+  void finish(T* dW2, const Weights3x3<T>& place) const {
     for_tasks(c.parallel, c.tasks, [&](int task) {
-      Range r = share(c.b, task, c.tasks);
-      for (int64_t ch = r.begin; ch < r.end; ch++)
+      Range r = share(ceil_div(c.b, L), task, c.tasks);
+      alignas(64) T taps[Weights3x3<T>::SIZE];
+      for (int64_t k = r.begin * L; k < r.end * L; k += L)
         for (int64_t o = 0; o < gp; o += L) {
-          Vec<T> half[3][IN];
-          for (int j = 0; j < IN; j++) {
-            Vec<T> u[IN], w[3];
-            for (int i = 0; i < IN; i++) {
-              u[i] = Vec<T>{};
-              for (int t = 0; t < c.tasks; t++) u[i] += load(parts[t].weight + ((i * IN + j) * c.zp + ch) * gp + o);
-            }
-            weight_gradient_transform<T, M>(u, w);
-            for (int y = 0; y < 3; y++) half[y][j] = w[y];
-          }
-          for (int y = 0; y < 3; y++) {
-            Vec<T> w[3];
-            weight_gradient_transform<T, M>(half[y], w);
-            for (int x = 0; x < 3; x++)
-              for (int lane = 0; lane < L && o + lane < c.g; lane++) dW2[((o + lane) * c.b + ch) * 9 + y * 3 + x] = w[x][lane];
-          }
+          for (int64_t i = 0; i < L; i++) transform_weights(k + i, o, taps + i * 9 * L);
+          place.scatter(taps, k, o, dW2);
         }
     });
+  }
+  void transform_weights(int64_t ch, int64_t o, T* taps) const {
+    Vec<T> half[3][IN], w[3];
+    CSP_UNROLL(6) for (int j = 0; j < IN; j++) {
+      Vec<T> u[IN];
+      CSP_UNROLL(6) for (int i = 0; i < IN; i++) {
+        int64_t at = ((i * IN + j) * c.zp + ch) * gp + o;
+        u[i] = load(parts[0].weight + at);
+        for (int t = 1; t < c.tasks; t++) u[i] += load(parts[t].weight + at);
+      }
+      weight_gradient_transform<T, M>(u, w);
+      CSP_UNROLL(3) for (int y = 0; y < 3; y++) half[y][j] = w[y];
+    }
+    CSP_UNROLL(3) for (int y = 0; y < 3; y++) {
+      weight_gradient_transform<T, M>(half[y], w);
+      CSP_UNROLL(3) for (int x = 0; x < 3; x++) store(taps + (y * 3 + x) * L, w[x]);
+    }
   }
 };
 

@@ -15,9 +15,15 @@ template <class T> struct Moments {
   double rstd(int64_t c) const { return 1 / std::sqrt((frozen() ? double(running_var[c]) : var[c]) + eps); }
   double lost(int64_t c) const { return centre(c) - double(T(centre(c))); }  // what T cannot hold of the mean
   void fill(const Affine<T>& a, const T* gamma, const T* beta, int64_t n) const {
-    for (int64_t c = 0; c < n; c++) {
-      double s = double(gamma[c]) * rstd(c);
-      a.mean[c] = T(centre(c)), a.scale[c] = T(s), a.shift[c] = T(double(beta[c]) - lost(c) * s);
+    if (frozen()) fill(a, running_mean, running_var, gamma, beta, n);
+    else fill(a, mean, var, gamma, beta, n);
+  }
+
+ private:
+  template <class D> void fill(const Affine<T>& a, const D* centre, const D* var, const T* gamma, const T* beta, int64_t n) const {
+    CSP_PRAGMA(GCC ivdep) for (int64_t c = 0; c < n; c++) {
+      double m = double(centre[c]), s = double(gamma[c]) / std::sqrt(double(var[c]) + eps);
+      a.mean[c] = T(m), a.scale[c] = T(s), a.shift[c] = T(double(beta[c]) - (m - double(T(m))) * s);
     }
   }
 };

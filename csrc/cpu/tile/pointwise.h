@@ -12,23 +12,18 @@ template <class U, class S>
 CSP_INLINE void pack_rows(const S* F, int64_t pitch, int m, int64_t k0, int64_t k1, int64_t K, const Affine<Acc<U>>& norm,
                           Unit<U>* A) {
   using T = Acc<U>;
-  constexpr int MR = TILE_ROWS, L = LANES<T>;
-  constexpr int LAST = U::DEPTH - 1;
-  auto value = [&](Vec<T> x, int64_t k) __attribute__((always_inline)) {
-    return act<T>((x - load(norm.mean + k)) * load(norm.scale + k) + load(norm.shift + k));
-  };
-  int64_t whole = min64(k1, K / (L * U::DEPTH) * (L * U::DEPTH));
-  for (int i = 0; i < m; i++) {  // a row at a time: a power-of-two pitch would put all rows in one cache set
-    const S* f = F + i * pitch;
-    Unit<U>* o = A + i * L;
-    int64_t k = k0;
-    for (; k < whole; k += L * U::DEPTH, o += MR * L)
-      store(o, U::join(value(load(f + k), k), LAST ? value(load(f + k + LAST * L), k + LAST * L) : Vec<T>{}));
-    for (; k < k1; k += L * U::DEPTH, o += MR * L)
-      store(o, U::join(value(load(f + k, K - k), k), LAST ? value(load(f + k + LAST * L, K - k - L), k + LAST * L) : Vec<T>{}));
+  constexpr int MR = TILE_ROWS, L = LANES<T>, D = U::DEPTH;
+  for (int64_t k = k0; k < k1; k += D * L, A += MR * L) {
+    const bool whole = k + D * L <= K;
+    Vec<T> mean[D], scale[D], shift[D];
+    for (int d = 0; d < D; d++) mean[d] = load(norm.mean + k + d * L), scale[d] = load(norm.scale + k + d * L), shift[d] = load(norm.shift + k + d * L);
+    auto value = [&](const S* f, int d) __attribute__((always_inline)) {
+      Vec<T> x = whole ? load(f + d * L) : load(f + d * L, K - k - d * L);
+      return act<T>((x - mean[d]) * scale[d] + shift[d]);
+    };
+    for (int i = 0; i < m; i++) store(A + i * L, U::join(value(F + i * pitch + k, 0), D > 1 ? value(F + i * pitch + k, D - 1) : Vec<T>{}));
+    for (int i = m; i < MR; i++) store(A + i * L, Vec<Unit<U>>{});
   }
-  for (int i = m; i < MR; i++)
-    for (int64_t k = k0; k < k1; k += L * U::DEPTH) store(A + ((k - k0) / (L * U::DEPTH) * MR + i) * L, Vec<Unit<U>>{});
 }
 
 // One panel of a tile: partial sums rest in C between chunks, emit(acc) gets the finished ones.

@@ -67,17 +67,20 @@ CSP_INLINE void add_tile(Statistics<T>& st, int64_t c, int64_t seen, const Vec<T
 // mean[channels] and biased variance var[channels] of all tasks.
 template <class T>
 inline void merge(const Statistics<T>* parts, int tasks, int64_t channels, double* mean, double* var) {
-  for (int64_t c = 0; c < channels; c++) {
-    double m = 0, m2 = 0, n = 0;
-    for (int t = 0; t < tasks; t++) {
-      double k = double(parts[t].count);
-      if (k == 0) continue;
-      double d = double(parts[t].pivot[c]) + double(parts[t].mean[c]) + double(parts[t].mean_low[c]) - m;
-      m2 += double(parts[t].m2[c]) + double(parts[t].m2_low[c]) + d * d * n * k / (n + k);
-      m += d * k / (n + k), n += k;
+  double n = 0;
+  for (int64_t c = 0; c < channels; c++) mean[c] = var[c] = 0;
+  for (int t = 0; t < tasks; t++) {
+    const Statistics<T>& p = parts[t];
+    double k = double(p.count), part = k / (n + k);
+    if (k == 0) continue;
+    CSP_PRAGMA(GCC ivdep) for (int64_t c = 0; c < channels; c++) {
+      double d = double(p.pivot[c]) + double(p.mean[c]) + double(p.mean_low[c]) - mean[c];
+      var[c] += double(p.m2[c]) + double(p.m2_low[c]) + d * d * n * part;
+      mean[c] += d * part;
     }
-    mean[c] = m, var[c] = m2 / n;
+    n += k;
   }
+  for (int64_t c = 0; c < channels; c++) var[c] /= n;
 }
 
 }  // namespace csp::CSP_ISA

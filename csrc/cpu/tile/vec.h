@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -164,6 +165,34 @@ template <class S> CSP_INLINE auto load(const S* p, int64_t n) {
 }
 template <class S, class V> CSP_INLINE void store(S* p, V x, int64_t n) {
   if (n >= LANES<decltype(widen(S{}))>) store(p, x); else store_partial(p, x, n);
+}
+
+// ---- transposition: each round moves the top bit of the row into the lane, and that of the lane into the row
+template <int HALF, class V, int... I> CSP_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I);
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, (HALF * L / 2 + I / 2 + I % 2 * L)...);
+#else  // GCC before 12
+  return __builtin_shuffle(a, b, decltype(a < b){(HALF * L / 2 + I / 2 + I % 2 * L)...});
+#endif
+}
+template <class V, int L> CSP_INLINE void transpose(V (&v)[L]) {
+  constexpr std::make_integer_sequence<int, L> lanes{};
+  CSP_UNROLL(4) for (int round = 1; round < L; round *= 2) {
+    V t[L];
+    CSP_UNROLL(8) for (int i = 0; i < L / 2; i++)
+      t[2 * i] = interleave<0>(v[i], v[i + L / 2], lanes), t[2 * i + 1] = interleave<1>(v[i], v[i + L / 2], lanes);
+    CSP_UNROLL(16) for (int i = 0; i < L; i++) v[i] = t[i];
+  }
+}
+// out[i * step + lane] = row(lane, whole)[i]; whole says whether all rows can be read as whole vectors.
+template <class T, class Row> CSP_INLINE void store_transposed(T* out, int64_t step, bool whole, Row row) {
+  constexpr int L = LANES<T>;
+  Vec<T> v[L];
+  if (whole) CSP_UNROLL(16) for (int i = 0; i < L; i++) v[i] = row(i, true);
+  else for (int i = 0; i < L; i++) v[i] = row(i, false);
+  transpose(v);
+  CSP_UNROLL(16) for (int i = 0; i < L; i++) store(out + i * step, v[i]);
 }
 
 }  // namespace csp::CSP_ISA
