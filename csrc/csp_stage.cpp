@@ -79,10 +79,11 @@ struct StageCall {
   int64_t feature_channels() const { return pre ? channels() : post->block.grown(); }
   int64_t dense_columns() const { return pre ? channels() + pre->block.num_layers * pre->block.bottleneck : post->statistics_size; }
   int64_t columns() const { return dense_columns() + transition->statistics_size; }
-  int64_t z_size() const { return pre ? pre->block.num_layers * pixels() * pre->block.z_pitch() : post->z_size(); }
-  int64_t middle_size() const { return post ? post->middle_size() : 0; }
+  int64_t num_layers() const { return pre ? pre->block.num_layers : post->block.num_layers; }
+  int64_t z_pitch() const { return pre ? pre->block.z_pitch() : post->block.z_pitch(); }
+  int64_t middle_pitch() const { return post ? post->block.middle_pitch() : 0; }
 
-  void bind(const Tensor& features, const Tensor& z, const Tensor& middle, const Tensor& raw_t, const Tensor& raw_u, const Tensor& stats) {
+  void bind(const Tensor& features, const Kept& z, const Kept& middle, const Tensor& raw_t, const Tensor& raw_u, const Tensor& stats) {
     double *mean = const_cast<double*>(static_cast<const double*>(stats.const_data_ptr())), *var = mean + columns();
     void* F = const_cast<void*>(features.const_data_ptr());
     PartialTransition& t = transition->transition;
@@ -90,12 +91,12 @@ struct StageCall {
     transition->raw(pointer_or_null(raw_t), pointer_or_null(raw_u));
     if (pre) {
       DenseBlock& a = pre->block;
-      a.features = F, a.z = pointer_or_null(z), a.mean = mean, a.var = var, t.dense.x = F;
+      a.features = F, a.z = z.data(), a.mean = mean, a.var = var, t.dense.x = F;
       if (arguments.collects()) t.dense_mean = mean, t.dense_var = var;
     } else {
       PostDenseBlock& a = post->block;
       post->statistics(mean, var);
-      a.features = F, a.z = pointer_or_null(z), a.middle = pointer_or_null(middle);
+      a.features = F, a.z = z.data(), a.middle = middle.data();
       t.grown.x = F;
     }
   }
@@ -128,7 +129,7 @@ struct StageCall {
   }
 };
 
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor>;
 
 Result csp_stage(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor> running, std::vector<int64_t> frozen, std::vector<double> eps,
                  int64_t part_channels, int64_t layer, int64_t fusion, bool pool, int64_t winograd, bool keep, bool keep_bottleneck) {
@@ -137,7 +138,8 @@ Result csp_stage(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor
   TransitionCall& t = *call.transition;
   auto kept = [&](bool wanted, int64_t n) { return buffer(x, {wanted ? n : 0}); };
   Tensor features = buffer(x, {call.pixels(), call.feature_channels()});
-  Tensor z = kept(keep_bottleneck, call.z_size()), middle = kept(keep_bottleneck, call.middle_size());
+  Kept z(x, keep_bottleneck ? call.num_layers() : 0, {call.pixels(), call.z_pitch()});
+  Kept middle(x, keep_bottleneck && call.middle_pitch() ? call.num_layers() : 0, {call.pixels(), call.middle_pitch()});
   Tensor raw_t = kept(keep, t.raw_t_size()), raw_u = kept(keep, t.raw_u_size());
   Tensor stats = statistics(x, call.columns());
   Tensor y = channels_last(x, s.N, t.channels(), t.height(), t.width());
@@ -145,10 +147,10 @@ Result csp_stage(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor
   call.bind_norms();
   t.transition.y = {nullptr, 0, t.channels(), y.mutable_data_ptr(), t.channels()};
   if (y.numel() > 0) call.forward(call.arguments.all_frozen() && !keep);
-  return {y, features, z, middle, raw_t, raw_u, stats};
+  return {y, features, z.tensors, middle.tensors, raw_t, raw_u, stats};
 }
 
-std::vector<Tensor> csp_stage_backward(const Tensor& grad_y, const Tensor& x, const Tensor& features, const Tensor& z, const Tensor& middle,
+std::vector<Tensor> csp_stage_backward(const Tensor& grad_y, const Tensor& x, const Tensor& features, std::vector<Tensor> kept_z, std::vector<Tensor> kept_middle,
                                        const Tensor& raw_t, const Tensor& raw_u, const Tensor& stats, std::vector<Tensor> params,
                                        std::vector<Tensor> running, std::vector<int64_t> frozen, std::vector<double> eps, int64_t part_channels,
                                        int64_t layer, int64_t fusion, bool pool, int64_t winograd) {
@@ -158,8 +160,8 @@ std::vector<Tensor> csp_stage_backward(const Tensor& grad_y, const Tensor& x, co
   Shape grad(OP, grad_y);
   STD_TORCH_CHECK(grad.N == s.N && grad.C == t.channels() && grad.H == t.height() && grad.W == t.width() && grad_y.scalar_type() == x.scalar_type(),
                   OP, "_backward: grad_y must have the shape and dtype of y");
-  auto fits = [](const Tensor& kept, int64_t n) { return !kept.numel() || kept.numel() == n; };
-  STD_TORCH_CHECK(features.numel() == call.pixels() * call.feature_channels() && fits(z, call.z_size()) && fits(middle, call.middle_size()) &&
+  Kept z(OP, kept_z, call.num_layers(), call.pixels() * call.z_pitch()), middle(OP, kept_middle, call.num_layers(), call.pixels() * call.middle_pitch());
+  STD_TORCH_CHECK(features.numel() == call.pixels() * call.feature_channels() &&
                       raw_t.numel() == t.raw_t_size() && raw_u.numel() == t.raw_u_size() && stats.numel() == 2 * call.columns(),
                   OP, "_backward: what forward kept has the wrong size");
   bool empty = grad_y.numel() == 0;
@@ -184,8 +186,8 @@ std::vector<Tensor> csp_stage_backward(const Tensor& grad_y, const Tensor& x, co
 
 STABLE_TORCH_LIBRARY_FRAGMENT(csp_kernels, m) {
   m.def("csp_stage(Tensor x, Tensor[] params, Tensor[] running, int[] frozen, float[] eps, int part_channels, int layer, int fusion, "
-        "bool pool, int winograd, bool keep, bool keep_bottleneck) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("csp_stage_backward(Tensor grad_y, Tensor x, Tensor features, Tensor z, Tensor middle, Tensor raw_t, Tensor raw_u, Tensor stats, "
+        "bool pool, int winograd, bool keep, bool keep_bottleneck) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor)");
+  m.def("csp_stage_backward(Tensor grad_y, Tensor x, Tensor features, Tensor[] z, Tensor[] middle, Tensor raw_t, Tensor raw_u, Tensor stats, "
         "Tensor[] params, Tensor[] running, int[] frozen, float[] eps, int part_channels, int layer, int fusion, bool pool, int winograd) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(csp_kernels, CPU, m) {

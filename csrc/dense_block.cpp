@@ -10,7 +10,7 @@ namespace {
 
 constexpr const char* OP = "dense_block";
 
-std::tuple<Tensor, Tensor, Tensor> dense_block(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor> running,
+std::tuple<Tensor, std::vector<Tensor>, Tensor> dense_block(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor> running,
                                                std::vector<int64_t> frozen, std::vector<double> eps, std::optional<Tensor> seed,
                                                double drop_rate, bool keep_bottleneck, int64_t winograd) {
   DenseBlockCall call(OP, x, x.size(1), params, running, &frozen, eps, winograd);
@@ -18,14 +18,14 @@ std::tuple<Tensor, Tensor, Tensor> dense_block(const Tensor& x, std::vector<Tens
   DenseBlock& a = call.block;
   Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W);
   Tensor stats = statistics(x, a.channels() + a.num_layers * a.bottleneck);
-  Tensor z = keep_bottleneck ? buffer(x, {a.num_layers, a.pixels(), a.z_pitch()}) : buffer(x, {0});
-  a.x = x.const_data_ptr(), a.features = y.mutable_data_ptr(), a.z = keep_bottleneck ? z.mutable_data_ptr() : nullptr;
+  Kept z(x, keep_bottleneck ? a.num_layers : 0, {a.pixels(), a.z_pitch()});
+  a.x = x.const_data_ptr(), a.features = y.mutable_data_ptr(), a.z = z.data();
   a.mean = static_cast<double*>(stats.mutable_data_ptr()), a.var = a.mean + a.channels() + a.num_layers * a.bottleneck;
   if (!call.empty()) isa().dense_block->forward(a);
-  return {y, z, stats};
+  return {y, z.tensors, stats};
 }
 
-std::vector<Tensor> dense_block_backward(const Tensor& grad_y, const Tensor& y, const Tensor& z, const Tensor& stats,
+std::vector<Tensor> dense_block_backward(const Tensor& grad_y, const Tensor& y, std::vector<Tensor> kept, const Tensor& stats,
                                          std::vector<Tensor> params, std::vector<Tensor> running, std::vector<int64_t> frozen,
                                          std::vector<double> eps, std::optional<Tensor> seed, double drop_rate,
                                          int64_t in_channels, int64_t winograd) {
@@ -36,13 +36,12 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_y, const Tensor& y, 
   grad.dense(OP), Shape(OP, y).dense(OP);
   STD_TORCH_CHECK(grad.N == a.N && grad.C == a.channels() && grad.H == a.H && grad.W == a.W && grad_y.scalar_type() == y.scalar_type(),
                   "dense_block_backward: grad_y must have the shape and dtype of y");
-  bool kept = z.numel() > 0;
-  STD_TORCH_CHECK(!kept || z.numel() == a.num_layers * a.pixels() * a.z_pitch(), "dense_block_backward: z has the wrong size");
+  Kept z(OP, kept, a.num_layers, a.pixels() * a.z_pitch());
   std::vector<Tensor> grads{channels_last(y, a.N, in_channels, a.H, a.W)};
   append_gradients(grads, params, call.empty());
   if (call.empty()) return grads;
   call.gradients(grads, 1);
-  a.features = const_cast<void*>(y.const_data_ptr()), a.z = kept ? const_cast<void*>(z.const_data_ptr()) : nullptr;
+  a.features = const_cast<void*>(y.const_data_ptr()), a.z = z.data();
   a.mean = const_cast<double*>(static_cast<const double*>(stats.const_data_ptr()));
   a.var = a.mean + a.channels() + a.num_layers * a.bottleneck;
   a.grad_features = grad_y.const_data_ptr();
@@ -66,8 +65,8 @@ Tensor dense_block_inference(const Tensor& x, std::vector<Tensor> params, std::v
 
 STABLE_TORCH_LIBRARY_FRAGMENT(csp_kernels, m) {
   m.def("dense_block(Tensor x, Tensor[] params, Tensor[] running, int[] frozen, float[] eps, Tensor? seed, float drop_rate, "
-        "bool keep_bottleneck, int winograd) -> (Tensor, Tensor, Tensor)");
-  m.def("dense_block_backward(Tensor grad_y, Tensor y, Tensor z, Tensor stats, Tensor[] params, Tensor[] running, int[] frozen, "
+        "bool keep_bottleneck, int winograd) -> (Tensor, Tensor[], Tensor)");
+  m.def("dense_block_backward(Tensor grad_y, Tensor y, Tensor[] z, Tensor stats, Tensor[] params, Tensor[] running, int[] frozen, "
         "float[] eps, Tensor? seed, float drop_rate, int in_channels, int winograd) -> Tensor[]");
   m.def("dense_block_inference(Tensor x, Tensor[] params, Tensor[] running, float[] eps, int winograd) -> Tensor");
 }

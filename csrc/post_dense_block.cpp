@@ -19,7 +19,7 @@ void check_norms(const std::vector<Tensor>& params, const std::vector<int64_t>& 
 }
 
 // y, and of what backward needs (keep: all but z and middle): raw features, bottlenecks, middles, statistics.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> post_dense_block(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor> running,
+std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> post_dense_block(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor> running,
                                                                     std::vector<int64_t> frozen, std::vector<double> eps, bool two_way, int64_t winograd,
                                                                     bool keep) {
   check_norms(params, frozen, eps);
@@ -27,17 +27,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> post_dense_block(const Tensor
   PostDenseBlockCall call(OP, x, s, slice_of(x, s), params, running, frozen.data(), eps.data(), two_way, winograd);
   PostDenseBlock& a = call.block;
   Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W), features = buffer(x, {a.pixels(), a.grown()});
-  Tensor z = buffer(x, {keep ? call.z_size() : 0}), middle = buffer(x, {keep ? call.middle_size() : 0});
+  Kept z(x, keep ? a.num_layers : 0, {a.pixels(), a.z_pitch()}), middle(x, keep && two_way ? a.num_layers : 0, {a.pixels(), a.middle_pitch()});
   Tensor stats = statistics(x, call.statistics_size);
   double* mean = static_cast<double*>(stats.mutable_data_ptr());
   call.statistics(mean, mean + call.statistics_size);
-  a.features = features.mutable_data_ptr(), a.z = pointer_or_null(z), a.middle = pointer_or_null(middle);
+  a.features = features.mutable_data_ptr(), a.z = z.data(), a.middle = middle.data();
   a.y = {nullptr, 0, a.channels(), y.mutable_data_ptr(), a.channels()};
   if (y.numel() > 0) isa().post_dense_block->forward(a);
-  return {y, features, z, middle, stats};
+  return {y, features, z.tensors, middle.tensors, stats};
 }
 
-std::vector<Tensor> post_dense_block_backward(const Tensor& grad_y, const Tensor& x, const Tensor& features, const Tensor& z, const Tensor& middle,
+std::vector<Tensor> post_dense_block_backward(const Tensor& grad_y, const Tensor& x, const Tensor& features, std::vector<Tensor> kept_z, std::vector<Tensor> kept_middle,
                                               const Tensor& stats, std::vector<Tensor> params, std::vector<Tensor> running, std::vector<int64_t> frozen,
                                               std::vector<double> eps, bool two_way, int64_t winograd) {
   check_norms(params, frozen, eps);
@@ -46,8 +46,8 @@ std::vector<Tensor> post_dense_block_backward(const Tensor& grad_y, const Tensor
   PostDenseBlock& a = call.block;
   grad.same(OP, s);
   STD_TORCH_CHECK(grad.C == a.channels() && grad_y.scalar_type() == x.scalar_type(), OP, "_backward: grad_y must have the shape and dtype of y");
-  STD_TORCH_CHECK(features.numel() == a.pixels() * a.grown() && (!z.numel() || z.numel() == call.z_size()) &&
-                      (!middle.numel() || middle.numel() == call.middle_size()), OP, "_backward: what forward kept has the wrong size");
+  STD_TORCH_CHECK(features.numel() == a.pixels() * a.grown(), OP, "_backward: features have the wrong size");
+  Kept z(OP, kept_z, a.num_layers, a.pixels() * a.z_pitch()), middle(OP, kept_middle, a.num_layers, a.pixels() * a.middle_pitch());
   bool empty = grad_y.numel() == 0;
   std::vector<Tensor> grads{channels_last(x, a.N, s.C, a.H, a.W)};
   append_gradients(grads, params, empty);
@@ -55,7 +55,7 @@ std::vector<Tensor> post_dense_block_backward(const Tensor& grad_y, const Tensor
   double* mean = const_cast<double*>(static_cast<const double*>(stats.const_data_ptr()));
   call.statistics(mean, mean + call.statistics_size), call.gradients(grads, 1);
   Tensor G = buffer(x, {a.pixels(), a.grown()});
-  a.features = const_cast<void*>(features.const_data_ptr()), a.z = pointer_or_null(z), a.middle = pointer_or_null(middle), a.G = G.mutable_data_ptr();
+  a.features = const_cast<void*>(features.const_data_ptr()), a.z = z.data(), a.middle = middle.data(), a.G = G.mutable_data_ptr();
   a.y = {grad_y.const_data_ptr(), grad.pitch, grad.C, nullptr, 0};
   a.x.dx = grads[0].mutable_data_ptr(), a.x.dx_pitch = s.C;
   isa().post_dense_block->backward(a);
@@ -67,8 +67,8 @@ std::vector<Tensor> post_dense_block_backward(const Tensor& grad_y, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(csp_kernels, m) {
   m.def("post_dense_block(Tensor x, Tensor[] params, Tensor[] running, int[] frozen, float[] eps, bool two_way, int winograd, bool keep) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("post_dense_block_backward(Tensor grad_y, Tensor x, Tensor features, Tensor z, Tensor middle, Tensor stats, Tensor[] params, "
+        "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor)");
+  m.def("post_dense_block_backward(Tensor grad_y, Tensor x, Tensor features, Tensor[] z, Tensor[] middle, Tensor stats, Tensor[] params, "
         "Tensor[] running, int[] frozen, float[] eps, bool two_way, int winograd) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(csp_kernels, CPU, m) {

@@ -69,8 +69,6 @@ struct PostDenseBlockCall {
     for (int64_t i = 0; i < block.slices(); i++) slice_norms.push_back(block.norm(i));
     return slice_norms.data();
   }
-  int64_t z_size() const { return block.num_layers * block.pixels() * block.z_pitch(); }
-  int64_t middle_size() const { return block.num_layers * block.pixels() * block.middle_pitch(); }
 };
 
 }  // namespace csp

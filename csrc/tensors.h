@@ -103,6 +103,25 @@ inline Tensor buffer(const Tensor& like, const std::vector<int64_t>& size) { ret
 inline Tensor channels_last(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W) {
   return empty_strided(like, dtype_of(like), {N, C, H, W}, {H * W * C, 1, W * C, C});
 }
+// What layers keep, a tensor each: large allocations go back to the system and come back as page faults, smaller ones do not.
+struct Kept {
+  std::vector<Tensor> tensors;
+  std::vector<void*> pointers;
+  Kept() = default;
+  Kept(const Tensor& like, int64_t count, const std::vector<int64_t>& size) {
+    for (int64_t i = 0; i < count; i++) tensors.push_back(buffer(like, size));
+    point();
+  }
+  Kept(const char* op, const std::vector<Tensor>& given, int64_t count, int64_t numel) : tensors(given) {  // none or all
+    STD_TORCH_CHECK(given.empty() || int64_t(given.size()) == count, op, "_backward: what forward kept has the wrong number of tensors");
+    for (const Tensor& t : given) STD_TORCH_CHECK(t.numel() == numel, op, "_backward: what forward kept has the wrong size");
+    point();
+  }
+  void* const* data() const { return pointers.empty() ? nullptr : pointers.data(); }
+
+ private:
+  void point() { for (const Tensor& t : tensors) pointers.push_back(const_cast<void*>(t.const_data_ptr())); }
+};
 inline Tensor statistics(const Tensor& like, int64_t columns) {
   Tensor stats = contiguous(like, aoti_torch_dtype_float64(), {2, columns});
   memset(stats.mutable_data_ptr(), 0, size_t(stats.numel()) * sizeof(double));

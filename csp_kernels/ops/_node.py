@@ -65,20 +65,23 @@ class _Node(torch.autograd.Function):
     """What register_autograd makes of the same formula, with its arguments flat: a third of the overhead of a call."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, save: Save, gradients: Gradients, lengths: list[int], *flat: Any) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, op: Any, save: Save, gradients: Gradients, lengths: list[int], outputs: list[int], *flat: Any
+    ) -> tuple[Any, ...]:
         arguments = _folded(flat, lengths)
         with torch._C._AutoDispatchBelowAutograd():  # past the other door, which would only pass the call on
             output = op(*arguments)
         save(ctx, arguments, output)
-        ctx.gradients, ctx.lengths, ctx.outputs = gradients, lengths, _lengths(output)
+        outputs += _lengths(output)
+        ctx.gradients, ctx.outputs = gradients, outputs
         return _flat(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph: the other door knows that there is no double backward
-            return None, None, None, None, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
+            return *[None] * 5, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
         with torch._C._AutoDispatchBelowAutograd():
-            return None, None, None, None, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
+            return *[None] * 5, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
 
 
 def _lengths(values: Sequence[Any]) -> list[int]:
@@ -99,13 +102,31 @@ def _folded(flat: Sequence[Any], lengths: list[int]) -> tuple[Any, ...]:
     return tuple(values)
 
 
+def save_kept(ctx: Any, kept: Sequence[Any], x: Tensor, params: list[Tensor], running: list[Tensor]) -> None:
+    """What the operator returned beside y, without gradients, and its tensors."""
+    flat = _flat(kept)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*flat)
+    ctx.kept, ctx.sizes = _lengths(kept), (len(flat), len(params))
+    ctx.save_for_backward(x, *flat, *params, *running)
+
+
+def saved(ctx: Any) -> tuple[Tensor, tuple[Any, ...], list[Tensor], list[Tensor]]:
+    """x, kept, params and running of save_kept."""
+    x, *tensors = ctx.saved_tensors
+    kept, params = ctx.sizes
+    return x, _folded(tensors[:kept], ctx.kept), tensors[kept : kept + params], tensors[kept + params :]
+
+
 def call(op: Any, save: Save, gradients: Gradients, arguments: tuple[Any, ...]) -> Any:
     """op(*arguments) with the gradient formula that is registered for it."""
     if torch.compiler.is_compiling():
         return op(*arguments)
     lengths = _lengths(arguments)
     flat = [item for v, n in zip(arguments, lengths, strict=True) for item in (v if n >= 0 else [v])]
-    return _Node.apply(op, save, gradients, lengths, *flat)
+    outputs: list[int] = []
+    result = _Node.apply(op, save, gradients, lengths, outputs, *flat)
+    return _folded(result, outputs)
 
 
 def register(name: str, fakes: dict[str, Callable[..., Any]], save: Save, gradients: Gradients) -> None:

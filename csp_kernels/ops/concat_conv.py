@@ -133,18 +133,13 @@ def _native(
     mean, var = running if frozen else (None, None)
     arguments = inputs, weight, norm_weight, norm_bias, mean, var, eps, _CODES[act], negative_slope, splits
     if node.wants_gradients(*inputs, weight, norm_weight, norm_bias):
-        *y, _, stats = _outputs(node.call(ops.concat_conv.default, _save, _gradients, arguments))
+        y, _, stats = node.call(ops.concat_conv.default, _save, _gradients, arguments)
         return y, stats
     if frozen:
         y = ops.concat_conv_inference.default(*arguments)
         return y, inputs[0].new_zeros((2, sum(splits)), dtype=torch.float64)
     y, _, stats = ops.concat_conv.default(*arguments)
     return y, stats
-
-
-def _outputs(result: Any) -> Sequence[Tensor]:
-    """The outputs, raw and stats in a row: autograd gives them so, a compiled graph with the outputs in a list."""
-    return [*result[0], *result[1:]] if isinstance(result[0], (list, tuple)) else result
 
 
 def _fake(inputs: list[Tensor], weight: Tensor, *rest: Any) -> tuple[list[Tensor], Tensor, Tensor]:

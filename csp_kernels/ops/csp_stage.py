@@ -164,8 +164,9 @@ def _native(
 
 
 class _Sizes(NamedTuple):
-    """Of what the dense layers keep: feature channels, columns of z and middle of all layers, columns of statistics."""
+    """Of what the dense layers keep: feature channels, columns of a layer's z and middle, columns of statistics."""
 
+    layers: int
     features: int
     z: int
     middle: int
@@ -177,12 +178,12 @@ def _sizes(x: Tensor, params: list[Tensor], part_channels: int, layer: str) -> _
     if layer == "pre":
         g, b = params[5].shape[:2]
         features = x.shape[1] - part_channels + layers * g
-        return _Sizes(features, layers * node.padded(b), 0, features + layers * b)
+        return _Sizes(layers, features, node.padded(b), 0, features + layers * b)
     ways = 2 if layer == "two_way" else 1
     g = params[3].shape[0]
     width = max(p.shape[0] for p in params[:: len(LAYERS[layer].names)])
-    middle = layers * node.padded(g) if ways == 2 else 0
-    return _Sizes(layers * ways * g, layers * ways * node.padded(width), middle, sum(p.shape[0] for p in params[1::3]))
+    middle = node.padded(g) if ways == 2 else 0
+    return _Sizes(layers, layers * ways * g, ways * node.padded(width), middle, sum(p.shape[0] for p in params[1::3]))
 
 
 def _fake(
@@ -198,19 +199,21 @@ def _fake(
     winograd: int,
     keep: bool,
     keep_bottleneck: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | list[Tensor], ...]:
     count, kind, pixels = transition_count(FUSIONS[fusion]), list(LAYERS)[layer], checks.pixels(x)
     last = params[-count:]
     sizes = _sizes(x, params[:-count], part_channels, kind)
     h, w = (x.shape[2] // 2, x.shape[3] // 2) if pool else x.shape[2:]
     y = node.fake_image(x, output_size(fusion, part_channels, last), h, w)
-    kept = [pixels * n if keep_bottleneck else 0 for n in (sizes.z, sizes.middle)]
-    kept += raw_sizes(x, last, fusion, kind != "pre", pool) if keep else (0, 0)
+    layers = sizes.layers if keep_bottleneck else 0
+    raw = raw_sizes(x, last, fusion, kind != "pre", pool) if keep else (0, 0)
     columns = sizes.columns + sum(p.shape[0] for p in last[::3])
     return (
         y,
         x.new_empty((pixels, sizes.features)),
-        *(x.new_empty((n,)) for n in kept),
+        [x.new_empty((pixels, sizes.z)) for _ in range(layers)],
+        [x.new_empty((pixels, sizes.middle)) for _ in range(layers if sizes.middle else 0)],
+        *(x.new_empty((n,)) for n in raw),
         node.fake_statistics(x, columns),
     )
 
@@ -222,20 +225,15 @@ def _fake_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 def _save(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
     x, params, running, *ctx.rest, _, _ = arguments
-    _, *kept = output
-    ctx.count = len(params)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(x, *kept, *params, *running)
+    node.save_kept(ctx, output[1:], x, params, running)
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     """In the order of the schema: x, params, then none for the rest."""
-    x, *tensors = ctx.saved_tensors
-    kept, params, running = tensors[:6], tensors[6 : 6 + ctx.count], tensors[6 + ctx.count :]
+    x, kept, params, running = node.saved(ctx)
     rest = [[None] * len(running), *[None] * 9]
     if grad_y is None:
-        return None, [None] * ctx.count, *rest
+        return None, [None] * len(params), *rest
     dx, *dparams = torch.ops.csp_kernels.csp_stage_backward.default(
         node.in_place(grad_y), x, *kept, params, running, *ctx.rest
     )

@@ -181,17 +181,17 @@ def _fake_forward(
     drop_rate: float,
     keep_bottleneck: bool,
     winograd: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     sizes = _sizes(x, params)
     pixels, padded = x.shape[0] * x.shape[2] * x.shape[3], node.padded(sizes.width)
-    z = x.new_empty((sizes.layers, pixels, padded) if keep_bottleneck else (0,))
+    z = [x.new_empty((pixels, padded)) for _ in range(sizes.layers if keep_bottleneck else 0)]
     return node.fake_image(x, sizes.total), z, node.fake_statistics(x, sizes.columns)
 
 
 def _fake_backward(
     grad_y: Tensor,
     y: Tensor,
-    z: Tensor,
+    z: list[Tensor],
     stats: Tensor,
     params: list[Tensor],
     running: list[Tensor],
@@ -212,13 +212,14 @@ def _fake_inference(x: Tensor, params: list[Tensor], running: list[Tensor], eps:
 # --- autograd ---
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor], Tensor]) -> None:
     x, params, running, ctx.frozen, ctx.eps, seed, ctx.drop_rate, _, ctx.winograd = inputs
     y, z, stats = output
     ctx.channels, ctx.count, ctx.fixed = x.shape[1], len(params), len(running)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(z, stats)
-    ctx.save_for_backward(y, z, stats, seed, *params, *running)
+    ctx.kept = len(z)
+    ctx.mark_non_differentiable(*z, stats)
+    ctx.save_for_backward(y, stats, seed, *z, *params, *running)
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
@@ -226,7 +227,8 @@ def _gradients(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any,
     none = [None] * ctx.fixed
     if grad_y is None:
         return None, [None] * ctx.count, none, None, None, None, None, None, None
-    y, z, stats, seed, *tensors = ctx.saved_tensors
+    y, stats, seed, *tensors = ctx.saved_tensors
+    z, tensors = tensors[: ctx.kept], tensors[ctx.kept :]
     dx, *dparams = torch.ops.csp_kernels.dense_block_backward.default(
         node.packed(grad_y),
         y,

@@ -123,17 +123,17 @@ def _fake(
     two_way: bool,
     winograd: int,
     keep: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | list[Tensor], ...]:
     ways, each = (2, 15) if two_way else (1, 6)
     layers, pixels = len(params) // each, checks.pixels(x)
     b, g = max(p.shape[0] for p in params[::each]), params[3].shape[0]
     grown = layers * ways * g
-    z, middle = (ways * node.padded(b), (ways - 1) * node.padded(g)) if keep else (0, 0)
+    z, middle = ways * node.padded(b), node.padded(g)
     return (
         node.fake_image(x, x.shape[1] + grown),
         x.new_empty((pixels, grown)),
-        x.new_empty((layers * pixels * z,)),
-        x.new_empty((layers * pixels * middle,)),
+        [x.new_empty((pixels, z)) for _ in range(layers if keep else 0)],
+        [x.new_empty((pixels, middle)) for _ in range(layers if keep and two_way else 0)],
         node.fake_statistics(x, sum(p.shape[0] for p in params[1::3])),
     )
 
@@ -144,20 +144,15 @@ def _fake_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 def _save(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
     x, params, running, *ctx.rest, _ = arguments
-    _, *kept = output
-    ctx.count = len(params)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(x, *kept, *params, *running)
+    node.save_kept(ctx, output[1:], x, params, running)
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     """In the order of the schema: x, params, then none for the rest."""
-    x, *tensors = ctx.saved_tensors
-    kept, params, running = tensors[:4], tensors[4 : 4 + ctx.count], tensors[4 + ctx.count :]
+    x, kept, params, running = node.saved(ctx)
     rest = [[None] * len(running), *[None] * 5]
     if grad_y is None:
-        return None, [None] * ctx.count, *rest
+        return None, [None] * len(params), *rest
     dx, *dparams = torch.ops.csp_kernels.post_dense_block_backward.default(
         node.in_place(grad_y), x, *kept, params, running, *ctx.rest
     )

@@ -93,7 +93,7 @@ template <class S, int M> struct Block {
   // z of a layer: kept, or in scratch memory for one.
   S* z_scratch = nullptr;
   S* z_of(int64_t l) {
-    if (a.z) return static_cast<S*>(a.z) + l * P * zp;
+    if (a.z) return static_cast<S*>(a.z[l]);
     if (!z_scratch) z_scratch = frame.take<S>(P * zp);
     return z_scratch;
   }

@@ -33,8 +33,8 @@ template <class S, int M> struct PostBlock {
   }
   int64_t width(int64_t l) const { return a.layers[l].bottleneck; }
   int64_t second_branch(int64_t l) const { return padded_channels(width(l)); }  // its first column of z
-  S* z_of(int64_t l) const { return a.z ? static_cast<S*>(a.z) + l * P * zp : z_scratch; }
-  S* middle_of(int64_t l) const { return a.middle ? static_cast<S*>(a.middle) + l * P * mp : middle_scratch; }
+  S* z_of(int64_t l) const { return a.z ? static_cast<S*>(a.z[l]) : z_scratch; }
+  S* middle_of(int64_t l) const { return a.middle ? static_cast<S*>(a.middle[l]) : middle_scratch; }
   Affine<T> filled(Frame& f, const BatchNorm& n, int64_t count) const {
     Affine<T> norm(f, count);
     Norm<T>{n}.fill(norm, count);

@@ -27,8 +27,8 @@ struct PostDenseBlock {
   const PostLayer* layers;
   Slice x;               // dx: backward adds to it
   void* features;        // [P, grown()]: raw outputs of the layers, in order of layers and branches
-  void* z;               // [L][P][z_pitch()]: raw bottlenecks, null: not kept
-  void* middle;          // [L][P][middle_pitch()]: raw, between the second branch's 3x3s, null: none, or not kept
+  void* const* z;        // L of [P][z_pitch()]: raw bottlenecks, null: not kept
+  void* const* middle;   // L of [P][middle_pitch()]: raw, between the second branch's 3x3s, null: none, or not kept
   void* G;               // backward, [P, grown()]: gamma * rstd * dn of what reads the features; the sums in dgamma, dbeta
   Slice y;               // [P, C]: the activated output and its gradient, where there is one
 
