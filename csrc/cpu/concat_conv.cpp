@@ -50,16 +50,25 @@ template <class S> struct Concat {
   void backward() {
     int tasks = choose_tasks(a.parallel, mix.P, 16.0 * double(mix.P * mix.O));
     Affine<T> norm = norm_in_columns();
-    S* dn = frame.take<S>(mix.P * mix.O);
     PartialSums<T>* sums = PartialSums<T>::take(frame, tasks, 0, mix.O);
-    with_act([&](auto act) { activate_backward(a.parallel, grid, raw, mix.O, norm, mix.out, outputs<const S>(), act, dn, sums, tasks); });
     Correction<T> correction(frame, mix.O);
-    mix.out.each([&](int64_t, int64_t channel, int64_t column, int64_t size) {
-      Norm<T> n{a.norm, channel};
-      n.add_up(sums, tasks, column, size);
-      correction.fill(n, column, size, mix.P, false);
+    const Output<const S>* dy = outputs<const S>();
+    Places<const S> places(frame, mix.out, dy, LANES<T>);
+    with_act([&](auto act) {
+      const bool keep = act.COSTLY;
+      S* dn = keep ? frame.take<S>(mix.P * mix.O) : nullptr;
+      activate_backward(a.parallel, grid, raw, mix.O, norm, mix.out, dy, act, dn, sums, tasks);
+      mix.out.each([&](int64_t, int64_t channel, int64_t column, int64_t size) {
+        Norm<T> n{a.norm, channel};
+        n.add_up(sums, tasks, column, size);
+        correction.fill(n, column, size, mix.P, false);
+      });
+      if (keep) unmix(OutputGradient<S>(dn, raw, mix.O, mix.O, &correction));
+      else unmix(ActivatedGradient<S, decltype(act)>(places, raw, mix.O, norm, correction, act));
     });
-    MixBackward<S> back{mix, {dn, raw, mix.O, mix.O, &correction}, mix.template packed<true>(frame, weight),
+  }
+  void unmix(const Gradient<S>& gradient) {
+    MixBackward<S> back{mix, gradient, mix.template packed<true>(frame, weight),
                         PartialSums<T>::take(frame, mix.tasks, MixBackward<S>::weights(mix), MixBackward<S>::pitch(mix))};
     back.run();
     back.weight_gradient(static_cast<T*>(a.dweight));

@@ -254,10 +254,9 @@ template <class S> struct Transition {
   void backward_u(S* gradient_t) {
     const TransitionConv& u = *a.u;
     Correction<T> correction(frame, u.out);
-    OutputGradient<S> gradient{dy, nullptr, a.y.pitch, u.out, nullptr};
-    if (a.post) {
-      gradient = {through_norm(u, pooled, raw_u, dy, correction), raw_u, padded_channels(u.out), padded_channels(u.out), &correction};
-    }
+    const S* dn = a.post ? through_norm(u, pooled, raw_u, dy, correction) : nullptr;
+    int64_t pitch = padded_channels(u.out);
+    const OutputGradient<S> gradient = a.post ? OutputGradient<S>(dn, raw_u, pitch, pitch, &correction) : OutputGradient<S>(dy, nullptr, a.y.pitch, u.out, nullptr);
     Inputs in = inputs();
     read(in, gradient_t);
     Mix<S> mix(a.parallel, last, in.s, in.count, {&u.out, 1});

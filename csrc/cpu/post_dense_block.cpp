@@ -187,7 +187,8 @@ template <class S, int M> struct PostBlock {
     Correction<T> correction(inner, mix.O);
     for (int i = 0; i < a.branches; i++) correction.fill({p.reduce[i].norm}, i * second_branch(l), b, P, true);
     const PartialSums<T>* parts = PartialSums<T>::take(inner, mix.tasks, MixBackward<S>::weights(mix), MixBackward<S>::pitch(mix));
-    MixBackward<S> back{mix, {dz, z, zp, mix.O, &correction}, mix.template packed<true>(inner, stacked(inner, l)), parts};
+    const OutputGradient<S> gradient(dz, z, zp, mix.O, &correction);
+    MixBackward<S> back{mix, gradient, mix.template packed<true>(inner, stacked(inner, l)), parts};
     back.run();
     int64_t n = b * reads(l);
     T* dw = a.branches == 1 ? static_cast<T*>(p.reduce[0].dweight) : inner.take<T>(2 * n);

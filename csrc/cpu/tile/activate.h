@@ -34,7 +34,7 @@ void activate(const Parallel& parallel, const Grid& grid, const S* z, int64_t pi
   });
 }
 
-// dn = dy * activation'(norm(z)) [N*H*W][pitch], and its sums. dy: the outputs' gradients, null: zero.
+// dn = dy * activation'(norm(z)) [N*H*W][pitch] (null: not kept), and its sums. dy: the outputs' gradients, null: zero.
 template <class S, class A>
 void activate_backward(const Parallel& parallel, const Grid& grid, const S* z, int64_t pitch, const Affine<typename Types<S>::T>& norm,
                       const Splits& splits, const Output<const S>* out, const A& activation, S* dn,
@@ -61,7 +61,7 @@ void activate_backward(const Parallel& parallel, const Grid& grid, const S* z, i
           for (int64_t q = 0; q < m; q++) {
             Vec<T> dy = out[i].y && from[q] >= 0 ? load(out[i].y + from[q] * out[i].pitch + c, size - c) * part : Vec<T>{};
             Vec<T> centred = load(z + (p0 + q) * pitch + k) - mean, d = dy * activation.slope(centred * scale + shift);
-            store(dn + (p0 + q) * pitch + k, d);
+            if (dn) store(dn + (p0 + q) * pitch + k, d);
             sum += d, sum_x += d * centred;
           }
           T *s = parts[task].sum + k, *sx = parts[task].sum_x + k;
@@ -72,22 +72,52 @@ void activate_backward(const Parallel& parallel, const Grid& grid, const S* z, i
   });
 }
 
+// Where each vector of columns lies in the outputs.
+template <class S> struct Places {
+  struct Place { S* y; int64_t pitch, left; };
+  Place* at;
+  Places(Frame& frame, const Splits& splits, const Output<S>* out, int lanes) : at(frame.zeroed<Place>(splits.width() / lanes + 2)) {
+    splits.each([&](int64_t i, int64_t, int64_t column, int64_t size) {
+      for (int64_t c = 0; c < size; c += lanes) at[(column + c) / lanes] = {out[i].y + c, out[i].pitch, size - c};
+    });
+  }
+};
+
+// dz straight from the outputs' gradients: what activate_backward would keep is computed again.
+template <class S, class A> struct ActivatedGradient final : Gradient<S> {
+  using typename Gradient<S>::T;
+  using typename Gradient<S>::U;
+  const Places<const S>& dy;
+  const S* z;
+  int64_t pitch;
+  const Affine<T>& norm;
+  const Correction<T>& correction;  // its mean is the norm's
+  A activation;
+  ActivatedGradient(const Places<const S>& dy, const S* z, int64_t pitch, const Affine<T>& norm, const Correction<T>& correction, const A& activation)
+      : dy(dy), z(z), pitch(pitch), norm(norm), correction(correction), activation(activation) {}
+
+  void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const override {
+    this->pack_rows([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
+      const auto& from = dy.at[n / LANES<T>];
+      Vec<T> centred = load(z + pixel * pitch + n) - load(norm.mean + n), pre = centred * load(norm.scale + n) + load(norm.shift + n);
+      Vec<T> d = from.left > 0 ? load(from.y + pixel * from.pitch, from.left) * activation.slope(pre) : Vec<T>{};
+      return d * load(correction.scale + n) + (centred * load(correction.slope + n) + load(correction.offset + n));
+    }, columns, p0, m, M, by_channel, by_pixel);
+  }
+};
+
 // The outputs without z in between: folded norms leave y = activation(mix + bias).
 template <class S, class A>
 void mix_activated(const Mix<S>& mix, const Unit<typename Types<S>::Product>* W, const typename Types<S>::T* bias,
                    const Output<S>* out, const A& activation) {
   using T = typename Types<S>::T;
   constexpr int L = LANES<T>, MR = TILE_ROWS;
-  struct Place { S* y; int64_t pitch, left; };  // of a vector of columns
   Frame frame;
-  Place* places = frame.zeroed<Place>(mix.O / L + 2);
-  mix.out.each([&](int64_t i, int64_t, int64_t column, int64_t size) {
-    for (int64_t c = 0; c < size; c += L) places[(column + c) / L] = {out[i].y + c, out[i].pitch, size - c};
-  });
+  Places<S> places(frame, mix.out, out, L);
   mix.forward(W, [&](int, int64_t pixel, int m, int64_t n, const auto& acc) __attribute__((always_inline)) {
     constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
     CSP_UNROLL(2) for (int j = 0; j < NV; j++) {
-      const Place& to = places[n / L + j];
+      const auto& to = places.at[n / L + j];
       Vec<T> b = load(bias + n + j * L);
       CSP_UNROLL(16) for (int i = 0; i < MR; i++)
         if (i < m) store(to.y + (pixel + i) * to.pitch, activation.value(acc[i][j] + b), to.left);

@@ -22,26 +22,31 @@ CSP_INLINE Vec<float> exponential(Vec<float> x) {
   return x != x ? x : p * Vec<float>(bits);
 }
 
-// value(x) and slope(x), the derivative.
+// value(x) and slope(x), the derivative. COSTLY: dearer than the memory traffic of keeping it.
 template <class T> struct Identity {
+  static constexpr bool COSTLY = false;
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x; }
   CSP_INLINE Vec<T> slope(Vec<T>) const { return Vec<T>{} + T(1); }
 };
 template <class T> struct LeakyRelu {  // negative = 0: ReLU
+  static constexpr bool COSTLY = false;
   T negative;
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x <= 0 ? x * negative : x; }
   CSP_INLINE Vec<T> slope(Vec<T> x) const { return x > 0 ? Vec<T>{} + T(1) : Vec<T>{} + negative; }
 };
 template <class T> struct Relu {
+  static constexpr bool COSTLY = false;
   CSP_INLINE Vec<T> value(Vec<T> x) const { return act<T>(x); }
   CSP_INLINE Vec<T> slope(Vec<T> x) const { return mask_positive<T>(x, Vec<T>{} + T(1)); }
 };
 template <class T> CSP_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exponential(-x)); }
 template <class T> struct Silu {
+  static constexpr bool COSTLY = true;
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x * sigmoid<T>(x); }
   CSP_INLINE Vec<T> slope(Vec<T> x) const { Vec<T> s = sigmoid<T>(x); return s * (T(1) + x * (T(1) - s)); }
 };
 template <class T> struct Mish {  // x tanh(log(1 + e^x))
+  static constexpr bool COSTLY = true;
   static CSP_INLINE Vec<T> gate(Vec<T> x) {
     Vec<T> large = Vec<T>{} + T(20), e = exponential(x > large ? large : x), w = e * (e + T(2));
     return w / (w + T(2));
@@ -50,6 +55,7 @@ template <class T> struct Mish {  // x tanh(log(1 + e^x))
   CSP_INLINE Vec<T> slope(Vec<T> x) const { Vec<T> t = gate(x); return t + x * (T(1) - t * t) * sigmoid<T>(x); }
 };
 template <class T> struct Hardswish {
+  static constexpr bool COSTLY = false;
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x * clamp(x + T(3)) * T(1.0 / 6); }
   CSP_INLINE Vec<T> slope(Vec<T> x) const {
     Vec<T> inside = x * T(1.0 / 3) + T(0.5), one = Vec<T>{} + T(1);

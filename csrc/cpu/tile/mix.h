@@ -53,8 +53,10 @@ CSP_NOINLINE void pack_segment(const Segment<S>& s, const int64_t* source, int64
       else return at(0);
     };
     Unit<U>* o = A + i * L;
-    for (int64_t c = c0; c < c1; c += L * U::DEPTH, o += MR * L)
+    for (int64_t c = c0; c < c1; c += L * U::DEPTH, o += MR * L) {
+      __builtin_prefetch(f + (POOL ? 4 * MR : MR) * s.pitch + c);  // about where the next tile begins
       store(o, U::join(read(c), LAST ? read(c + LAST * L) : Vec<T>{}));
+    }
   }
   for (int i = m; i < MR; i++)
     for (int64_t c = c0; c < c1; c += L * U::DEPTH) store(A + ((c - c0) / (L * U::DEPTH) * MR + i) * L, Vec<Unit<U>>{});
@@ -65,6 +67,7 @@ struct Splits {
   const int64_t* sizes;
   int64_t count;
   int64_t width() const { return columns(sizes, count); }
+  int64_t channels() const { int64_t n = 0; for (int64_t i = 0; i < count; i++) n += sizes[i]; return n; }
   template <class F> void each(F f) const {  // f(split, first channel, first column, size)
     for (int64_t i = 0, channel = 0, column = 0; i < count; channel += sizes[i], column += padded_channels(sizes[i]), i++) f(i, channel, column, sizes[i]);
   }
@@ -89,7 +92,8 @@ template <class S> struct Mix {
   }
 
   // Weights [out][K] in padded form [O][Kp], each row times scale[column] (null: 1).
-  T* padded(Frame& frame, const T* w, const T* scale) const {
+  const T* padded(Frame& frame, const T* w, const T* scale) const {
+    if (!scale && K == Kp && O == out.channels()) return w;  // nothing to pad
     T* full = frame.zeroed<T>(O * Kp);
     out.each([&](int64_t, int64_t channel, int64_t column, int64_t size) {
       for (int64_t n = 0; n < size; n++) {
@@ -184,19 +188,49 @@ template <class S> struct Mix {
   }
 };
 
-// Where dz comes from: d [P][pitch], and z of the same pitch where a norm follows.
-template <class S> struct OutputGradient {
+// dz of m pixels from p0 on, M with padding: by_channel for dgrad, by_pixel for wgrad (the same where a unit is one value).
+// at(pixel, column): a vector of dz.
+template <class S> struct Gradient {
   using T = typename Types<S>::T;
+  using U = typename Types<S>::Product;
+  virtual void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const = 0;
+  virtual ~Gradient() = default;
+
+  template <class At> static CSP_INLINE void pack_rows(const At& value, int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) {
+    constexpr int MR = TILE_ROWS, L = LANES<T>, D = U::DEPTH;
+    auto at = [&](int64_t i, int64_t n) __attribute__((always_inline)) { return i < m && n < columns ? value(p0 + i, n) : Vec<T>{}; };
+    for (int64_t row = 0; row < M; row += MR)  // few rows at a time, so that each is read once
+      for (int64_t c = 0; c < columns; c += L * D) {
+        Unit<U>* to = by_channel + c / (L * D) * M * L;
+        for (int64_t i = row; i < row + MR; i += D) {
+          if constexpr (D == 1) { store(to + i * L, at(i, c)); continue; }
+          Vec<T> v[2][2] = {{at(i, c), at(i, c + L)}, {at(i + 1, c), at(i + 1, c + L)}};
+          store(to + i * L, U::join(v[0][0], v[0][1])), store(to + (i + 1) * L, U::join(v[1][0], v[1][1]));
+          store(by_pixel + (c / L * (M / 2) + i / 2) * L, U::join(v[0][0], v[1][0]));
+          if (c + L < columns) store(by_pixel + ((c / L + 1) * (M / 2) + i / 2) * L, U::join(v[0][1], v[1][1]));
+        }
+      }
+  }
+};
+
+// From d [P][pitch], and z of the same pitch where a norm follows.
+template <class S> struct OutputGradient final : Gradient<S> {
+  using typename Gradient<S>::T;
+  using typename Gradient<S>::U;
   const S *d, *z;  // z null: dz = d
   int64_t pitch, channels;
   const Correction<T>* correction;
+  OutputGradient(const S* d, const S* z, int64_t pitch, int64_t channels, const Correction<T>* correction)
+      : d(d), z(z), pitch(pitch), channels(channels), correction(correction) {}
 
-  CSP_INLINE Vec<T> at(int64_t pixel, int64_t n) const {
-    int64_t o = pixel * pitch + n, left = channels - n;
-    Vec<T> x = load(d + o, left);
-    if (!z) return x;
-    const Correction<T>& c = *correction;
-    return x * load(c.scale + n) + ((load(z + o, left) - load(c.mean + n)) * load(c.slope + n) + load(c.offset + n));
+  void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const override {
+    this->pack_rows([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
+      int64_t o = pixel * pitch + n, left = channels - n;
+      Vec<T> x = load(d + o, left);
+      if (!z) return x;
+      const Correction<T>& c = *correction;
+      return x * load(c.scale + n) + ((load(z + o, left) - load(c.mean + n)) * load(c.slope + n) + load(c.offset + n));
+    }, columns, p0, m, M, by_channel, by_pixel);
   }
 };
 
@@ -216,7 +250,7 @@ template <class S> struct MixBackward {
   static constexpr int MR = TILE_ROWS, L = LANES<T>, D = U::DEPTH;
   static constexpr int64_t CHUNK = 384 * 4 / int64_t(sizeof(T));
   const Mix<S>& mix;
-  OutputGradient<S> gradient;
+  const Gradient<S>& gradient;
   const Unit<U>* W;             // packed<true>
   const PartialSums<T>* parts;  // a task: dW [O rounded to a vector][pitch()], sums [pitch()] of dn and dn * (x - mean)
 
@@ -224,24 +258,6 @@ template <class S> struct MixBackward {
   static int64_t weights(const Mix<S>& mix) { return round_up(mix.O, L) * pitch(mix); }
   // Tiles at a time: their dz stays in the second-level cache.
   int64_t group() const { return max64(1, min64(8, (int64_t(256) << 10) / (mix.O * MR * int64_t(sizeof(T))))); }
-
-  // dz of m pixels from p0 on, M with padding: by_channel for dgrad, by_pixel for wgrad (the same where a unit is one value).
-  void pack(int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const {
-    for (int64_t c = 0; c < mix.O; c += L * D) {
-      auto at = [&](int64_t i, int64_t n) __attribute__((always_inline)) { return i < m && n < mix.O ? gradient.at(p0 + i, n) : Vec<T>{}; };
-      Unit<U>* to = by_channel + c / (L * D) * M * L;
-      if constexpr (D == 1) {
-        for (int64_t i = 0; i < M; i++) store(to + i * L, at(i, c));
-      } else {
-        for (int64_t i = 0; i < M; i += 2) {
-          Vec<T> v[2][2] = {{at(i, c), at(i, c + L)}, {at(i + 1, c), at(i + 1, c + L)}};
-          store(to + i * L, U::join(v[0][0], v[0][1])), store(to + (i + 1) * L, U::join(v[1][0], v[1][1]));
-          store(by_pixel + (c / L * (M / 2) + i / 2) * L, U::join(v[0][0], v[1][0]));
-          if (c + L < mix.O) store(by_pixel + ((c / L + 1) * (M / 2) + i / 2) * L, U::join(v[0][1], v[1][1]));
-        }
-      }
-    }
-  }
 
   // One vector of channels of one tile: da[i * nv] -> gradient of the segment; what the product read goes to a[row][LANES].
   template <bool ACT, bool POOL>
@@ -329,7 +345,7 @@ template <class S> struct MixBackward {
       for (int64_t t = r.begin; t < r.end; t += nt) {
         int64_t n = min64(nt, r.end - t), M = n * MR, p0 = t * MR;
         for (int64_t i = 0; i < M; i++) source[i] = mix.grid.source(min64(p0 + i, P - 1));
-        pack(p0, min64(M, P - p0), M, by_channel, by_pixel);
+        gradient.pack(O, p0, min64(M, P - p0), M, by_channel, by_pixel);
         for (int64_t k0 = 0; k0 < Kp; k0 += chunk) {
           int64_t k1 = min64(Kp, k0 + chunk);
           for (int64_t k = k0; k < k1; k += 2 * L)
