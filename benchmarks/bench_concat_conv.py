@@ -14,13 +14,8 @@ from race import Case, main
 
 import csp_kernels as csp
 
-SHAPES = (
-    (2, 128, 256, 28),
-    (4, 64, 128, 28),
-    (8, 32, 128, 28),
-    (2, 64, 64, 56),
-    (2, 256, 256, 14),
-)  # inputs, each, out, size
+# inputs, channels of each, out channels, size
+SHAPES = ((2, 128, 256, 28), (4, 64, 128, 28), (8, 32, 128, 28), (2, 64, 64, 56), (2, 256, 256, 14))
 
 
 def case(count: int, each: int, out: int, size: int, act: str = "relu") -> Case:

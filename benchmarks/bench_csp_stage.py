@@ -20,11 +20,10 @@ SHAPES = {"pre": (128, 256, 12, 4, 28), "two_way": (128, 256, 4, 2, 28)}
 
 def case(layer: str, part_ratio: float) -> Case:
     channels, out, layers, width, size = SHAPES[layer]
-    options = {"part_ratio": part_ratio, "layer": layer}
     return Case(
         f"{layer}, part_ratio {part_ratio}, {channels} to {out}, {layers} layers, {size}x{size}",
-        lambda: csp.CSPDenseStage(channels, out, layers, 32, width, **options),
-        lambda: csp.reference.CSPDenseStage(channels, out, layers, 32, width, **options),
+        lambda: csp.CSPDenseStage(channels, out, layers, 32, width, part_ratio=part_ratio, layer=layer),
+        lambda: csp.reference.CSPDenseStage(channels, out, layers, 32, width, part_ratio=part_ratio, layer=layer),
         [(16, channels, size, size)],
     )
 

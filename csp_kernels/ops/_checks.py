@@ -77,7 +77,7 @@ def converted(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def filled(params: Sequence[Tensor | None], shapes: Sequence[Shape], x: Tensor) -> list[Tensor]:
-    """Parameters in the dtype of sums, contiguous or channels_last; a missing norm weight is ones, a missing bias zeros."""
+    """Parameters in the dtype of sums, contiguous or channels_last; missing norm weights are ones, biases zeros."""
     dtype, tensors, bias = ACCUMULATE[x.dtype], [], False
     for p, shape in zip(params, shapes, strict=True):
         if p is None:
