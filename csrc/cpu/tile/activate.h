@@ -97,7 +97,7 @@ template <class S, class A> struct ActivatedGradient final : Gradient<S> {
       : dy(dy), z(z), pitch(pitch), norm(norm), correction(correction), activation(activation) {}
 
   void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const override {
-    this->pack_rows([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
+    pack_gradient<U>([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
       const auto& from = dy.at[n / LANES<T>];
       Vec<T> centred = load(z + pixel * pitch + n) - load(norm.mean + n), pre = centred * load(norm.scale + n) + load(norm.shift + n);
       Vec<T> d = from.left > 0 ? load(from.y + pixel * from.pitch, from.left) * activation.slope(pre) : Vec<T>{};

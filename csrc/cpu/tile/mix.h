@@ -188,29 +188,12 @@ template <class S> struct Mix {
   }
 };
 
-// dz of m pixels from p0 on, M with padding: by_channel for dgrad, by_pixel for wgrad (the same where a unit is one value).
-// at(pixel, column): a vector of dz.
+// Where dz comes from, packed by pack_gradient.
 template <class S> struct Gradient {
   using T = typename Types<S>::T;
   using U = typename Types<S>::Product;
   virtual void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const = 0;
   virtual ~Gradient() = default;
-
-  template <class At> static CSP_INLINE void pack_rows(const At& value, int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) {
-    constexpr int MR = TILE_ROWS, L = LANES<T>, D = U::DEPTH;
-    auto at = [&](int64_t i, int64_t n) __attribute__((always_inline)) { return i < m && n < columns ? value(p0 + i, n) : Vec<T>{}; };
-    for (int64_t row = 0; row < M; row += MR)  // few rows at a time, so that each is read once
-      for (int64_t c = 0; c < columns; c += L * D) {
-        Unit<U>* to = by_channel + c / (L * D) * M * L;
-        for (int64_t i = row; i < row + MR; i += D) {
-          if constexpr (D == 1) { store(to + i * L, at(i, c)); continue; }
-          Vec<T> v[2][2] = {{at(i, c), at(i, c + L)}, {at(i + 1, c), at(i + 1, c + L)}};
-          store(to + i * L, U::join(v[0][0], v[0][1])), store(to + (i + 1) * L, U::join(v[1][0], v[1][1]));
-          store(by_pixel + (c / L * (M / 2) + i / 2) * L, U::join(v[0][0], v[1][0]));
-          if (c + L < columns) store(by_pixel + ((c / L + 1) * (M / 2) + i / 2) * L, U::join(v[0][1], v[1][1]));
-        }
-      }
-  }
 };
 
 // From d [P][pitch], and z of the same pitch where a norm follows.
@@ -224,7 +207,7 @@ template <class S> struct OutputGradient final : Gradient<S> {
       : d(d), z(z), pitch(pitch), channels(channels), correction(correction) {}
 
   void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const override {
-    this->pack_rows([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
+    pack_gradient<U>([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
       int64_t o = pixel * pitch + n, left = channels - n;
       Vec<T> x = load(d + o, left);
       if (!z) return x;

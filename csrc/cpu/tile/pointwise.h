@@ -115,6 +115,26 @@ void pointwise_forward(const Parallel& parallel, int tasks, int64_t P, const S* 
   });
 }
 
+// Rows of a gradient, value(pixel, column), m pixels from p0 on, M with padding: by_channel for dgrad, by_pixel for wgrad
+// (the same where a unit is one value). Few rows at a time, so that each is read once.
+template <class U, class Value>
+CSP_INLINE void pack_gradient(const Value& value, int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) {
+  using T = Acc<U>;
+  constexpr int MR = TILE_ROWS, L = LANES<T>, D = U::DEPTH;
+  auto at = [&](int64_t i, int64_t n) __attribute__((always_inline)) { return i < m && n < columns ? value(p0 + i, n) : Vec<T>{}; };
+  for (int64_t row = 0; row < M; row += MR)
+    for (int64_t c = 0; c < columns; c += L * D) {
+      Unit<U>* to = by_channel + c / (L * D) * M * L;
+      for (int64_t i = row; i < row + MR; i += D) {
+        if constexpr (D == 1) { store(to + i * L, at(i, c)); continue; }
+        Vec<T> v[2][2] = {{at(i, c), at(i, c + L)}, {at(i + 1, c), at(i + 1, c + L)}};
+        store(to + i * L, U::join(v[0][0], v[0][1])), store(to + (i + 1) * L, U::join(v[1][0], v[1][1]));
+        store(by_pixel + (c / L * (M / 2) + i / 2) * L, U::join(v[0][0], v[1][0]));
+        if (c + L < columns) store(by_pixel + ((c / L + 1) * (M / 2) + i / 2) * L, U::join(v[0][1], v[1][1]));
+      }
+    }
+}
+
 // dz = dn + (z - mean) * slope + offset, the gradient before the second normalisation; dn: times its scale.
 template <class T> struct BottleneckGradient { const T *mean, *slope, *offset; };
 
@@ -134,28 +154,11 @@ template <class U, class S> struct PointwiseBackward {
 
   // dz of M rows, m of them real: by_channel for dgrad, by_pixel for wgrad (the same where a unit is one value).
   void pack_dz(int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const {
-    const int64_t used = round_up(b, L);
-    for (int64_t c = 0; c < used; c += L * D) {
-      auto at = [&](int64_t i, int64_t k) __attribute__((always_inline)) {
-        if (i >= m || k >= used) return Vec<T>{};
-        int64_t o = (p0 + i) * zp + k;
-        return load(dn + o) + ((load(z + o) - load(dz.mean + k)) * load(dz.slope + k) + load(dz.offset + k));
-      };
-      Unit<U>* out = by_channel + (c / (L * D)) * M * L;
-      if constexpr (D == 1) {
-        Vec<T> mean = load(dz.mean + c), slope = load(dz.slope + c), offset = load(dz.offset + c);
-        const S *dp = dn + p0 * zp + c, *q = z + p0 * zp + c;
-        for (int64_t i = 0; i < m; i++) store(out + i * L, load(dp + i * zp) + ((load(q + i * zp) - mean) * slope + offset));
-        for (int64_t i = m; i < M; i++) store(out + i * L, Vec<T>{});
-      } else {
-        for (int64_t i = 0; i < M; i += 2) {
-          Vec<T> v[2][2] = {{at(i, c), at(i, c + L)}, {at(i + 1, c), at(i + 1, c + L)}};
-          store(out + i * L, U::join(v[0][0], v[0][1])), store(out + (i + 1) * L, U::join(v[1][0], v[1][1]));
-          store(by_pixel + (c / L * (M / 2) + i / 2) * L, U::join(v[0][0], v[1][0]));
-          if (c + L < used) store(by_pixel + ((c / L + 1) * (M / 2) + i / 2) * L, U::join(v[0][1], v[1][1]));
-        }
-      }
-    }
+    auto value = [&](int64_t pixel, int64_t k) __attribute__((always_inline)) {
+      int64_t o = pixel * zp + k;
+      return load(dn + o) + ((load(z + o) - load(dz.mean + k)) * load(dz.slope + k) + load(dz.offset + k));
+    };
+    pack_gradient<U>(value, round_up(b, L), p0, m, M, by_channel, by_pixel);
   }
 
   // One tile of dgrad for NV vectors of channels from k on; leaves act(norm(F)) for wgrad in a[j][row][LANES].
