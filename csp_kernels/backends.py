@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from types import TracebackType
+
+import torch
 
 from csp_kernels import native
 
 NAMES = ("auto", "native", "triton", "reference")
 ENVIRONMENT = "CSP_KERNELS_BACKEND"
-_NO_TRITON = "not part of this version of csp_kernels; choose 'native' (CPU) or 'reference' (any device)"
+OLDEST_TRITON = (3, 6)
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,38 @@ class Backends(dict[str, Backend]):
         return "\n".join(rows)
 
 
+def _triton_version() -> str:
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "{}.{}".format(*OLDEST_TRITON)  # installed, but not as a package: let it try
+
+
+def _find_triton() -> str:
+    """Why the Triton kernels cannot run here, found out without an import of triton; "" if they can."""
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU; choose 'native' (CPU) or 'reference' (any device)"
+    if not native.available():  # it defines the operators that the kernels implement
+        return native.why_not()
+    needed = "triton>={}.{}".format(*OLDEST_TRITON)
+    if importlib.util.find_spec("triton") is None:
+        return f"triton is not installed; `pip install '{needed}'`, or choose 'reference'"
+    version = _triton_version()
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
+        return f"triton {version} is too old; `pip install '{needed}'`, or choose 'reference'"
+    return ""
+
+
+_WHY_NOT_TRITON = _find_triton()
+
+
+def why_not_triton() -> str:
+    """Why the Triton kernels cannot run here and what to do about it; "" if they can."""
+    return _WHY_NOT_TRITON
+
+
 def backends() -> Backends:
     """What is available here, and why not where not."""
     if native.available():
@@ -37,9 +74,14 @@ def backends() -> Backends:
         compiled = native.why_not()
     return Backends(
         native=Backend(native.available(), compiled),
-        triton=Backend(False, _NO_TRITON),
+        triton=Backend(not why_not_triton(), why_not_triton() or _gpu()),
         reference=Backend(True, "any device, plain PyTorch"),
     )
+
+
+def _gpu() -> str:
+    operators = "dense_block alone, and only if chosen: not yet run on a GPU"
+    return f"{torch.cuda.get_device_name()}, triton {_triton_version()} ({operators})"
 
 
 def _checked(name: str, argument: str) -> str:
@@ -60,7 +102,8 @@ class use_backend:
         with csp.use_backend("native"): ...
 
     "auto" (the default, or the environment variable CSP_KERNELS_BACKEND) takes "native" for tensors on the CPU if the
-    library is loaded, otherwise "reference". Raises ValueError for an unknown name, RuntimeError for a backend that is
+    library is loaded, otherwise "reference". "triton" has to be asked for: its kernels have not run on a GPU yet.
+    Raises ValueError for an unknown name, RuntimeError for a backend that is
     not available here.
     """
 
@@ -87,20 +130,25 @@ def selected() -> str:
 def _require(name: str) -> None:
     if name == "native" and not native.available():
         raise RuntimeError(f"backend 'native' is not available: {native.why_not()}")
-    if name == "triton":
-        raise RuntimeError(f"backend 'triton' is not available: {_NO_TRITON}")
+    if name == "triton" and why_not_triton():
+        raise RuntimeError(f"backend 'triton' is not available: {why_not_triton()}")
 
 
-def resolve(device_type: str) -> str:
-    """The backend that runs an operator on tensors of this device type: "native" or "reference".
+def resolve(device_type: str, *, triton: bool = False) -> str:
+    """The backend that runs an operator on tensors of this device type: "native", "triton" or "reference".
 
-    Raises RuntimeError if the chosen backend is not available or does not run on that device.
+    triton: the operator has Triton kernels.
+    Raises RuntimeError if the chosen backend is not available or does not run that operator on that device.
     """
     if _selected == "auto":
         return "native" if device_type == "cpu" and native.available() else "reference"
     _require(_selected)
-    if _selected == "native" and device_type != "cpu":
+    expected = {"native": "cpu", "triton": "cuda"}.get(_selected, device_type)
+    if device_type != expected:
         raise RuntimeError(
-            f"backend 'native': got tensors on {device_type!r}, expected 'cpu'; choose backend 'auto' or 'reference'"
+            f"backend {_selected!r}: got tensors on {device_type!r}, expected {expected!r}; "
+            "choose backend 'auto' or 'reference'"
         )
+    if _selected == "triton" and not triton:
+        raise RuntimeError("backend 'triton': no kernels for this operator; choose backend 'auto' or 'reference'")
     return _selected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ import torch
 import csp_kernels as csp
 from csp_kernels import native as library
 from csp_kernels.__main__ import main
-from csp_kernels.backends import resolve, selected
+from csp_kernels.backends import _find_triton, resolve, selected, why_not_triton
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def test_library_is_loaded() -> None:
@@ -26,7 +29,7 @@ def test_report() -> None:
     report = csp.backends()
     assert list(report) == ["native", "triton", "reference"]
     assert report["native"].available and library.isa() in report["native"].reason
-    assert not report["triton"].available and "not part of this version" in report["triton"].reason
+    assert report["triton"].available == (not why_not_triton()) and report["triton"].reason
     assert report["reference"].available
     assert all(name in str(report) for name in report)
 
@@ -49,9 +52,45 @@ def test_refused_choices_change_nothing() -> None:
     csp.use_backend("reference")
     with pytest.raises(ValueError, match="name: got 'cuda', expected one of auto, native, triton, reference"):
         csp.use_backend("cuda")
-    with pytest.raises(RuntimeError, match="'triton' is not available: not part of this version"):
-        csp.use_backend("triton")
     assert selected() == "reference"
+
+
+@needs_no_gpu
+def test_triton_needs_a_gpu() -> None:
+    csp.use_backend("reference")
+    with pytest.raises(RuntimeError, match=r"'triton' is not available: .*finds no GPU; choose 'native'"):
+        csp.use_backend("triton")
+    assert selected() == "reference" and "finds no GPU" in csp.backends()["triton"].reason
+    for name in ("dense_block", "dense_block_backward", "dense_block_inference"):
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"csp_kernels::{name}", "CUDA")
+
+
+def test_triton_is_for_gpus_and_operators_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["csp_kernels.backends"], "_WHY_NOT_TRITON", "")  # csp.backends is a function
+    with csp.use_backend("auto"):
+        assert resolve("cuda", triton=True) == "reference"  # has to be asked for
+        assert resolve("cpu", triton=True) == "native" and resolve("xpu", triton=True) == "reference"
+    with csp.use_backend("triton"):
+        assert resolve("cuda", triton=True) == "triton"
+        with pytest.raises(RuntimeError, match="'triton': got tensors on 'cpu', expected 'cuda'; choose backend"):
+            resolve("cpu", triton=True)
+        with pytest.raises(RuntimeError, match="'triton': no kernels for this operator; choose backend 'auto'"):
+            resolve("cuda")
+
+
+@pytest.mark.parametrize("missing", ["", "library", "triton", "version"])
+def test_why_triton_cannot_run(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("csp_kernels.native._WHY_NOT", "no library; make build" if missing == "library" else "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if missing == "triton" else name)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.5.1" if missing == "version" else "3.10.0+git")
+    reasons = {
+        "": "",
+        "library": "no library; make build",
+        "triton": "triton is not installed; `pip install 'triton>=3.6'`, or choose 'reference'",
+        "version": "triton 3.5.1 is too old; `pip install 'triton>=3.6'`, or choose 'reference'",
+    }
+    assert _find_triton() == reasons[missing]
 
 
 def test_native_runs_on_the_cpu_only() -> None:
@@ -103,6 +142,24 @@ def test_environment_variable() -> None:
     assert run_python(code, CSP_KERNELS_BACKEND="reference").stdout.strip() == "reference"
     bad = run_python("import csp_kernels", CSP_KERNELS_BACKEND="fast")
     assert bad.returncode != 0 and "CSP_KERNELS_BACKEND: got 'fast', expected one of auto" in bad.stderr
+
+
+REGISTERED = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+import csp_kernels
+from csp_kernels.backends import resolve
+names = ["dense_block", "dense_block_backward", "dense_block_inference"]
+print(*(torch._C._dispatch_has_kernel_for_dispatch_key("csp_kernels::" + name, "CUDA") for name in names))
+print(resolve("cuda", triton=True), "csp_kernels.kernels" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_are_registered_but_not_imported() -> None:
+    """A kernel is compiled or interpreted as the environment says when it is imported."""
+    done = run_python(REGISTERED)
+    assert done.stdout.split() == ["True", "True", "True", "reference", "False"], done.stderr
 
 
 WITHOUT = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from csp_kernels import native
+from csp_kernels.backends import why_not_triton
 
 Save = Callable[[Any, tuple[Any, ...], Any], None]  # ctx, arguments, outputs
 Gradients = Callable[..., tuple[Any, ...]]  # ctx, gradients of the outputs -> gradients of the arguments
@@ -147,3 +149,23 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], save: Save, gradie
 
     torch.library.register_autograd(f"csp_kernels::{name}", gradients, setup_context=setup_context)
     torch.library.register_autograd(f"csp_kernels::{name}_backward", refuse)
+
+
+def register_triton(name: str, functions: dict[str, str]) -> None:
+    """Suffixes of torch.ops.csp_kernels.<name> -> functions of csp_kernels.kernels.<name> that run it on a GPU.
+
+    Triton is imported by the first call.
+    """
+    if why_not_triton():
+        return
+
+    def implementation(function: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            module = importlib.import_module(f"csp_kernels.kernels.{name}")
+            with torch.cuda.device_of(arguments[0]):
+                return getattr(module, function)(*arguments)
+
+        return run
+
+    for suffix, function in functions.items():
+        torch.library.impl(f"csp_kernels::{name}{suffix}", "CUDA", implementation(function))

@@ -58,7 +58,7 @@ def dense_block(
     Returns y [N, C, H, W] in the dtype and memory format of x (its first c0 channels are x), and stats [2, C + L * b]
     float64, no gradient: batch mean and biased variance of the features, then of each layer's bottleneck; unspecified
     where no norm needs them. Running statistics are the caller's to update: `csp.DenseBlock` does.
-    Once differentiable on the native backend (RuntimeError beyond), any number of times on the reference.
+    Once differentiable on the native and Triton backends (RuntimeError beyond), any number of times on the reference.
     Raises TypeError or ValueError for bad arguments before any work, RuntimeError if the chosen backend cannot run.
     """
     x = checks.autocast(checks.check_image(x))
@@ -67,16 +67,16 @@ def dense_block(
     eps = checks.epsilons(eps, frozen, "two a layer")
     _check_running(x, running, frozen, sizes)
     _check_options(x, frozen, drop_rate, recompute)
-    backend = resolve(x.device.type)
+    backend = resolve(x.device.type, triton=True)
     channels_last = checks.is_channels_last(x)
     if backend == "reference" or x.numel() == 0:
         y, stats = reference_dense_block(x, params, running, frozen=frozen, eps=eps, drop_rate=drop_rate)
     else:
-        y, stats = _native(x, params, running, sizes, frozen, eps, drop_rate, recompute)
+        y, stats = _fused(x, params, running, sizes, frozen, eps, drop_rate, recompute)
     return checks.formatted(y, channels_last), stats
 
 
-def _native(
+def _fused(
     x: Tensor,
     params: Sequence[Tensor | None],
     running: Sequence[Tensor],
@@ -88,7 +88,7 @@ def _native(
 ) -> tuple[Tensor, Tensor]:
     ops = torch.ops.csp_kernels
     dtype = checks.ACCUMULATE[x.dtype]
-    full = [_filled(i, sizes, dtype) if p is None else checks.converted(p, dtype) for i, p in enumerate(params)]
+    full = [_filled(i, sizes, x) if p is None else checks.converted(p, dtype) for i, p in enumerate(params)]
     fixed = [checks.converted(r, dtype) for r in running]
     x = node.in_place(x)
     winograd = node.winograd(x.dtype)
@@ -96,7 +96,7 @@ def _native(
     if all(frozen) and not gradients and drop_rate == 0:
         y = ops.dense_block_inference.default(x, full, fixed, eps, winograd)
         return y, x.new_zeros((2, sizes.columns), dtype=torch.float64)
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if drop_rate > 0 else None
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if drop_rate > 0 else None
     keep = gradients and recompute == "none"
     op = ops.dense_block.default
     arguments = x, full, fixed, [int(f) for f in frozen], eps, seed, float(drop_rate), keep, winograd
@@ -104,11 +104,11 @@ def _native(
     return y, stats
 
 
-def _filled(index: int, sizes: _Sizes, dtype: torch.dtype) -> Tensor:
+def _filled(index: int, sizes: _Sizes, x: Tensor) -> Tensor:
     """Weight (ones) or bias (zeros) of a norm without affine parameters."""
     layer, slot = divmod(index, 6)
     channels = sizes.width if slot > 2 else sizes.channels + layer * sizes.growth
-    return (torch.ones if slot % 3 == 0 else torch.zeros)(channels, dtype=dtype)
+    return (torch.ones if slot % 3 == 0 else torch.zeros)(channels, dtype=checks.ACCUMULATE[x.dtype], device=x.device)
 
 
 # --- checks ---
@@ -248,3 +248,4 @@ def _gradients(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any,
 
 _FAKES: dict[str, Callable[..., Any]] = {"": _fake_forward, "_backward": _fake_backward, "_inference": _fake_inference}
 node.register("dense_block", _FAKES, _save, _gradients)
+node.register_triton("dense_block", {"": "forward", "_backward": "backward", "_inference": "inference"})

@@ -1,0 +1,359 @@
+"""The 3x3 convolution of a dense layer, padding 1: forward, and both gradients. An implicit product over taps and
+channels: its input is normalised and activated on load, its output is a channel slice. The portable form.
+
+P = N * H * W pixels, b channels enter, g leave. Weights are packed as [9, b, g] in the type of the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csp_kernels.kernels import launch
+from csp_kernels.kernels.launch import Correction, Geometry, Norm, Tile, blocks, power
+from csp_kernels.kernels.statistics import check_statistics, merge, store_tile_statistics, total
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """The mask of csrc/cpu/tile/conv3x3.h: a hash of seed, layer, pixel and channel. seed: [1] int64, on the device."""
+
+    rate: float
+    seed: Tensor
+    layer: int
+
+    @property
+    def threshold(self) -> int:
+        return int(self.rate * 4294967295.0)
+
+    @property
+    def scale(self) -> float:
+        return 1 / (1 - self.rate) if self.rate < 1 else 0.0
+
+
+@triton.jit
+def _drop(x, pixel, n, seed, layer, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [pixels, n], each element either scaled or zero."""
+    s = tl.load(seed).to(tl.uint64)
+    key = (s ^ (s >> 32)).to(tl.uint32) * 0x9E3779B9 + tl.cast(layer, tl.uint32) * 0x85EBCA6B
+    index = (pixel.to(tl.int64)[:, None] * 4096 + n[None, :]).to(tl.uint64)
+    h = index.to(tl.uint32) ^ ((index >> 32).to(tl.uint32) * 0x27D4EB2F) ^ key
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    h = h ^ (h >> 16)
+    return tl.where(h >= tl.full((), THRESHOLD, tl.uint32), x * SCALE, 0.0)
+
+
+@triton.jit
+def _inside(p, P, H, W):  # type: ignore[no-untyped-def]
+    """Bit t: tap t of pixel p reads the image, not its padding."""
+    w = p % W
+    h = p // W % H
+    across = tl.where(w > 0, 1, 0) | 2 | tl.where(w < W - 1, 4, 0)
+    bits = tl.where(h > 0, across, 0) | (across << 3) | tl.where(h < H - 1, across << 6, 0)
+    return tl.where(p < P, bits, 0)
+
+
+@triton.jit
+def _activation(rows, ok, k, K, mean, scale, shift, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[rows, k] of relu(norm(z)), zero where not ok: the padding is of what the convolution reads."""
+    z = tl.load(rows + k[None, :], mask=ok[:, None] & (k < K)[None, :], other=0.0).to(ACC)
+    m = tl.load(mean + k, mask=k < K, other=0.0)
+    s = tl.load(scale + k, mask=k < K, other=0.0)
+    t = tl.load(shift + k, mask=k < K, other=0.0)
+    return tl.where(ok[:, None], tl.maximum((z - m[None, :]) * s[None, :] + t[None, :], 0.0), 0.0)
+
+
+@triton.jit
+def _slice_gradient(  # type: ignore[no-untyped-def]
+    features, gradient, ok, n, N, mean, slope, offset, pixel, seed, layer,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dY [rows, n] = dropout(G - ((F - mean) * slope + offset)), zero where not ok. features, gradient: rows."""
+    inside = ok[:, None] & (n < N)[None, :]
+    f = tl.load(features + n[None, :], mask=inside, other=0.0).to(ACC)
+    d = tl.load(gradient + n[None, :], mask=inside, other=0.0).to(ACC)
+    m = tl.load(mean + n, mask=n < N, other=0.0)
+    s = tl.load(slope + n, mask=n < N, other=0.0)
+    t = tl.load(offset + n, mask=n < N, other=0.0)
+    d = d - ((f - m[None, :]) * s[None, :] + t[None, :])
+    if seed is not None:
+        d = _drop(d, pixel, n, seed, layer, THRESHOLD, SCALE)
+    return tl.where(ok[:, None], d, 0.0)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _forward(  # type: ignore[no-untyped-def]
+    z, z_pitch, K, mean, scale, shift, weight, out, out_pitch, N, partials, P, H, W, tiles, seed, layer,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UK: tl.constexpr, UN: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, STEPS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """STEPS: of BK channels. One loop over taps and steps, which is what gets pipelined."""
+    K, z_pitch = K * UK, tl.cast(z_pitch, tl.int64) * UK
+    N, out_pitch = N * UN, tl.cast(out_pitch, tl.int64) * UN
+    columns = tl.cdiv(N, BN)
+    tile = tl.program_id(0) // columns
+    n = tl.program_id(0) % columns * BN + tl.arange(0, BN)
+    p = tile * BP + tl.arange(0, BP)
+    bits = _inside(p, P, H, W)
+    rows = z + p.to(tl.int64)[:, None] * z_pitch
+    acc = tl.zeros((BP, BN), ACC)
+    for i in tl.range(0, 9 * STEPS, num_stages=STAGES):
+        tap = i // STEPS
+        k = i % STEPS * BK + tl.arange(0, BK)
+        ok = ((bits >> tap) & 1) != 0
+        at = (tap // 3 - 1) * W + tap % 3 - 1
+        a = _activation(rows + at * z_pitch, ok, k, K, mean, scale, shift, ACC)
+        w_ok = (k < K)[:, None] & (n < N)[None, :]
+        w = tl.load(weight + (tap * K + k)[:, None] * N + n[None, :], mask=w_ok, other=0.0)
+        acc = tl.dot(a.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
+    if seed is not None:
+        acc = _drop(acc, p, n, seed, layer, THRESHOLD, SCALE)
+    y = acc.to(out.dtype.element_ty)
+    ok = (p < P)[:, None] & (n < N)[None, :]
+    tl.store(out + p.to(tl.int64)[:, None] * out_pitch + n[None, :], y, mask=ok)
+    if partials is not None:  # of what was stored
+        store_tile_statistics(y.to(ACC), ok, tl.minimum(P - tile * BP, BP).to(ACC), partials, tile, tiles, n, N, 0)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _dgrad(  # type: ignore[no-untyped-def]
+    features, f_pitch, gradient, g_pitch, N, c_mean, slope, offset, weight, z, z_pitch, K, mean, scale, shift, out,
+    out_pitch, sums, P, H, W, seed, layer,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UK: tl.constexpr, UN: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, STEPS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """out [P, K], and sums [tiles, 2, K]. STEPS: of BN channels. The product's columns are pixels: cheap sums."""
+    K, z_pitch, out_pitch = K * UK, tl.cast(z_pitch, tl.int64) * UK, tl.cast(out_pitch, tl.int64) * UK
+    N, f_pitch, g_pitch = N * UN, tl.cast(f_pitch, tl.int64) * UN, tl.cast(g_pitch, tl.int64) * UN
+    columns = tl.cdiv(K, BK)
+    tile = tl.program_id(0) // columns
+    k = tl.program_id(0) % columns * BK + tl.arange(0, BK)
+    p = tile * BP + tl.arange(0, BP)
+    bits = _inside(p, P, H, W)
+    q = p.to(tl.int64)
+    f_rows, g_rows = features + q[:, None] * f_pitch, gradient + q[:, None] * g_pitch
+    dh = tl.zeros((BK, BP), ACC)
+    for i in tl.range(0, 9 * STEPS, num_stages=STAGES):
+        tap = i // STEPS
+        n = i % STEPS * BN + tl.arange(0, BN)
+        ok = ((bits >> tap) & 1) != 0
+        at = (tap // 3 - 1) * W + tap % 3 - 1
+        dy = _slice_gradient(
+            f_rows + at * f_pitch, g_rows + at * g_pitch, ok, n, N, c_mean, slope, offset, p + at, seed, layer,
+            THRESHOLD, SCALE, ACC,
+        )  # fmt: skip
+        row = (8 - tap) * K + k  # the output at a tap read this pixel by the opposite one
+        w_ok = (k < K)[:, None] & (n < N)[None, :]
+        w = tl.load(weight + row[:, None] * N + n[None, :], mask=w_ok, other=0.0)
+        dh = tl.dot(w, tl.trans(dy.to(w.dtype)), dh, input_precision=PRECISION, out_dtype=ACC)
+    m = tl.load(mean + k, mask=k < K, other=0.0)[:, None]
+    s = tl.load(scale + k, mask=k < K, other=0.0)[:, None]
+    t = tl.load(shift + k, mask=k < K, other=0.0)[:, None]
+    ok = (k < K)[:, None] & (p < P)[None, :]
+    centred = tl.load(z + q[None, :] * z_pitch + k[:, None], mask=ok, other=0.0).to(ACC) - m
+    dn = tl.where(ok & (centred * s + t > 0), dh, 0.0)
+    tl.store(out + q[None, :] * out_pitch + k[:, None], (dn * s).to(out.dtype.element_ty), mask=ok)
+    to = sums + tile.to(tl.int64) * 2 * K + k
+    tl.store(to, tl.sum(dn, 1), mask=k < K)
+    tl.store(to + K, tl.sum(dn * centred, 1), mask=k < K)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _wgrad(  # type: ignore[no-untyped-def]
+    features, f_pitch, gradient, g_pitch, N, c_mean, slope, offset, z, z_pitch, K, mean, scale, shift, partials,
+    P, H, W, chunk, seed, layer,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UK: tl.constexpr, UN: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """partials [splits, 9, K, N]: one tap of a split of `chunk` pixels. Taps are the fast axis: they share loads."""
+    K, z_pitch = K * UK, tl.cast(z_pitch, tl.int64) * UK
+    N, f_pitch, g_pitch = N * UN, tl.cast(f_pitch, tl.int64) * UN, tl.cast(g_pitch, tl.int64) * UN
+    columns, rows = tl.cdiv(N, BN), tl.cdiv(K, BK)
+    tap = tl.program_id(0) % 9
+    n = tl.program_id(0) // 9 % columns * BN + tl.arange(0, BN)
+    k = tl.program_id(0) // (9 * columns) % rows * BK + tl.arange(0, BK)
+    split = tl.program_id(0) // (9 * columns * rows)
+    at = (tap // 3 - 1) * W + tap % 3 - 1
+    element = z.dtype.element_ty
+    acc = tl.zeros((BK, BN), ACC)
+    for p0 in tl.range(split * chunk, tl.minimum(P, split * chunk + chunk), BP, num_stages=STAGES):
+        p = p0 + tl.arange(0, BP)
+        q = p.to(tl.int64)[:, None]
+        ok = ((_inside(p, P, H, W) >> tap) & 1) != 0
+        a = _activation(z + (q + at) * z_pitch, ok, k, K, mean, scale, shift, ACC)
+        dy = _slice_gradient(
+            features + q * f_pitch, gradient + q * g_pitch, ok, n, N, c_mean, slope, offset, p, seed, layer,
+            THRESHOLD, SCALE, ACC,
+        )  # fmt: skip
+        acc = tl.dot(tl.trans(a.to(element)), dy.to(element), acc, input_precision=PRECISION, out_dtype=ACC)
+    to = partials + ((split.to(tl.int64) * 9 + tap) * K + k)[:, None] * N + n[None, :]
+    tl.store(to, acc, mask=(k < K)[:, None] & (n < N)[None, :])
+
+
+def _few(pixels: int) -> bool:
+    """More programs rather than larger ones."""
+    return pixels < 1 << 14
+
+
+def _forward_tile(dtype: torch.dtype, pixels: int, b: int, g: int) -> Tile:
+    if dtype == torch.float64:
+        return Tile(32, power(g, 16, 32), 16, 4, 2)
+    if dtype == torch.float32:
+        return Tile(64, power(g, 16, 64), 32, 4, 2)
+    if _few(pixels):
+        return Tile(64, power(g, 16, 64), power(b, 16, 64), 4, 3)
+    return Tile(128, power(g, 16, 64), power(b, 16, 64), 8, 2)  # a third stage spills on sm_100
+
+
+def _dgrad_tile(dtype: torch.dtype, pixels: int, b: int, g: int) -> Tile:
+    """outputs: of the b channels, depth: of the g channels."""
+    if dtype == torch.float64:
+        return Tile(32, power(b, 16, 32), 16, 4, 2)
+    if dtype == torch.float32:
+        return Tile(64, power(b, 16, 64), power(g, 16, 32), 8, 2)
+    return Tile(64, power(b, 16, 128), power(g, 16, 64), 8, 2)
+
+
+def _wgrad_tile(dtype: torch.dtype, b: int, g: int) -> Tile:
+    """pixels: at a time, outputs: of the b channels, depth: of the g channels."""
+    if dtype == torch.float64:
+        return Tile(16, power(b, 16, 32), power(g, 16, 32), 4, 2)
+    if dtype == torch.float32:
+        return Tile(32, power(b, 16, 64), power(g, 16, 64), 8, 2)
+    return Tile(64, power(b, 16, 128), power(g, 16, 64), 8, 2)
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[g, b, 3, 3] -> [9, b, g]."""
+    g, b = weight.shape[:2]
+    return weight.new_empty((3, 3, b, g), dtype=dtype).copy_(weight.permute(2, 3, 1, 0)).view(9, b, g)
+
+
+def _mask(dropout: Dropout | None) -> tuple[Tensor | None, int, int, float]:
+    """Arguments seed, layer, THRESHOLD, SCALE."""
+    if dropout is None or dropout.rate <= 0:
+        return None, 0, 0, 1.0
+    return dropout.seed, dropout.layer, dropout.threshold, dropout.scale
+
+
+def _check(geometry: Geometry, weight: Tensor, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+    """inputs: [P, b] views, outputs: [P, g] views."""
+    g, b = weight.shape[:2]
+    if weight.shape != (g, b, 3, 3):
+        raise ValueError(f"weight: expected [g, b, 3, 3], got {tuple(weight.shape)}")
+    if geometry.pool:
+        raise ValueError("a 3x3 convolution does not pool")
+    dtype = inputs["z"].dtype
+    for views, channels in ((inputs, b), (outputs, g)):
+        for name, x in views.items():
+            launch.check_view(x, name)
+            if x.shape != (geometry.pixels, channels) or x.dtype != dtype:
+                raise ValueError(
+                    f"{name}: expected {dtype} {(geometry.pixels, channels)}, got {x.dtype} {tuple(x.shape)}"
+                )
+
+
+def forward(
+    z: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    out: Tensor,
+    geometry: Geometry,
+    precision: str = "ieee",
+    statistics: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> None:
+    """out [P, g] view = dropout(conv3x3(relu(norm(z)), weight)), z [P, b] view, weight [g, b, 3, 3]; statistics [2, g]
+    float64 view: takes out's mean and biased variance."""
+    _check(geometry, weight, {"z": z}, {"out": out})
+    (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
+    if statistics is not None:
+        check_statistics(statistics, g)
+    tile = _forward_tile(dtype, pixels, b, g)
+    tiles = blocks(pixels, tile.pixels)
+    partials = out.new_empty((2, tiles, g), dtype=torch.float64) if statistics is not None else None
+    uk, un = launch.unit(b, z.stride(0)), launch.unit(g, out.stride(0))
+    seed, layer, threshold, scale = _mask(dropout)
+    _forward[(tiles * blocks(g, tile.outputs),)](
+        z, z.stride(0) // uk, b // uk, norm.mean, norm.scale, norm.shift, _packed(weight, dtype), out,
+        out.stride(0) // un, g // un, partials, pixels, geometry.h, geometry.w, tiles, seed, layer,
+        THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
+        STEPS=blocks(b, tile.depth), BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    if statistics is not None and partials is not None:
+        merge(partials, pixels, tile.pixels, statistics)
+
+
+def dgrad(
+    features: Tensor,
+    gradient: Tensor,
+    correction: Correction,
+    weight: Tensor,
+    z: Tensor,
+    norm: Norm,
+    out: Tensor,
+    geometry: Geometry,
+    precision: str = "ieee",
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """features, gradient: F and G, [P, g] views of the slice; dY = G - ((F - mean) * slope + offset). out [P, b] view
+    takes dn * scale, dn being the gradient of norm(z). Returns sums [2, b] of dn and dn * (z - mean); float32 (float64
+    for float64)."""
+    _check(geometry, weight, {"z": z, "out": out}, {"features": features, "gradient": gradient})
+    (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
+    tile = _dgrad_tile(dtype, pixels, b, g)
+    tiles = blocks(pixels, tile.pixels)
+    partials = z.new_empty((tiles, 2, b), dtype=launch.sum_dtype(dtype))
+    uk, un = launch.unit(b, z.stride(0), out.stride(0)), launch.unit(g, features.stride(0), gradient.stride(0))
+    seed, layer, threshold, scale = _mask(dropout)
+    _dgrad[(tiles * blocks(b, tile.outputs),)](
+        features, features.stride(0) // un, gradient, gradient.stride(0) // un, g // un, correction.mean,
+        correction.slope, correction.offset, _packed(weight, dtype), z, z.stride(0) // uk, b // uk, norm.mean,
+        norm.scale, norm.shift, out, out.stride(0) // uk, partials, pixels, geometry.h, geometry.w, seed, layer,
+        THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
+        STEPS=blocks(g, tile.depth), BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    sums = partials.new_empty((2, b))
+    total(partials, sums)
+    return sums
+
+
+def wgrad(
+    features: Tensor,
+    gradient: Tensor,
+    correction: Correction,
+    weight: Tensor,
+    z: Tensor,
+    norm: Norm,
+    geometry: Geometry,
+    precision: str = "ieee",
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Arguments of `dgrad`. Returns dweight [g, b, 3, 3], contiguous; float32 (float64 for float64)."""
+    _check(geometry, weight, {"z": z}, {"features": features, "gradient": gradient})
+    (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
+    tile = _wgrad_tile(dtype, b, g)
+    programs = 9 * blocks(b, tile.outputs) * blocks(g, tile.depth)
+    chunk = max(4, blocks(blocks(pixels, tile.pixels), blocks(256, programs))) * tile.pixels  # enough for any device
+    splits = blocks(pixels, chunk)
+    partials = z.new_empty((splits, 9 * b, g), dtype=launch.sum_dtype(dtype))
+    uk, un = launch.unit(b, z.stride(0)), launch.unit(g, features.stride(0), gradient.stride(0))
+    seed, layer, threshold, scale = _mask(dropout)
+    _wgrad[(programs * splits,)](
+        features, features.stride(0) // un, gradient, gradient.stride(0) // un, g // un, correction.mean,
+        correction.slope, correction.offset, z, z.stride(0) // uk, b // uk, norm.mean, norm.scale, norm.shift, partials,
+        pixels, geometry.h, geometry.w, chunk, seed, layer,
+        THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
+        BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    sums = partials.new_empty((9 * b, g))
+    total(partials.view(splits, 1, 9 * b * g), sums.view(1, 9 * b * g))
+    return sums.view(3, 3, b, g).permute(3, 2, 0, 1).contiguous()

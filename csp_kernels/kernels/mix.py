@@ -1,0 +1,363 @@
+"""A 1x1 convolution over inputs side by side that are never concatenated: forward, and both gradients. Each input is
+read in place, normalised, activated and averaged on load. Products have the pixels as columns: that makes sums over
+pixels cheap."""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csp_kernels.kernels import launch
+from csp_kernels.kernels.launch import Correction, Geometry, Norm, blocks
+from csp_kernels.kernels.statistics import check_statistics, merge, store_tile_statistics, total
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One input. x [P, K] view; norm None: read as it is; g [P, K] view: takes the gradient of x (with a norm: scale *
+    dn, what the norm owes is the caller's), added if add; None: not wanted."""
+
+    x: Tensor
+    norm: Norm | None = None
+    g: Tensor | None = None
+    add: bool = False
+
+
+@triton.jit
+def _source(p, H, W, POOL: tl.constexpr):
+    """The first pixel of the map behind each output pixel."""
+    q = p.to(tl.int64)
+    if POOL:
+        h = H // 2
+        w = W // 2
+        q = (q // (h * w) * H + q // w % h * 2) * W + q % w * 2
+    return q
+
+
+@triton.jit
+def _read(x, pitch, row, row_ok, k, K, mean, scale, shift, W, POOL: tl.constexpr, ACC: tl.constexpr):
+    """[rows, k] of what the product reads, in ACC; zero outside."""
+    ok = row_ok[:, None] & (k < K)[None, :]
+    total = tl.zeros((row.shape[0], k.shape[0]), ACC)
+    for tap in tl.static_range(4 if POOL else 1):
+        at = row + (tap // 2) * tl.cast(W, tl.int64) + tap % 2
+        a = tl.load(x + at[:, None] * pitch + k[None, :], mask=ok, other=0.0).to(ACC)
+        if mean is not None:
+            m = tl.load(mean + k, mask=k < K, other=0.0)
+            s = tl.load(scale + k, mask=k < K, other=0.0)
+            t = tl.load(shift + k, mask=k < K, other=0.0)
+            a = tl.maximum((a - m[None, :]) * s[None, :] + t[None, :], 0.0)
+        total += a
+    return total * 0.25 if POOL else total
+
+
+@triton.jit
+def _multiply(
+    acc, x, pitch, K, mean, scale, shift, weight, w_pitch, n, N, source, row_ok, W,
+    POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """acc [n, pixels] += weight [O, K] * relu(norm(x)) [pixels, K] transposed."""
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+        k = k0 + tl.arange(0, BK)
+        ok = (n < N)[:, None] & (k < K)[None, :]
+        w = tl.load(weight + n.to(tl.int64)[:, None] * w_pitch + k[None, :], mask=ok, other=0.0)
+        a = _read(x, pitch, source, row_ok, k, K, mean, scale, shift, W, POOL, ACC)
+        element = x.dtype.element_ty
+        acc = tl.dot(w.to(element), tl.trans(a.to(element)), acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
+
+
+@triton.jit
+def _forward(
+    x0, pitch0, K0, mean0, scale0, shift0, weight0, x1, pitch1, K1, mean1, scale1, shift1, weight1,
+    w_pitch, before, out, out_pitch, partials, P, N, H, W, tiles,
+    UNIT: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(N, BN)
+    tile = tl.program_id(0) // columns
+    n = tl.program_id(0) % columns * BN + tl.arange(0, BN)
+    p = tile * BP + tl.arange(0, BP)
+    row_ok = p < P
+    source = _source(p, H, W, POOL)
+    ok = (n < N)[:, None] & row_ok[None, :]
+    acc = tl.zeros((BN, BP), ACC)
+    if before is not None:
+        acc = tl.load(before + p.to(tl.int64)[None, :] * N + n[:, None], mask=ok, other=0.0)
+    acc = _multiply(
+        acc, x0, pitch0 * UNIT, K0 * UNIT, mean0, scale0, shift0, weight0, w_pitch * UNIT, n, N, source, row_ok, W,
+        POOL, ACC, PRECISION, BK, STAGES,
+    )  # fmt: skip
+    if x1 is not None:
+        acc = _multiply(
+            acc, x1, pitch1 * UNIT, K1 * UNIT, mean1, scale1, shift1, weight1, w_pitch * UNIT, n, N, source, row_ok, W,
+            POOL, ACC, PRECISION, BK, STAGES,
+        )  # fmt: skip
+    z = acc.to(out.dtype.element_ty)
+    tl.store(out + p.to(tl.int64)[None, :] * (out_pitch * UNIT) + n[:, None], z, mask=ok)
+    if partials is not None:  # of what was stored
+        count = tl.minimum(P - tile * BP, BP).to(ACC)
+        store_tile_statistics(z.to(ACC), ok, count, partials, tile, tiles, n, N, 1)
+
+
+@triton.jit
+def _output_gradient(d, d_pitch, z, z_pitch, mean, slope, offset, p, p_ok, n, N, ACC: tl.constexpr):
+    """dz [pixels, n]; zero outside."""
+    ok = p_ok[:, None] & (n < N)[None, :]
+    q = p.to(tl.int64)[:, None]
+    value = tl.load(d + q * d_pitch + n[None, :], mask=ok, other=0.0).to(ACC)
+    if z is not None:
+        m = tl.load(mean + n, mask=n < N, other=0.0)
+        s = tl.load(slope + n, mask=n < N, other=0.0)
+        t = tl.load(offset + n, mask=n < N, other=0.0)
+        centred = tl.load(z + q * z_pitch + n[None, :], mask=ok, other=0.0).to(ACC) - m[None, :]
+        value = tl.where(p_ok[:, None], value + (centred * s[None, :] + t[None, :]), 0.0)
+    return value
+
+
+@triton.jit
+def _dgrad(
+    x, pitch, K, mean, scale, shift, g, g_pitch, weight, w_pitch, d, d_pitch, z, z_pitch, z_mean, slope, offset, sums,
+    P, N, H, W,
+    UNIT: tl.constexpr, POOL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one segment, and sums [tiles, 2, K]. BK: its channels, BN: of the gradient at a time."""
+    K = K * UNIT
+    columns = tl.cdiv(K, BK)  # the fast axis: d and z stay in cache
+    tile = tl.program_id(0) // columns
+    k = tl.program_id(0) % columns * BK + tl.arange(0, BK)
+    p = tile * BP + tl.arange(0, BP)
+    p_ok = p < P
+    element = x.dtype.element_ty
+    da = tl.zeros((BK, BP), ACC)
+    for n0 in tl.range(0, N, BN, num_stages=STAGES):
+        n = n0 + tl.arange(0, BN)
+        ok = (n < N)[:, None] & (k < K)[None, :]
+        w = tl.load(weight + n.to(tl.int64)[:, None] * (w_pitch * UNIT) + k[None, :], mask=ok, other=0.0)
+        dz = _output_gradient(d, d_pitch * UNIT, z, z_pitch * UNIT, z_mean, slope, offset, p, p_ok, n, N, ACC)
+        da = tl.dot(tl.trans(w.to(element)), tl.trans(dz.to(element)), da, input_precision=PRECISION, out_dtype=ACC)
+    if POOL:
+        da = da * 0.25
+    row = _source(p, H, W, POOL)
+    ok = (k < K)[:, None] & p_ok[None, :]
+    dbeta = tl.zeros((BK,), ACC)
+    dgamma = tl.zeros((BK,), ACC)
+    for tap in tl.static_range(4 if POOL else 1):
+        at = row + (tap // 2) * tl.cast(W, tl.int64) + tap % 2
+        dx = da
+        if mean is not None:
+            m = tl.load(mean + k, mask=k < K, other=0.0)[:, None]
+            s = tl.load(scale + k, mask=k < K, other=0.0)[:, None]
+            t = tl.load(shift + k, mask=k < K, other=0.0)[:, None]
+            centred = tl.load(x + at[None, :] * (pitch * UNIT) + k[:, None], mask=ok, other=0.0).to(ACC) - m
+            dn = tl.where(ok & (centred * s + t > 0), da, 0.0)
+            dbeta += tl.sum(dn, 1)
+            dgamma += tl.sum(dn * centred, 1)
+            dx = dn * s
+        if g is not None:
+            to = g + at[None, :] * (g_pitch * UNIT) + k[:, None]
+            if ADD:
+                dx += tl.load(to, mask=ok, other=0.0).to(ACC)
+            tl.store(to, dx.to(g.dtype.element_ty), mask=ok)
+    if mean is not None:
+        to = sums + tile.to(tl.int64) * 2 * K + k
+        tl.store(to, dbeta, mask=k < K)
+        tl.store(to + K, dgamma, mask=k < K)
+
+
+@triton.jit
+def _wgrad(
+    x, pitch, K, mean, scale, shift, d, d_pitch, z, z_pitch, z_mean, slope, offset, partials, P, N, H, W, chunk,
+    UNIT: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """partials [splits, O, K] of dweight of one segment; a split has `chunk` pixels."""
+    K = K * UNIT
+    columns = tl.cdiv(K, BK)
+    rows = tl.cdiv(N, BN)
+    k = tl.program_id(0) % columns * BK + tl.arange(0, BK)
+    n = tl.program_id(0) // columns % rows * BN + tl.arange(0, BN)
+    split = tl.program_id(0) // (columns * rows)
+    element = x.dtype.element_ty
+    acc = tl.zeros((BN, BK), ACC)
+    for p0 in tl.range(split * chunk, tl.minimum(P, split * chunk + chunk), BP, num_stages=STAGES):
+        p = p0 + tl.arange(0, BP)
+        p_ok = p < P
+        dz = _output_gradient(d, d_pitch * UNIT, z, z_pitch * UNIT, z_mean, slope, offset, p, p_ok, n, N, ACC)
+        a = _read(x, pitch * UNIT, _source(p, H, W, POOL), p_ok, k, K, mean, scale, shift, W, POOL, ACC)
+        acc = tl.dot(tl.trans(dz.to(element)), a.to(element), acc, input_precision=PRECISION, out_dtype=ACC)
+    to = partials + (split.to(tl.int64) * N + n)[:, None] * K + k[None, :]
+    tl.store(to, acc, mask=(n < N)[:, None] & (k < K)[None, :])
+
+
+def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (norm.mean, norm.scale, norm.shift) if norm else (None, None, None)
+
+
+def _columns(segments: Sequence[Segment], weight: Tensor) -> list[int]:
+    """Where each segment's columns of the weight begin."""
+    columns = [0]
+    for s in segments:
+        columns.append(columns[-1] + s.x.shape[1])
+    launch.check_view(weight, "weight")
+    if columns[-1] != weight.shape[1]:
+        raise ValueError(f"segments of {columns[-1]} channels, a weight of {weight.shape[1]}")
+    return columns
+
+
+def _check(segments: Sequence[Segment], geometry: Geometry) -> None:
+    for s in segments:
+        launch.check_view(s.x, "x")
+        if s.x.shape[0] != geometry.pixels or s.x.dtype != segments[0].x.dtype:
+            raise ValueError(f"x: expected {geometry.pixels} pixels of one type, got {s.x.dtype} {tuple(s.x.shape)}")
+        if s.g is not None:
+            launch.check_view(s.g, "g")
+            if s.g.shape != s.x.shape:
+                raise ValueError(f"g: expected {tuple(s.x.shape)}, got {tuple(s.g.shape)}")
+
+
+def forward(
+    segments: Sequence[Segment],
+    weight: Tensor,
+    out: Tensor,
+    geometry: Geometry,
+    precision: str = "ieee",
+    statistics: Tensor | None = None,
+) -> None:
+    """out [P', O] view = sum over segments of relu(norm(x)) * weight[:, its columns]^T, weight [O, sum K]; statistics
+    [2, O] float64 view: takes out's mean and biased variance."""
+    columns = _columns(segments, weight)
+    _check(segments, geometry)
+    launch.check_view(out, "out")
+    pixels, outputs, dtype = geometry.outputs, weight.shape[0], segments[0].x.dtype
+    if out.shape != (pixels, outputs):
+        raise ValueError(f"out: expected {(pixels, outputs)}, got {tuple(out.shape)}")
+    if statistics is not None:
+        check_statistics(statistics, outputs)
+    tile = launch.forward_tile(dtype, precision, geometry, outputs)
+    tiles = blocks(pixels, tile.pixels)
+    partials = out.new_empty((2, tiles, outputs), dtype=torch.float64) if statistics is not None else None
+    before = None
+    for i in range(0, len(segments), 2):  # more than two: the sum so far in scratch memory
+        last = i + 2 >= len(segments)
+        to = out if last else out.new_empty((pixels, outputs), dtype=launch.sum_dtype(dtype))
+        first, second = segments[i], segments[i + 1] if i + 1 < len(segments) else None
+        x0, k0, pitch0 = first.x, first.x.shape[1], first.x.stride(0)
+        x1, k1, pitch1 = (second.x, second.x.shape[1], second.x.stride(0)) if second else (None, 0, 0)
+        u = launch.unit(pitch0, k0, pitch1, k1, weight.stride(0), to.stride(0))
+        _forward[(tiles * blocks(outputs, tile.outputs),)](
+            x0, pitch0 // u, k0 // u, *_norm(first.norm), weight[:, columns[i] :],
+            x1, pitch1 // u, k1 // u, *_norm(second.norm if second else None),
+            weight[:, columns[i + 1] :] if second else None, weight.stride(0) // u, before, to, to.stride(0) // u,
+            partials if last else None, pixels, outputs, geometry.h, geometry.w, tiles,
+            UNIT=u, POOL=geometry.pool, ACC=launch.sum_type(dtype), PRECISION=precision,
+            BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+        before = to
+    if statistics is not None and partials is not None:
+        merge(partials, pixels, tile.pixels, statistics)
+
+
+def _clear_border(g: Tensor, geometry: Geometry) -> None:
+    """The last row and column of an odd map belong to no average: no gradient."""
+    images = g.unflatten(0, (geometry.n, geometry.h, geometry.w))
+    if geometry.h % 2:
+        images[:, -1].zero_()
+    if geometry.w % 2:
+        images[:, :, -1].zero_()
+
+
+def backward(
+    segments: Sequence[Segment],
+    d: Tensor,
+    z: Tensor | None,
+    correction: Correction | None,
+    weight: Tensor,
+    geometry: Geometry,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    """d [P', O] view; z [P', O] view and correction: dz = d + (z - mean) * slope + offset, else dz = d. Writes (or adds
+    to) the segments' g. Returns dweight [O, sum K] and sums [2, sum K] of dn and dn * (x - mean), zero where there is
+    no norm; float32 (float64 for float64)."""
+    columns = _columns(segments, weight)
+    _check(segments, geometry)
+    pixels, outputs, dtype = geometry.outputs, weight.shape[0], segments[0].x.dtype
+    for t, name in ((d, "d"), (z, "z")):
+        if t is not None:
+            launch.check_view(t, name)
+            if t.shape != (pixels, outputs):
+                raise ValueError(f"{name}: expected {(pixels, outputs)}, got {tuple(t.shape)}")
+    if (z is None) != (correction is None):
+        raise ValueError("z and correction go together")
+    gradient: _Gradient = (0, None, None, None)
+    if z is not None and correction is not None:
+        gradient = (z.stride(0), correction.mean, correction.slope, correction.offset)
+    dweight = weight.new_empty(weight.shape, dtype=launch.sum_dtype(dtype))
+    sums = weight.new_empty((2, weight.shape[1]), dtype=launch.sum_dtype(dtype))
+    for s, c0, c1 in zip(segments, columns, columns[1:], strict=False):
+        _segment_wgrad(s, d, z, gradient, geometry, precision, dweight[:, c0:c1])
+        _segment_dgrad(s, d, z, gradient, weight[:, c0:c1], geometry, precision, sums[:, c0:c1])
+    return dweight, sums
+
+
+_Gradient = tuple[int, Tensor | None, Tensor | None, Tensor | None]  # pitch of z, correction
+
+
+def _segment_dgrad(
+    s: Segment,
+    d: Tensor,
+    z: Tensor | None,
+    gradient: _Gradient,
+    weight: Tensor,
+    geometry: Geometry,
+    precision: str,
+    sums: Tensor,
+) -> None:
+    if s.norm is None:
+        sums.zero_()
+        if s.g is None:
+            return
+    pixels, k, dtype = geometry.outputs, s.x.shape[1], s.x.dtype
+    tile = launch.dgrad_tile(dtype, precision, pixels, k)
+    tiles = blocks(pixels, tile.pixels)
+    partials = sums.new_empty((tiles, 2, k)) if s.norm else None
+    g_pitch = s.g.stride(0) if s.g is not None else 0
+    u = launch.unit(s.x.stride(0), k, g_pitch, weight.stride(0), d.stride(0), gradient[0])
+    _dgrad[(tiles * blocks(k, tile.outputs),)](
+        s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), s.g, g_pitch // u, weight, weight.stride(0) // u,
+        d, d.stride(0) // u, z, gradient[0] // u, *gradient[1:], partials,
+        pixels, weight.shape[0], geometry.h, geometry.w,
+        UNIT=u, POOL=geometry.pool, ADD=s.add, ACC=launch.sum_type(dtype), PRECISION=precision, BP=tile.pixels,
+        BN=tile.depth, BK=tile.outputs, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    if partials is not None:
+        total(partials, sums)
+    if s.g is not None and geometry.pool and not s.add:
+        _clear_border(s.g, geometry)
+
+
+def _segment_wgrad(
+    s: Segment, d: Tensor, z: Tensor | None, gradient: _Gradient, geometry: Geometry, precision: str, dweight: Tensor
+) -> None:
+    pixels, (outputs, k), dtype = geometry.outputs, dweight.shape, s.x.dtype
+    tile, bk = launch.wgrad_tile(dtype, geometry.pool, k, outputs)
+    programs = blocks(k, bk) * blocks(outputs, tile.outputs)
+    # Enough programs for any device, so that the order of the sums depends on shapes alone.
+    chunk = max(4, blocks(blocks(pixels, tile.depth), blocks(256, programs))) * tile.depth
+    splits = blocks(pixels, chunk)
+    partials = dweight.new_empty((splits, outputs, k))
+    u = launch.unit(s.x.stride(0), k, d.stride(0), gradient[0])
+    _wgrad[(programs * splits,)](
+        s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), d, d.stride(0) // u, z, gradient[0] // u, *gradient[1:],
+        partials, pixels, outputs, geometry.h, geometry.w, chunk,
+        UNIT=u, POOL=geometry.pool, ACC=launch.sum_type(dtype), PRECISION=precision,
+        BP=tile.depth, BN=tile.outputs, BK=bk, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    total(partials, dweight)

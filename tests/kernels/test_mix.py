@@ -1,0 +1,223 @@
+"""The 1x1 over segments, forward and backward, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from csp_kernels.kernels import mix
+from csp_kernels.kernels.launch import Correction, Geometry, Norm, sum_dtype
+
+# Of the largest value.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+DTYPES = list(TOLERANCE)
+PLAIN, POOL = Geometry(2, 7, 5), Geometry(3, 7, 9, pool=True)
+LARGE = Geometry(3, 11, 9)  # more than one part of the weight gradient's pixels
+# Channels of each segment (negative: normalised), of the output, geometry.
+CASES = [
+    ([-5], 12, PLAIN),
+    ([17], 12, PLAIN),
+    ([-48], 128, LARGE),
+    ([-320], 128, PLAIN),
+    ([-17, 48], 12, PLAIN),
+    ([5, -48], 130, PLAIN),
+    ([48, -17, 5], 12, PLAIN),
+    ([-48], 12, POOL),
+    ([-17, 5], 128, POOL),
+    ([8, -16, -24, 8], 16, Geometry(1, 8, 8, pool=True)),
+    ([-40], 24, Geometry(1, 1, 1)),
+]
+IDS = [f"{channels}-{outputs}-{g.n}x{g.h}x{g.w}{'-pool' if g.pool else ''}" for channels, outputs, g in CASES]
+cases = pytest.mark.parametrize(("channels", "outputs", "geometry"), CASES, ids=IDS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def vector(n: int, dtype: torch.dtype, low: float, high: float) -> Tensor:
+    """Between NaN, in the type of sums."""
+    buffer = torch.full((n + 2,), float("nan"), dtype=sum_dtype(dtype))
+    return buffer[1:-1].uniform_(low, high)
+
+
+def norm_of(n: int, dtype: torch.dtype) -> Norm:
+    scale = vector(n, dtype, 0.5, 1.5)
+    scale[::3] *= -1
+    return Norm(vector(n, dtype, -1, 1), scale, vector(n, dtype, -0.5, 0.5))
+
+
+def segments_of(buffers, channels, geometry, dtype) -> list[mix.Segment]:
+    return [
+        mix.Segment(buffers.put(torch.randn(geometry.pixels, abs(k)).to(dtype)), norm_of(-k, dtype) if k < 0 else None)
+        for k in channels
+    ]
+
+
+def read(x: Tensor, norm: Norm | None, geometry: Geometry) -> Tensor:
+    """What the product reads of x, in float64: [P', K]."""
+    a = x if norm is None else torch.relu((x - norm.mean.double()) * norm.scale.double() + norm.shift.double())
+    if geometry.pool:
+        images = a.unflatten(0, (geometry.n, geometry.h, geometry.w)).permute(0, 3, 1, 2)
+        a = torch.nn.functional.avg_pool2d(images, 2).permute(0, 2, 3, 1).flatten(0, 2)
+    return a
+
+
+def close(a: Tensor, b: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> None:
+    assert a.shape == b.shape and a.isfinite().all()
+    largest = (b if scale is None else scale).abs().max() + 1e-30
+    error = (a.double() - b).abs().max() / largest
+    assert error <= TOLERANCE[dtype], f"error {error:.2e} of the largest value"
+
+
+def weight_of(buffers, outputs: int, channels: list[int], dtype: torch.dtype) -> Tensor:
+    k = sum(map(abs, channels))
+    return buffers.put((torch.randn(outputs, k) / k**0.5).to(dtype), 8, 8)
+
+
+@cases
+@dtypes
+def test_forward(buffers, channels, outputs, geometry, dtype):
+    segments = segments_of(buffers, channels, geometry, dtype)
+    weight = weight_of(buffers, outputs, channels, dtype)
+    out = buffers.empty(geometry.outputs, outputs, dtype)
+    stats = buffers.empty(2, outputs, torch.float64)
+    mix.forward(segments, weight, out, geometry, statistics=stats)
+    expected = torch.cat([read(s.x.double(), s.norm, geometry) for s in segments], 1) @ weight.double().t()
+    close(out, expected, dtype)
+    stored = out.double()
+    close(stats[0], stored.mean(0), torch.float32, stored)
+    close(stats[1], stored.var(0, correction=0), torch.float32, stored.var(0, correction=0) + 1e-9)
+    again = torch.empty_like(out)
+    mix.forward(segments, weight, again, geometry)
+    assert torch.equal(again, out)
+
+
+def test_forward_large_mean(buffers):
+    """Statistics of an output of mean 1000 and standard deviation 0.01, from an input of the same kind."""
+    x = buffers.put((1000 + 0.01 * torch.randn(300, 16, dtype=torch.float64)).float())
+    norm = Norm(x.double().mean(0).float(), torch.ones(16), torch.full((16,), 1000.0))
+    weight = buffers.put(torch.eye(16))
+    out, stats = buffers.empty(300, 16, torch.float32), buffers.empty(2, 16, torch.float64)
+    mix.forward([mix.Segment(x, norm)], weight, out, Geometry(3, 10, 10), statistics=stats)
+    expected = read(x.double(), norm, Geometry(3, 10, 10))
+    assert (out - expected).abs().max() <= 1e-4  # half a unit in the last place of 1000 is 3e-5
+    stored = out.double()
+    std = stored.std(0, correction=0)
+    assert std.min() > 0.005
+    assert ((stats[0] - stored.mean(0)).abs() <= 1e-5 * std).all()
+    assert ((stats[1] / std**2 - 1).abs() <= 1e-5).all()
+
+
+def test_large_mean_is_normalised_precisely(buffers):
+    x = buffers.put((1000 + 0.01 * torch.randn(128, 16, dtype=torch.float64)).float())
+    norm = Norm(x.double().mean(0).float(), torch.full((16,), 100.0), torch.zeros(16))
+    out = buffers.empty(128, 12, torch.float32)
+    weight = weight_of(buffers, 12, [16], torch.float32)
+    mix.forward([mix.Segment(x, norm)], weight, out, Geometry(2, 8, 8))
+    close(out, read(x.double(), norm, Geometry(2, 8, 8)) @ weight.double().t(), torch.float32)
+
+
+@dataclass
+class Expected:
+    dweight: Tensor
+    sums: Tensor
+    gradients: list[Tensor]
+
+
+def expected_backward(segments, d, z, correction, weight, geometry) -> Expected:
+    dz = d.double()
+    if z is not None:
+        dz = dz + (z.double() - correction.mean.double()) * correction.slope.double() + correction.offset.double()
+    inputs, scaled = [], []
+    for s in segments:
+        x = s.x.double().clone().requires_grad_()
+        inputs.append(x)
+        scaled.append(read(x, s.norm, geometry))
+    w = weight.double().clone().requires_grad_()
+    (torch.cat(scaled, 1) @ w.t()).backward(dz)
+    sums = []
+    for s, x in zip(segments, inputs, strict=True):
+        if s.norm is None:
+            sums.append(torch.zeros(2, x.shape[1], dtype=torch.float64))
+            continue
+        dn = x.grad / s.norm.scale.double()
+        sums.append(torch.stack([dn.sum(0), (dn * (x.detach() - s.norm.mean.double())).sum(0)]))
+    return Expected(w.grad, torch.cat(sums, 1), [x.grad for x in inputs])
+
+
+@cases
+@dtypes
+def test_backward(buffers, channels, outputs, geometry, dtype):
+    corrected = len(channels) != 2 or channels[0] > 0  # two cases without
+
+    segments = segments_of(buffers, channels, geometry, dtype)
+    segments = [mix.Segment(s.x, s.norm, buffers.empty(*s.x.shape, dtype)) for s in segments]
+    weight = weight_of(buffers, outputs, channels, dtype)
+    d = buffers.put(torch.randn(geometry.outputs, outputs).to(dtype))
+    z, correction = None, None
+    if corrected:
+        z = buffers.put(torch.randn(geometry.outputs, outputs).to(dtype), 8, 8)
+        correction = Correction(*(vector(outputs, dtype, -0.5, 0.5) for _ in range(3)))
+    dweight, sums = mix.backward(segments, d, z, correction, weight, geometry)
+    expected = expected_backward(segments, d, z, correction, weight, geometry)
+    assert dweight.dtype == sums.dtype == sum_dtype(dtype)
+    close(dweight, expected.dweight, dtype)
+    for s, g in zip(segments, expected.gradients, strict=True):
+        close(s.g, g, dtype)
+    if any(s.norm for s in segments):
+        close(sums[0], expected.sums[0], dtype)
+        close(sums[1], expected.sums[1], dtype)
+    assert (sums[:, expected.sums[0] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("geometry", [PLAIN, POOL], ids=["plain", "pool"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_adds(buffers, geometry, dtype):
+    """add: to what is there, elsewhere than an odd map's border; g None: sums and the weight's gradient alone."""
+    segments = segments_of(buffers, [-17, 5, -8], geometry, dtype)
+    before = [torch.randn(s.x.shape).to(dtype) for s in segments]
+    segments = [mix.Segment(s.x, s.norm, buffers.put(b), add=True) for s, b in zip(segments, before, strict=True)]
+    segments[2] = mix.Segment(segments[2].x, segments[2].norm)
+    weight = weight_of(buffers, 12, [17, 5, 8], dtype)
+    d = buffers.put(torch.randn(geometry.outputs, 12).to(dtype))
+    dweight, sums = mix.backward(segments, d, None, None, weight, geometry)
+    expected = expected_backward(segments, d, None, None, weight, geometry)
+    close(dweight, expected.dweight, dtype)
+    close(sums[0], expected.sums[0], dtype)
+    close(sums[1], expected.sums[1], dtype)
+    for s, b, g in zip(segments[:2], before, expected.gradients, strict=False):
+        close(s.g, b.double() + g, dtype)
+
+
+def test_gradient_beside_its_input(buffers):
+    """The gradient of the prefix of a feature buffer, added to a prefix: other slices hold NaN and keep it."""
+    geometry = LARGE
+    features, gradients = (torch.randn(geometry.pixels, 96) for _ in range(2))
+    features[:, 48:], gradients[:, 48:] = float("nan"), float("nan")
+    before = gradients[:, :48].clone()
+    segment = mix.Segment(features[:, :48], norm_of(48, torch.float32), gradients[:, :48], add=True)
+    weight = weight_of(buffers, 24, [48], torch.float32)
+    d = buffers.put(torch.randn(geometry.pixels, 24))
+    mix.backward([segment], d, None, None, weight, geometry)
+    expected = expected_backward([segment], d, None, None, weight, geometry)
+    close(gradients[:, :48], before.double() + expected.gradients[0], torch.float32)
+    assert gradients[:, 48:].isnan().all()
+
+
+def test_float32_weights_of_16_bit_inputs(buffers):
+    segment = mix.Segment(buffers.put(torch.randn(70, 17).half()), norm_of(17, torch.float16))
+    weight = weight_of(buffers, 12, [17], torch.float32)
+    out = buffers.empty(70, 12, torch.float16)
+    mix.forward([segment], weight, out, PLAIN)
+    close(out, read(segment.x.double(), segment.norm, PLAIN) @ weight.double().t(), torch.float16)
+
+
+def test_refuses_wrong_shapes():
+    x, weight, out = torch.randn(70, 8), torch.randn(12, 8), torch.empty(70, 12)
+    with pytest.raises(ValueError, match="a weight of 8"):
+        mix.forward([mix.Segment(x), mix.Segment(x)], weight, out, PLAIN)
+    with pytest.raises(ValueError, match="expected 297 pixels"):
+        mix.forward([mix.Segment(x)], weight, out, LARGE)
+    with pytest.raises(ValueError, match="go together"):
+        mix.backward([mix.Segment(x)], out, out, None, weight, PLAIN)
