@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(ABC):
     """Arguments of one operator; subclasses say which."""
 
     size: tuple[int, int, int] = (3, 7, 5)  # N, H, W
@@ -32,16 +33,18 @@ class Case:
     kinks: bool = True  # False: biases keep every ReLU away from zero
 
     @property
-    def inputs(self) -> dict[str, int]:  # name -> channels
-        raise NotImplementedError
+    @abstractmethod
+    def inputs(self) -> dict[str, int]:
+        """Name -> channels."""
 
     @property
-    def shapes(self) -> dict[str, Shape]:  # of the parameters, in order
-        raise NotImplementedError
+    @abstractmethod
+    def shapes(self) -> dict[str, Shape]:
+        """Of the parameters, in order."""
 
+    @abstractmethod
     def call(self, where: Any, inputs: list[Tensor], params: list[Tensor], running: list[Tensor]) -> Any:
         """Outputs and statistics of the operator in csp.ops or csp.reference."""
-        raise NotImplementedError
 
     @property
     def wide(self) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -155,7 +154,7 @@ print(resolve("cuda", triton=True), "csp_kernels.kernels" in sys.modules)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
 def test_kernels_are_registered_but_not_imported() -> None:
     """A kernel is compiled or interpreted as the environment says when it is imported."""
     done = run_python(REGISTERED)

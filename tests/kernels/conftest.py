@@ -25,8 +25,8 @@ class InterpretedFile(pytest.File):
 
 class InterpretedRun(pytest.Item):
     def runtest(self) -> None:
-        if importlib.util.find_spec("triton") is None:
-            pytest.skip("triton is not installed")
+        if sys.platform != "linux" and importlib.util.find_spec("triton") is None:
+            pytest.skip("triton has wheels for Linux only")
         command = [sys.executable, "-m", "pytest", str(self.path)]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         run = subprocess.run(command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True)
