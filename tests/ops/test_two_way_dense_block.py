@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("native")
 BASIC = BlockCase(layer="two_way")
 SHAPES = {
     "basic": BASIC,
-    "1x1 maps": replace(BASIC, size=(32, 1, 1)),  # fewer values leave two 3x3s in a row badly conditioned
+    "1x1 maps": replace(BASIC, size=(128, 1, 1)),  # fewer values leave two 3x3s in a row badly conditioned
     "one image": replace(BASIC, size=(1, 7, 5)),
     "odd widths": replace(BASIC, channels=17, growth=10, width=5, layers=3, size=(2, 9, 13)),
     "48": replace(BASIC, channels=48, growth=48, width=48, size=(2, 8, 8)),
