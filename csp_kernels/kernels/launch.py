@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csp_kernels.ops._node import in_place
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -123,3 +125,23 @@ def check_view(x: Tensor, name: str) -> None:
     """A [rows, channels] view with unit channel stride."""
     if x.dim() != 2 or (x.stride(1) != 1 and x.shape[1] > 1):
         raise ValueError(f"{name}: expected [pixels, channels], channel stride 1; got {tuple(x.shape)}, {x.stride()}")
+
+
+def pixels_of(x: Tensor) -> Tensor:
+    """[P, channels] view of an image in channels_last order, or of a channel slice of one (of a copy of any other)."""
+    x = in_place(x)
+    n, c, h, w = x.shape
+    pitch = x.stride(3) if w > 1 else x.stride(2) if h > 1 else x.stride(0) if n > 1 else c
+    return x.as_strided((n * h * w, c), (pitch, 1))
+
+
+def laid_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """As its parameter lies."""
+    if parameter.is_contiguous():
+        return gradient.as_strided(parameter.shape, parameter.stride())
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def precision_of(like: Tensor, winograd: int) -> str:
+    """Of products: 4 says that less precision than float32's was asked for, see csp_kernels.ops._node.winograd."""
+    return "tf32" if winograd == 4 and like.dtype == torch.float32 else "ieee"
