@@ -80,8 +80,7 @@ def backends() -> Backends:
 
 
 def _gpu() -> str:
-    operators = "dense_block alone, and only if chosen: not yet run on a GPU"
-    return f"{torch.cuda.get_device_name()}, triton {_triton_version()} ({operators})"
+    return f"{torch.cuda.get_device_name()}, triton {_triton_version()} (only if chosen: not yet run on a GPU)"
 
 
 def _checked(name: str, argument: str) -> str:
@@ -134,11 +133,10 @@ def _require(name: str) -> None:
         raise RuntimeError(f"backend 'triton' is not available: {why_not_triton()}")
 
 
-def resolve(device_type: str, *, triton: bool = False) -> str:
-    """The backend that runs an operator on tensors of this device type: "native", "triton" or "reference".
+def resolve(device_type: str) -> str:
+    """The backend that runs operators on tensors of this device type: "native", "triton" or "reference".
 
-    triton: the operator has Triton kernels.
-    Raises RuntimeError if the chosen backend is not available or does not run that operator on that device.
+    Raises RuntimeError if the chosen backend is not available or does not run on that device.
     """
     if _selected == "auto":
         return "native" if device_type == "cpu" and native.available() else "reference"
@@ -149,6 +147,4 @@ def resolve(device_type: str, *, triton: bool = False) -> str:
             f"backend {_selected!r}: got tensors on {device_type!r}, expected {expected!r}; "
             "choose backend 'auto' or 'reference'"
         )
-    if _selected == "triton" and not triton:
-        raise RuntimeError("backend 'triton': no kernels for this operator; choose backend 'auto' or 'reference'")
     return _selected

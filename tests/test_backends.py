@@ -16,6 +16,12 @@ from csp_kernels import native as library
 from csp_kernels.__main__ import main
 from csp_kernels.backends import _find_triton, resolve, selected, why_not_triton
 
+OPERATORS = [
+    *("dense_block", "dense_block_backward", "dense_block_inference"),
+    *("concat_conv", "concat_conv_backward", "concat_conv_inference"),
+    *("partial_transition", "partial_transition_backward"),
+    *("post_dense_block", "post_dense_block_backward", "csp_stage", "csp_stage_backward"),
+]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -60,21 +66,19 @@ def test_triton_needs_a_gpu() -> None:
     with pytest.raises(RuntimeError, match=r"'triton' is not available: .*finds no GPU; choose 'native'"):
         csp.use_backend("triton")
     assert selected() == "reference" and "finds no GPU" in csp.backends()["triton"].reason
-    for name in ("dense_block", "dense_block_backward", "dense_block_inference"):
+    for name in OPERATORS:
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"csp_kernels::{name}", "CUDA")
 
 
-def test_triton_is_for_gpus_and_operators_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["csp_kernels.backends"], "_WHY_NOT_TRITON", "")  # csp.backends is a function
     with csp.use_backend("auto"):
-        assert resolve("cuda", triton=True) == "reference"  # has to be asked for
-        assert resolve("cpu", triton=True) == "native" and resolve("xpu", triton=True) == "reference"
+        assert resolve("cuda") == "reference"  # has to be asked for
+        assert resolve("cpu") == "native" and resolve("xpu") == "reference"
     with csp.use_backend("triton"):
-        assert resolve("cuda", triton=True) == "triton"
+        assert resolve("cuda") == "triton"
         with pytest.raises(RuntimeError, match="'triton': got tensors on 'cpu', expected 'cuda'; choose backend"):
-            resolve("cpu", triton=True)
-        with pytest.raises(RuntimeError, match="'triton': no kernels for this operator; choose backend 'auto'"):
-            resolve("cuda")
+            resolve("cpu")
 
 
 @pytest.mark.parametrize("missing", ["", "library", "triton", "version"])
@@ -148,17 +152,16 @@ import sys, torch
 torch.cuda.is_available = lambda: True
 import csp_kernels
 from csp_kernels.backends import resolve
-names = ["dense_block", "dense_block_backward", "dense_block_inference"]
-print(*(torch._C._dispatch_has_kernel_for_dispatch_key("csp_kernels::" + name, "CUDA") for name in names))
-print(resolve("cuda", triton=True), "csp_kernels.kernels" in sys.modules)
+print(*(torch._C._dispatch_has_kernel_for_dispatch_key("csp_kernels::" + name, "CUDA") for name in sys.argv[1:]))
+print(resolve("cuda"), "csp_kernels.kernels" in sys.modules)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
 def test_kernels_are_registered_but_not_imported() -> None:
     """A kernel is compiled or interpreted as the environment says when it is imported."""
-    done = run_python(REGISTERED)
-    assert done.stdout.split() == ["True", "True", "True", "reference", "False"], done.stderr
+    done = run_python(f"import sys; sys.argv[1:] = {OPERATORS}\n{REGISTERED}")
+    assert done.stdout.split() == [*["True"] * len(OPERATORS), "reference", "False"], done.stderr
 
 
 WITHOUT = """

@@ -34,7 +34,20 @@ def _affine_kernel(mean, var, gamma, beta, out, pitch, n, EPS: tl.constexpr, BLO
 
 @triton.jit
 def _settle_kernel(
-    sums, mean, var, gamma, dgamma, dbeta, owed, owed_pitch, correction, n, P, EPS: tl.constexpr, BLOCK: tl.constexpr
+    sums,
+    sums_pitch,
+    mean,
+    var,
+    gamma,
+    dgamma,
+    dbeta,
+    owed,
+    owed_pitch,
+    correction,
+    n,
+    P,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """sums [2, n] of dn and dn * (x - mean) -> dgamma, dbeta, and what the norm takes from the gradient of its input:
     added to owed [2, n] (mean, slope), or written to correction [3, n] (mean, slope, offset); either may be None."""
@@ -45,7 +58,7 @@ def _settle_kernel(
     low = m.to(dgamma.dtype.element_ty)
     lost = m - low.to(tl.float64)
     bias = tl.load(sums + c, inside, 0.0).to(tl.float64)
-    weight = r * (tl.load(sums + n + c, inside, 0.0).to(tl.float64) - lost * bias)
+    weight = r * (tl.load(sums + sums_pitch + c, inside, 0.0).to(tl.float64) - lost * bias)
     tl.store(dbeta + c, bias.to(dbeta.dtype.element_ty), inside)
     tl.store(dgamma + c, weight.to(dgamma.dtype.element_ty), inside)
     s = tl.load(gamma + c, inside, 0.0).to(tl.float64) * r / P
@@ -108,14 +121,15 @@ class BatchNorm(NamedTuple):
         return Norm(*out.unbind())
 
     def settle(self, sums: Tensor, pixels: int, owed: Tensor | None = None) -> tuple[Tensor, Tensor, Correction | None]:
-        """Gradients of weight and bias; what the norm takes from its input's gradient goes to owed if given."""
+        """sums [2, n] view, of dn and dn * (x - mean), -> gradients of weight and bias; what the norm takes from its
+        input's gradient: added to owed [2, n] float64 if given."""
         n = len(self.gamma)
         dgamma, dbeta = torch.empty_like(self.gamma), torch.empty_like(self.beta)
         correction = self.gamma.new_empty((3, n)) if owed is None and not self.frozen else None
         owed, pitch = (None, 0) if owed is None or self.frozen else (owed, owed.stride(0))
         moments = self.mean, self.var, self.gamma
         _settle_kernel[(blocks(n, BLOCK),)](
-            sums, *moments, dgamma, dbeta, owed, pitch, correction, n, pixels, EPS=self.eps, BLOCK=BLOCK
+            sums, sums.stride(0), *moments, dgamma, dbeta, owed, pitch, correction, n, pixels, EPS=self.eps, BLOCK=BLOCK
         )
         return dgamma, dbeta, None if correction is None else Correction(*correction.unbind())
 

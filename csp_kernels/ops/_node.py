@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -132,7 +132,8 @@ def call(op: Any, save: Save, gradients: Gradients, arguments: tuple[Any, ...]) 
 
 
 def register(name: str, fakes: dict[str, Callable[..., Any]], save: Save, gradients: Gradients) -> None:
-    """Fake kernels ("" and suffixes of the name) and autograd of torch.ops.csp_kernels.<name>, once differentiable."""
+    """Fake kernels ("" and suffixes of the name), Triton kernels and autograd of torch.ops.csp_kernels.<name>, once
+    differentiable."""
     if not native.available():
         return
 
@@ -143,6 +144,7 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], save: Save, gradie
 
     for suffix, fake in fakes.items():
         torch.library.register_fake(f"csp_kernels::{name}{suffix}", fake)
+    _register_triton(name, fakes)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # torch passes them by name
         save(ctx, inputs, output)
@@ -151,8 +153,8 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], save: Save, gradie
     torch.library.register_autograd(f"csp_kernels::{name}_backward", refuse)
 
 
-def register_triton(name: str, functions: dict[str, str]) -> None:
-    """Suffixes of torch.ops.csp_kernels.<name> -> functions of csp_kernels.kernels.<name> that run it on a GPU.
+def _register_triton(name: str, suffixes: Iterable[str]) -> None:
+    """torch.ops.csp_kernels.<name><suffix> -> the function of csp_kernels.kernels.<name> that runs it on a GPU.
 
     Triton is imported by the first call.
     """
@@ -162,10 +164,11 @@ def register_triton(name: str, functions: dict[str, str]) -> None:
     def implementation(function: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             module = importlib.import_module(f"csp_kernels.kernels.{name}")
-            with torch.cuda.device_of(arguments[0]):
+            with torch.cuda.device_of(next(a for a in _flat(arguments) if isinstance(a, Tensor))):
                 return getattr(module, function)(*arguments)
 
         return run
 
-    for suffix, function in functions.items():
+    for suffix in suffixes:
+        function = suffix.removeprefix("_") or "forward"
         torch.library.impl(f"csp_kernels::{name}{suffix}", "CUDA", implementation(function))

@@ -67,7 +67,7 @@ def dense_block(
     eps = checks.epsilons(eps, frozen, "two a layer")
     _check_running(x, running, frozen, sizes)
     _check_options(x, frozen, drop_rate, recompute)
-    backend = resolve(x.device.type, triton=True)
+    backend = resolve(x.device.type)
     channels_last = checks.is_channels_last(x)
     if backend == "reference" or x.numel() == 0:
         y, stats = reference_dense_block(x, params, running, frozen=frozen, eps=eps, drop_rate=drop_rate)
@@ -248,4 +248,3 @@ def _gradients(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any,
 
 _FAKES: dict[str, Callable[..., Any]] = {"": _fake_forward, "_backward": _fake_backward, "_inference": _fake_inference}
 node.register("dense_block", _FAKES, _save, _gradients)
-node.register_triton("dense_block", {"": "forward", "_backward": "backward", "_inference": "inference"})
