@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csp_kernels.kernels import launch
+from csp_kernels.kernels import launch, tune
 from csp_kernels.kernels.launch import Correction, Geometry, Norm, Tile, blocks, power
 from csp_kernels.kernels.statistics import check_statistics, merge, store_tile_statistics, total
 
@@ -201,32 +201,41 @@ def _few(pixels: int) -> bool:
     return pixels < 1 << 14
 
 
-def _forward_tile(dtype: torch.dtype, pixels: int, b: int, g: int) -> Tile:
+# Configurations to choose from, the default first. None spills, all fit: tests/kernels/test_compile.py.
+def _forward_tiles(dtype: torch.dtype, pixels: int, b: int, g: int) -> list[Tile]:
     if dtype == torch.float64:
-        return Tile(32, power(g, 16, 32), 16, 4, 2)
+        return [Tile(32, power(g, 16, 32), 16, 4, 2)]
+    n = power(g, 16, 64)
     if dtype == torch.float32:
-        return Tile(64, power(g, 16, 64), 32, 4, 2)
-    if _few(pixels):
-        return Tile(64, power(g, 16, 64), power(b, 16, 64), 4, 3)
-    return Tile(128, power(g, 16, 64), power(b, 16, 64), 8, 2)  # a third stage spills on sm_100
+        return [Tile(64, n, 32, 4, 2), Tile(128, n, 32, 8, 2)]
+    small, large = Tile(64, n, power(b, 16, 64), 4, 3), Tile(128, n, power(b, 16, 64), 8, 2)  # 3 stages: sm_100 spills
+    return [small, large] if _few(pixels) else [large, small]
 
 
-def _dgrad_tile(dtype: torch.dtype, pixels: int, b: int, g: int) -> Tile:
+def _dgrad_tiles(dtype: torch.dtype, b: int, g: int) -> list[Tile]:
     """outputs: of the b channels, depth: of the g channels."""
     if dtype == torch.float64:
-        return Tile(32, power(b, 16, 32), 16, 4, 2)
+        return [Tile(32, power(b, 16, 32), 16, 4, 2)]
     if dtype == torch.float32:
-        return Tile(64, power(b, 16, 64), power(g, 16, 32), 8, 2)
-    return Tile(64, power(b, 16, 128), power(g, 16, 64), 8, 2)
+        return [Tile(64, power(b, 16, 64), power(g, 16, 32), 8, 2)]
+    n = power(g, 16, 64)
+    return [Tile(64, power(b, 16, 128), n, 8, 2), Tile(64, power(b, 16, 64), n, 4, 2)]
 
 
-def _wgrad_tile(dtype: torch.dtype, b: int, g: int) -> Tile:
+def _wgrad_tiles(dtype: torch.dtype, b: int, g: int) -> list[Tile]:
     """pixels: at a time, outputs: of the b channels, depth: of the g channels."""
     if dtype == torch.float64:
-        return Tile(16, power(b, 16, 32), power(g, 16, 32), 4, 2)
+        return [Tile(16, power(b, 16, 32), power(g, 16, 32), 4, 2)]
+    n = power(g, 16, 64)
     if dtype == torch.float32:
-        return Tile(32, power(b, 16, 64), power(g, 16, 64), 8, 2)
-    return Tile(64, power(b, 16, 128), power(g, 16, 64), 8, 2)
+        return [Tile(32, power(b, 16, 64), n, 8, 2)]
+    return [Tile(64, power(b, 16, 128), n, 8, 2), Tile(64, power(b, 16, 64), n, 4, 2)]
+
+
+def _key(z: Tensor, g: int, precision: str, dropout: Dropout | None) -> tuple[object, ...]:
+    """What a choice depends on."""
+    pixels, b = z.shape
+    return str(z.dtype), precision, triton.next_power_of_2(pixels), b, g, dropout is not None
 
 
 def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -275,18 +284,28 @@ def forward(
     (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
     if statistics is not None:
         check_statistics(statistics, g)
-    tile = _forward_tile(dtype, pixels, b, g)
-    tiles = blocks(pixels, tile.pixels)
-    partials = out.new_empty((2, tiles, g), dtype=torch.float64) if statistics is not None else None
     uk, un = launch.unit(b, z.stride(0)), launch.unit(g, out.stride(0))
     seed, layer, threshold, scale = _mask(dropout)
-    _forward[(tiles * blocks(g, tile.outputs),)](
-        z, z.stride(0) // uk, b // uk, norm.mean, norm.scale, norm.shift, _packed(weight, dtype), out,
-        out.stride(0) // un, g // un, partials, pixels, geometry.h, geometry.w, tiles, seed, layer,
-        THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
-        STEPS=blocks(b, tile.depth), BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages,
-        num_warps=tile.warps,
-    )  # fmt: skip
+    packed = _packed(weight, dtype)
+
+    def partials_of(tile: Tile) -> Tensor | None:
+        shape = 2, blocks(pixels, tile.pixels), g
+        return None if statistics is None else out.new_empty(shape, dtype=torch.float64)
+
+    def run(tile: Tile, partials: Tensor | None) -> None:
+        tiles = blocks(pixels, tile.pixels)
+        _forward[(tiles * blocks(g, tile.outputs),)](
+            z, z.stride(0) // uk, b // uk, norm.mean, norm.scale, norm.shift, packed, out, out.stride(0) // un, g // un,
+            partials, pixels, geometry.h, geometry.w, tiles, seed, layer,
+            THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
+            STEPS=blocks(b, tile.depth), BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages,
+            num_warps=tile.warps,
+        )  # fmt: skip
+
+    key, candidates = _key(z, g, precision, dropout), _forward_tiles(dtype, pixels, b, g)
+    tile = tune.choose("conv3x3.forward", key, candidates, lambda tile: run(tile, partials_of(tile)))
+    partials = partials_of(tile)
+    run(tile, partials)
     if statistics is not None and partials is not None:
         merge(partials, pixels, tile.pixels, statistics)
 
@@ -308,19 +327,27 @@ def dgrad(
     for float64)."""
     _check(geometry, weight, {"z": z, "out": out}, {"features": features, "gradient": gradient})
     (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
-    tile = _dgrad_tile(dtype, pixels, b, g)
-    tiles = blocks(pixels, tile.pixels)
-    partials = z.new_empty((tiles, 2, b), dtype=launch.sum_dtype(dtype))
     uk, un = launch.unit(b, z.stride(0), out.stride(0)), launch.unit(g, features.stride(0), gradient.stride(0))
     seed, layer, threshold, scale = _mask(dropout)
-    _dgrad[(tiles * blocks(b, tile.outputs),)](
-        features, features.stride(0) // un, gradient, gradient.stride(0) // un, g // un, correction.mean,
-        correction.slope, correction.offset, _packed(weight, dtype), z, z.stride(0) // uk, b // uk, norm.mean,
-        norm.scale, norm.shift, out, out.stride(0) // uk, partials, pixels, geometry.h, geometry.w, seed, layer,
-        THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
-        STEPS=blocks(g, tile.depth), BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages,
-        num_warps=tile.warps,
-    )  # fmt: skip
+    packed = _packed(weight, dtype)
+
+    def partials_of(tile: Tile) -> Tensor:
+        return z.new_empty((blocks(pixels, tile.pixels), 2, b), dtype=launch.sum_dtype(dtype))
+
+    def run(tile: Tile, partials: Tensor) -> None:
+        _dgrad[(len(partials) * blocks(b, tile.outputs),)](
+            features, features.stride(0) // un, gradient, gradient.stride(0) // un, g // un, correction.mean,
+            correction.slope, correction.offset, packed, z, z.stride(0) // uk, b // uk, norm.mean, norm.scale,
+            norm.shift, out, out.stride(0) // uk, partials, pixels, geometry.h, geometry.w, seed, layer,
+            THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
+            STEPS=blocks(g, tile.depth), BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages,
+            num_warps=tile.warps,
+        )  # fmt: skip
+
+    key, candidates = _key(z, g, precision, dropout), _dgrad_tiles(dtype, b, g)
+    tile = tune.choose("conv3x3.dgrad", key, candidates, lambda tile: run(tile, partials_of(tile)))
+    partials = partials_of(tile)
+    run(tile, partials)
     sums = partials.new_empty((2, b))
     total(partials, sums)
     return sums
@@ -340,20 +367,31 @@ def wgrad(
     """Arguments of `dgrad`. Returns dweight [g, b, 3, 3], contiguous; float32 (float64 for float64)."""
     _check(geometry, weight, {"z": z}, {"features": features, "gradient": gradient})
     (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
-    tile = _wgrad_tile(dtype, b, g)
-    programs = 9 * blocks(b, tile.outputs) * blocks(g, tile.depth)
-    chunk = max(4, blocks(blocks(pixels, tile.pixels), blocks(256, programs))) * tile.pixels  # enough for any device
-    splits = blocks(pixels, chunk)
-    partials = z.new_empty((splits, 9 * b, g), dtype=launch.sum_dtype(dtype))
     uk, un = launch.unit(b, z.stride(0)), launch.unit(g, features.stride(0), gradient.stride(0))
     seed, layer, threshold, scale = _mask(dropout)
-    _wgrad[(programs * splits,)](
-        features, features.stride(0) // un, gradient, gradient.stride(0) // un, g // un, correction.mean,
-        correction.slope, correction.offset, z, z.stride(0) // uk, b // uk, norm.mean, norm.scale, norm.shift, partials,
-        pixels, geometry.h, geometry.w, chunk, seed, layer,
-        THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
-        BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages, num_warps=tile.warps,
-    )  # fmt: skip
+
+    def programs(tile: Tile) -> int:
+        return 9 * blocks(b, tile.outputs) * blocks(g, tile.depth)
+
+    def chunk(tile: Tile) -> int:
+        return launch.chunk(pixels, tile.pixels, programs(tile))
+
+    def partials_of(tile: Tile) -> Tensor:
+        return z.new_empty((blocks(pixels, chunk(tile)), 9 * b, g), dtype=launch.sum_dtype(dtype))
+
+    def run(tile: Tile, partials: Tensor) -> None:
+        _wgrad[(programs(tile) * len(partials),)](
+            features, features.stride(0) // un, gradient, gradient.stride(0) // un, g // un, correction.mean,
+            correction.slope, correction.offset, z, z.stride(0) // uk, b // uk, norm.mean, norm.scale, norm.shift,
+            partials, pixels, geometry.h, geometry.w, chunk(tile), seed, layer,
+            THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
+            BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+
+    key, candidates = _key(z, g, precision, dropout), _wgrad_tiles(dtype, b, g)
+    tile = tune.choose("conv3x3.wgrad", key, candidates, lambda tile: run(tile, partials_of(tile)))
+    partials = partials_of(tile)
+    run(tile, partials)
     sums = partials.new_empty((9 * b, g))
-    total(partials.view(splits, 1, 9 * b * g), sums.view(1, 9 * b * g))
+    total(partials.view(-1, 1, 9 * b * g), sums.view(1, 9 * b * g))
     return sums.view(3, 3, b, g).permute(3, 2, 0, 1).contiguous()

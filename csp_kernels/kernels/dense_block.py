@@ -29,8 +29,13 @@ class _Layer(NamedTuple):
     statistics2: Tensor  # [2, b] float64 view
 
 
-class _Block:
-    """The arguments of an operator, by layer."""
+def columns(in_channels: int, params: Sequence[Tensor]) -> int:
+    """Of the statistics: C, then b of each layer."""
+    return in_channels + len(params) // 6 * (params[2].shape[0] + params[5].shape[0])
+
+
+class Block:
+    """The arguments of an operator, by layer. stats: [2, at least columns]."""
 
     def __init__(
         self,
@@ -44,16 +49,18 @@ class _Block:
         drop_rate: float,
         winograd: int,
         stats: Tensor | None = None,
+        collects: bool = False,
     ) -> None:
+        """collects: whether something else needs the features' statistics."""
         n, _, h, w = like.shape
         layers, self.width, self.growth = len(params) // 6, params[2].shape[0], params[5].shape[0]
         self.geometry, self.pixels = Geometry(n, h, w), n * h * w
         self.channels, self.total = in_channels, in_channels + layers * self.growth
-        columns = self.total + layers * self.width
-        self.stats = like.new_zeros((2, columns), dtype=torch.float64) if stats is None else stats
+        size = 2, columns(in_channels, params)
+        self.stats = like.new_zeros(size, dtype=torch.float64) if stats is None else stats
         self.precision = precision_of(like, winograd)
         self.layers = list(self._layers(params, iter(running), frozen, eps, seed, drop_rate))
-        self.collects = not all(layer.norm1.frozen for layer in self.layers)
+        self.collects = collects or not all(layer.norm1.frozen for layer in self.layers)
 
     def _layers(
         self,
@@ -95,11 +102,10 @@ class _Block:
         mix.forward(segments, layer.conv1, z, self.geometry, self.precision, columns)
         return z
 
-    def forward(self, x: Tensor, y: Tensor, kept: Sequence[Tensor]) -> None:
-        """kept: z of each layer to fill, or none."""
-        features = pixels_of(y)
+    def forward(self, x: Tensor, features: Tensor, kept: Sequence[Tensor]) -> None:
+        """x [P, c0] view, features [P, C]; kept: z of each layer to fill, or none."""
         columns = self.stats[:, : self.channels] if self.collects else None
-        statistics.copy_split(pixels_of(x), features[:, : self.channels], columns)
+        statistics.copy_split(x, features[:, : self.channels], columns)
         scratch = None if kept else self.scratch(x)
         for i, layer in enumerate(self.layers):
             z = kept[i] if scratch is None else scratch
@@ -113,15 +119,14 @@ class _Block:
         """gradient of these channels = G - ((F - mean) * slope + offset)."""
         return due(owed[:, channels], self.stats[0, channels], self.layers[0].norm1.gamma)
 
-    def backward(self, grad_y: Tensor, y: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of x and, in order, of params."""
-        features, source = pixels_of(y), pixels_of(grad_y)
-        entering = self.layers[-1].entering
-        grad = y.new_empty((self.pixels, entering))  # G: of the features, without what norms still owe
-        statistics.copy_split(source[:, :entering], grad, None)
-        owed = self.stats.new_zeros((2, entering + self.growth))  # of every channel: mean and slope
-        dn = self.scratch(y)[:, : self.width]
-        scratch = None if kept else self.scratch(y)
+    def backward(
+        self, features: Tensor, kept: Sequence[Tensor], source: Tensor, grad: Tensor, owed: Tensor, dx: Tensor
+    ) -> list[Tensor]:
+        """source [P, C] view: gradient of the features, without what norms still owe, owed [2, C] float64: mean and
+        slope. grad [P, at least what enters the last layer]: the same values, or source itself; added to, as is owed.
+        dx [P, c0] view: takes the gradient of x. Gradients of params, in order."""
+        dn = self.scratch(features)[:, : self.width]
+        scratch = None if kept else self.scratch(features)
         gradients: list[list[Tensor]] = []
         for i in reversed(range(len(self.layers))):
             layer, norm1, norm2 = self.layers[i], self.layers[i].norm1.load(), self.layers[i].norm2.load()
@@ -137,10 +142,9 @@ class _Block:
             dgamma1, dbeta1, _ = layer.norm1.settle(sums, self.pixels, owed[:, old])
             gradients.append([dgamma1, dbeta1, dconv1, dgamma2, dbeta2, dconv2])
             source = grad
-        dx = image(y, self.channels)
         old = slice(self.channels)
-        pay(grad[:, old], features[:, old], self.due(owed, old), pixels_of(dx))
-        return [dx, *(gradient for layer in reversed(gradients) for gradient in layer)]
+        pay(grad[:, old], features[:, old], self.due(owed, old), dx)
+        return [gradient for layer in reversed(gradients) for gradient in layer]
 
 
 # --- the operators, with the schemas of csrc/dense_block.cpp ---
@@ -157,11 +161,11 @@ def forward(
     keep_bottleneck: bool,
     winograd: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    block = _Block(x, x.shape[1], params, running, frozen, eps, seed, drop_rate, winograd)
+    block = Block(x, x.shape[1], params, running, frozen, eps, seed, drop_rate, winograd)
     y = image(x, block.total)
     kept = [block.scratch(x) for _ in block.layers] if keep_bottleneck else []
     if x.numel() > 0:
-        block.forward(x, y, kept)
+        block.forward(pixels_of(x), pixels_of(y), kept)
     return y, kept, block.stats
 
 
@@ -179,16 +183,20 @@ def backward(
     in_channels: int,
     winograd: int,
 ) -> list[Tensor]:
+    dx = image(y, in_channels)
     if y.numel() == 0:
-        return [image(y, in_channels), *(torch.zeros_like(p) for p in params)]
-    block = _Block(y, in_channels, params, running, frozen, eps, seed, drop_rate, winograd, stats)
-    dx, *gradients = block.backward(grad_y, y, z)
+        return [dx, *(torch.zeros_like(p) for p in params)]
+    block = Block(y, in_channels, params, running, frozen, eps, seed, drop_rate, winograd, stats)
+    source, entering = pixels_of(grad_y), block.layers[-1].entering
+    grad, owed = y.new_empty((block.pixels, entering)), stats.new_zeros((2, block.total))
+    statistics.copy_split(source[:, :entering], grad, None)
+    gradients = block.backward(pixels_of(y), z, source, grad, owed, pixels_of(dx))
     return [dx, *(laid_as(gradient, p) for gradient, p in zip(gradients, params, strict=True))]
 
 
 def inference(x: Tensor, params: list[Tensor], running: list[Tensor], eps: list[float], winograd: int) -> Tensor:
-    block = _Block(x, x.shape[1], params, running, None, eps, None, 0.0, winograd)
+    block = Block(x, x.shape[1], params, running, None, eps, None, 0.0, winograd)
     y = image(x, block.total)
     if x.numel() > 0:
-        block.forward(x, y, [])
+        block.forward(pixels_of(x), pixels_of(y), [])
     return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,34 +73,126 @@ def few(pixels: int) -> bool:
     return pixels < 1 << 14
 
 
-# float32 without TF32 has no tensor cores: its operands are in registers. Averages read four tiles: shared memory.
-def forward_tile(dtype: torch.dtype, precision: str, geometry: Geometry, outputs: int) -> Tile:
-    small = few(geometry.outputs)
-    if dtype == torch.float64:
-        return Tile(32, power(outputs, 16, 32), 16, 4, 2)
-    if dtype == torch.float32:
-        if precision == "ieee":
-            return Tile(64, power(outputs, 16, 128), 16, 8, 2)
-        return Tile(64 if small else 128, power(outputs, 16, 128), 16 if geometry.pool else 32, 8, 2)
-    return Tile(64 if small else 128, power(outputs, 16, 128), 32 if geometry.pool else 64, 8, 3)
+@dataclass(frozen=True)
+class Case:
+    """What the choice of tiles depends on beside the channels."""
+
+    dtype: torch.dtype
+    precision: str  # of float32: without TF32 there are no tensor cores, operands are in registers
+    target: int | str
+    pool: bool = False  # averages read four tiles: shared memory
+    few: bool = False
+    activated: bool = False  # the gradient comes through an activation: registers
+    unit: int = 8  # of the sizes: short vectors need more addresses
+
+    @staticmethod
+    def of(x: Tensor, precision: str, geometry: Geometry, activated: bool = False, unit: int = 8) -> Case:
+        target, small = architecture(x.device), few(geometry.outputs)
+        return Case(x.dtype, precision, target, geometry.pool, small, activated, unit)
+
+    @property
+    def amd(self) -> bool:
+        return isinstance(self.target, str)
+
+    @property
+    def tf32(self) -> bool:
+        return self.precision == "tf32"
 
 
-def dgrad_tile(dtype: torch.dtype, precision: str, pixels: int, channels: int) -> Tile:
+# Candidates, the default first. Each compiles without spills for the targets that it is listed for.
+def forward_tiles(case: Case, outputs: int) -> list[Tile]:
+    o = power(outputs, 16, 128)
+    if case.dtype == torch.float64:
+        return [Tile(32, min(o, 32), 16, 4, 2)]
+    if case.dtype == torch.float32:
+        if not case.tf32:
+            return [Tile(64, o, 16, 8, 2), Tile(64, min(o, 64), 16, 8, 2)]
+        depth = 16 if case.pool else 32
+        return [Tile(64 if case.few else 128, o, depth, 8, 2), Tile(128 if case.few else 64, o, depth, 8, 2)]
+    wide, narrow = Tile(128, o, 64, 8, 3), Tile(64, o, 64, 8, 3)
+    if case.pool:
+        wide, narrow = Tile(128, o, 32, 8, 3), Tile(64, o, 32, 8, 3)
+    elif case.amd:
+        wide, narrow = Tile(128, o, 32, 8, 2), Tile(64, o, 64, 8, 2)
+    elif case.target in (100, 103):
+        narrow = Tile(64, o, 32, 8, 3)
+    elif case.target in (120, 121):
+        return [Tile(64, o, 32, 8, 3)]
+    return [narrow, wide] if case.few else [wide, narrow]
+
+
+def dgrad_tiles(case: Case, channels: int) -> list[Tile]:
     """outputs: channels of the input, depth: of the gradient."""
-    if dtype == torch.float64:
-        return Tile(32, power(channels, 16, 32), 16, 4, 2)
-    if dtype == torch.float32:
-        return Tile(64, power(channels, 16, 64), 32, 4 if precision == "tf32" else 8, 2)
-    return Tile(64 if few(pixels) else 128, power(channels, 16, 64), 64, 8, 2)
+    k = power(channels, 16, 64)
+    if case.dtype == torch.float64:
+        return [Tile(32, min(k, 32), 16, 4, 2)]
+    if case.dtype == torch.float32:
+        return [Tile(64, k, 32, 4 if case.tf32 else 8, 2)]
+    wide, narrow = Tile(128, k, 64, 8, 2), Tile(64, k, 64, 8, 2)
+    if case.pool or (case.activated and case.unit < 8):
+        return [narrow]
+    return [narrow, wide] if case.few else [wide, narrow]
 
 
-def wgrad_tile(dtype: torch.dtype, pool: bool, channels: int, outputs: int) -> tuple[Tile, int]:
-    """depth: pixels at a time; pixels unused. And the channels of the input of one program."""
-    if dtype == torch.float64:
-        return Tile(0, power(outputs, 16, 32), 16, 4, 2), power(channels, 16, 32)
-    if dtype == torch.float32:
-        return Tile(0, power(outputs, 16, 64), 16 if pool else 32, 8, 2), power(channels, 16, 128)
-    return Tile(0, power(outputs, 16, 128), 32 if pool else 64, 8, 2), power(channels, 16, 128)
+def wgrad_tiles(case: Case, channels: int, outputs: int) -> list[Tile]:
+    """depth: channels of the input."""
+    k, o = power(channels, 16, 128), power(outputs, 16, 128)
+    if case.dtype == torch.float64:
+        return [Tile(16, min(o, 32), min(k, 32), 4, 2)]
+    if case.dtype == torch.float32:
+        if case.tf32:
+            return [Tile(16 if case.pool else 32, min(o, 64), k, 8, 2)]
+        return [Tile(16 if case.pool else 32, min(o, 64), min(k, 64), 8, 2)]
+    narrow = Tile(32, o, k, 8, 2)
+    return [narrow] if case.pool or (case.activated and case.target in (120, 121)) else [Tile(64, o, k, 8, 2), narrow]
+
+
+def one_pass_tiles(case: Case, channels: int, outputs: int) -> list[Tile | None]:
+    """Of both gradients at once; outputs: all of them, depth: channels of the input. None: two passes."""
+    if case.dtype.itemsize != 2 or outputs > 128 or case.pool:
+        return [None]
+    k, o = power(channels, 16, 128), power(outputs, 16, 128)
+    if case.target in (80, 86, 89, 120, 121):
+        return [None, Tile(16, o, k, 8, 2)]
+    if case.target == 90:
+        wide = [] if case.activated or case.unit < 4 else [Tile(64, o, k, 8, 2)]
+        return [*wide, Tile(32, o, k, 8, 2), None]
+    if case.target in (0, 100, 103):
+        return [Tile(32, o, k, 8, 2), Tile(64, o, min(k, 64), 8, 2), Tile(32, o, min(k, 64), 8, 2), None]
+    return [Tile(32, o, min(k, 64), 8, 1), None] if case.target == "gfx942" else [None]
+
+
+def forward_tile(case: Case, outputs: int) -> Tile:
+    return forward_tiles(case, outputs)[0]
+
+
+def dgrad_tile(case: Case, channels: int) -> Tile:
+    return dgrad_tiles(case, channels)[0]
+
+
+def wgrad_tile(case: Case, channels: int, outputs: int) -> Tile:
+    return wgrad_tiles(case, channels, outputs)[0]
+
+
+def one_pass_tile(case: Case, channels: int, outputs: int) -> Tile | None:
+    return one_pass_tiles(case, channels, outputs)[0]
+
+
+@cache
+def architecture(device: torch.device) -> int | str:
+    """Compute capability without its point, or AMD's name; 0: the interpreter."""
+    if device.type != "cuda":
+        return 0
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def chunk(pixels: int, tile: int, programs: int) -> int:
+    """Pixels of a split, a multiple of the tile's: enough programs for any device, so that the order of sums depends
+    on shapes alone."""
+    return max(4, blocks(blocks(pixels, tile), blocks(256, programs))) * tile
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,26 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from csp_kernels.kernels import launch
-from csp_kernels.kernels.launch import Correction, Geometry, Norm, blocks
+from csp_kernels.kernels import activate, launch
+from csp_kernels.kernels.activate import Activation
+from csp_kernels.kernels.launch import Case, Correction, Geometry, Norm, Tile, blocks
 from csp_kernels.kernels.statistics import check_statistics, merge, store_tile_statistics, total
 
 
 @dataclass(frozen=True)
 class Segment:
     """One input. x [P, K] view; norm None: read as it is; g [P, K] view: takes the gradient of x (with a norm: scale *
-    dn, what the norm owes is the caller's), added if add; None: not wanted."""
+    dn, what the norm owes is the caller's), added if add; None: not wanted. source [P, K] view, with add: what it is
+    added to, None: g itself."""
 
     x: Tensor
     norm: Norm | None = None
     g: Tensor | None = None
     add: bool = False
+    source: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class After:
+    """out = act(norm(product)), norm without its relu."""
+
+    norm: Norm
+    act: Activation
+
+
+@dataclass(frozen=True)
+class ActivationGradient:
+    """dz = d * act'(norm(z)) * norm.scale + (z - norm.mean) * slope + offset on load, d being the gradient of the
+    activated output; slope and offset None: zero, statistics were fixed."""
+
+    norm: Norm
+    act: Activation
+    slope: Tensor | None = None
+    offset: Tensor | None = None
 
 
 @triton.jit
@@ -76,8 +99,9 @@ def _multiply(
 @triton.jit
 def _forward(
     x0, pitch0, K0, mean0, scale0, shift0, weight0, x1, pitch1, K1, mean1, scale1, shift1, weight1,
-    w_pitch, before, out, out_pitch, partials, P, N, H, W, tiles,
-    UNIT: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    w_pitch, before, out, out_pitch, out_mean, out_scale, out_shift, partials, P, N, H, W, tiles,
+    UNIT: tl.constexpr, POOL: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(N, BN)
@@ -99,6 +123,11 @@ def _forward(
             acc, x1, pitch1 * UNIT, K1 * UNIT, mean1, scale1, shift1, weight1, w_pitch * UNIT, n, N, source, row_ok, W,
             POOL, ACC, PRECISION, BK, STAGES,
         )  # fmt: skip
+    if out_mean is not None:
+        m = tl.load(out_mean + n, mask=n < N, other=0.0)[:, None]
+        s = tl.load(out_scale + n, mask=n < N, other=0.0)[:, None]
+        t = tl.load(out_shift + n, mask=n < N, other=0.0)[:, None]
+        acc = activate.value((acc - m) * s + t, ACT, NEGATIVE)
     z = acc.to(out.dtype.element_ty)
     tl.store(out + p.to(tl.int64)[None, :] * (out_pitch * UNIT) + n[:, None], z, mask=ok)
     if partials is not None:  # of what was stored
@@ -107,26 +136,36 @@ def _forward(
 
 
 @triton.jit
-def _output_gradient(d, d_pitch, z, z_pitch, mean, slope, offset, p, p_ok, n, N, ACC: tl.constexpr):
-    """dz [pixels, n]; zero outside."""
+def _row(x, n, N):
+    return tl.load(x + n, mask=n < N, other=0.0)[None, :]
+
+
+@triton.jit
+def _output_gradient(
+    d, d_pitch, z, z_pitch, mean, scale, shift, slope, offset, p, p_ok, n, N,
+    ACT: tl.constexpr, NEGATIVE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dz [pixels, n]; zero outside. scale None: no activation followed."""
     ok = p_ok[:, None] & (n < N)[None, :]
     q = p.to(tl.int64)[:, None]
     value = tl.load(d + q * d_pitch + n[None, :], mask=ok, other=0.0).to(ACC)
     if z is not None:
-        m = tl.load(mean + n, mask=n < N, other=0.0)
-        s = tl.load(slope + n, mask=n < N, other=0.0)
-        t = tl.load(offset + n, mask=n < N, other=0.0)
-        centred = tl.load(z + q * z_pitch + n[None, :], mask=ok, other=0.0).to(ACC) - m[None, :]
-        value = tl.where(p_ok[:, None], value + (centred * s[None, :] + t[None, :]), 0.0)
+        centred = tl.load(z + q * z_pitch + n[None, :], mask=ok, other=0.0).to(ACC) - _row(mean, n, N)
+        if scale is not None:
+            s = _row(scale, n, N)
+            value *= activate.slope(centred * s + _row(shift, n, N), ACT, NEGATIVE) * s
+        if slope is not None:
+            value = tl.where(p_ok[:, None], value + (centred * _row(slope, n, N) + _row(offset, n, N)), 0.0)
     return value
 
 
 @triton.jit
 def _dgrad(
-    x, pitch, K, mean, scale, shift, g, g_pitch, weight, w_pitch, d, d_pitch, z, z_pitch, z_mean, slope, offset, sums,
-    P, N, H, W,
-    UNIT: tl.constexpr, POOL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    x, pitch, K, mean, scale, shift, g, g_pitch, source, source_pitch, weight, w_pitch,
+    d, d_pitch, z, z_pitch, z_mean, z_scale, z_shift, slope, offset, sums, P, N, H, W,
+    UNIT: tl.constexpr, POOL: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one segment, and sums [tiles, 2, K]. BK: its channels, BN: of the gradient at a time."""
     K = K * UNIT
@@ -141,7 +180,10 @@ def _dgrad(
         n = n0 + tl.arange(0, BN)
         ok = (n < N)[:, None] & (k < K)[None, :]
         w = tl.load(weight + n.to(tl.int64)[:, None] * (w_pitch * UNIT) + k[None, :], mask=ok, other=0.0)
-        dz = _output_gradient(d, d_pitch * UNIT, z, z_pitch * UNIT, z_mean, slope, offset, p, p_ok, n, N, ACC)
+        dz = _output_gradient(
+            d, d_pitch * UNIT, z, z_pitch * UNIT, z_mean, z_scale, z_shift, slope, offset, p, p_ok, n, N,
+            ACT, NEGATIVE, ACC,
+        )  # fmt: skip
         da = tl.dot(tl.trans(w.to(element)), tl.trans(dz.to(element)), da, input_precision=PRECISION, out_dtype=ACC)
     if POOL:
         da = da * 0.25
@@ -162,10 +204,9 @@ def _dgrad(
             dgamma += tl.sum(dn * centred, 1)
             dx = dn * s
         if g is not None:
-            to = g + at[None, :] * (g_pitch * UNIT) + k[:, None]
-            if ADD:
-                dx += tl.load(to, mask=ok, other=0.0).to(ACC)
-            tl.store(to, dx.to(g.dtype.element_ty), mask=ok)
+            if source is not None:
+                dx += tl.load(source + at[None, :] * (source_pitch * UNIT) + k[:, None], mask=ok, other=0.0).to(ACC)
+            tl.store(g + at[None, :] * (g_pitch * UNIT) + k[:, None], dx.to(g.dtype.element_ty), mask=ok)
     if mean is not None:
         to = sums + tile.to(tl.int64) * 2 * K + k
         tl.store(to, dbeta, mask=k < K)
@@ -174,8 +215,10 @@ def _dgrad(
 
 @triton.jit
 def _wgrad(
-    x, pitch, K, mean, scale, shift, d, d_pitch, z, z_pitch, z_mean, slope, offset, partials, P, N, H, W, chunk,
-    UNIT: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    x, pitch, K, mean, scale, shift, d, d_pitch, z, z_pitch, z_mean, z_scale, z_shift, slope, offset, partials,
+    P, N, H, W, chunk,
+    UNIT: tl.constexpr, POOL: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partials [splits, O, K] of dweight of one segment; a split has `chunk` pixels."""
@@ -190,15 +233,79 @@ def _wgrad(
     for p0 in tl.range(split * chunk, tl.minimum(P, split * chunk + chunk), BP, num_stages=STAGES):
         p = p0 + tl.arange(0, BP)
         p_ok = p < P
-        dz = _output_gradient(d, d_pitch * UNIT, z, z_pitch * UNIT, z_mean, slope, offset, p, p_ok, n, N, ACC)
+        dz = _output_gradient(
+            d, d_pitch * UNIT, z, z_pitch * UNIT, z_mean, z_scale, z_shift, slope, offset, p, p_ok, n, N,
+            ACT, NEGATIVE, ACC,
+        )  # fmt: skip
         a = _read(x, pitch * UNIT, _source(p, H, W, POOL), p_ok, k, K, mean, scale, shift, W, POOL, ACC)
         acc = tl.dot(tl.trans(dz.to(element)), a.to(element), acc, input_precision=PRECISION, out_dtype=ACC)
     to = partials + (split.to(tl.int64) * N + n)[:, None] * K + k[None, :]
     tl.store(to, acc, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
+@triton.jit
+def _one_pass(
+    x, pitch, K, mean, scale, shift, g, g_pitch, source, source_pitch, weight, w_pitch,
+    d, d_pitch, z, z_pitch, z_mean, z_scale, z_shift, slope, offset, partials, sums, P, N, chunk,
+    UNIT: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Both gradients of one segment that is not pooled: partials [splits, O, K] of dweight, sums [splits, 2, K]; a
+    split has `chunk` pixels, a multiple of BP. BN: all of O."""
+    K = K * UNIT
+    columns = tl.cdiv(K, BK)  # the fast axis: d and z stay in cache
+    k = tl.program_id(0) % columns * BK + tl.arange(0, BK)
+    split = tl.program_id(0) // columns
+    n = tl.arange(0, BN)
+    element = x.dtype.element_ty
+    ok = (n < N)[:, None] & (k < K)[None, :]
+    w = tl.load(weight + n.to(tl.int64)[:, None] * (w_pitch * UNIT) + k[None, :], mask=ok, other=0.0)
+    w = tl.trans(w.to(element))
+    if mean is not None:
+        m = tl.load(mean + k, mask=k < K, other=0.0)[:, None]
+        s = tl.load(scale + k, mask=k < K, other=0.0)[:, None]
+        t = tl.load(shift + k, mask=k < K, other=0.0)[:, None]
+    acc = tl.zeros((BK, BN), ACC)
+    dbeta = tl.zeros((BK,), ACC)
+    dgamma = tl.zeros((BK,), ACC)
+    for p0 in tl.range(split * chunk, tl.minimum(P, split * chunk + chunk), BP, num_stages=STAGES):
+        p = p0 + tl.arange(0, BP)
+        p_ok = p < P
+        q = p.to(tl.int64)[None, :]
+        inside = (k < K)[:, None] & p_ok[None, :]
+        dz = _output_gradient(
+            d, d_pitch * UNIT, z, z_pitch * UNIT, z_mean, z_scale, z_shift, slope, offset, p, p_ok, n, N,
+            ACT, NEGATIVE, ACC,
+        ).to(element)  # fmt: skip
+        a = tl.load(x + q * (pitch * UNIT) + k[:, None], mask=inside, other=0.0)
+        dx = tl.dot(w, tl.trans(dz), input_precision=PRECISION, out_dtype=ACC)  # zero outside
+        if mean is not None:
+            centred = a.to(ACC) - m
+            pre = centred * s + t
+            dn = tl.where(pre > 0, dx, 0.0)
+            dbeta += tl.sum(dn, 1)
+            dgamma += tl.sum(dn * centred, 1)
+            dx = dn * s
+            a = tl.maximum(pre, 0.0).to(element)
+        acc = tl.dot(a, dz, acc, input_precision=PRECISION, out_dtype=ACC)
+        if g is not None:
+            if source is not None:
+                dx += tl.load(source + q * (source_pitch * UNIT) + k[:, None], mask=inside, other=0.0).to(ACC)
+            tl.store(g + q * (g_pitch * UNIT) + k[:, None], dx.to(g.dtype.element_ty), mask=inside)
+    to = partials + (split.to(tl.int64) * N + n)[None, :] * K + k[:, None]
+    tl.store(to, acc, mask=(k < K)[:, None] & (n < N)[None, :])
+    if mean is not None:
+        to = sums + split.to(tl.int64) * 2 * K + k
+        tl.store(to, dbeta, mask=k < K)
+        tl.store(to + K, dgamma, mask=k < K)
+
+
 def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (norm.mean, norm.scale, norm.shift) if norm else (None, None, None)
+
+
+def _act(act: Activation | None) -> dict[str, Any]:
+    return {"ACT": act.code, "NEGATIVE": act.negative_slope} if act else {"ACT": 0, "NEGATIVE": 0.0}
 
 
 def _columns(segments: Sequence[Segment], weight: Tensor) -> list[int]:
@@ -217,10 +324,13 @@ def _check(segments: Sequence[Segment], geometry: Geometry) -> None:
         launch.check_view(s.x, "x")
         if s.x.shape[0] != geometry.pixels or s.x.dtype != segments[0].x.dtype:
             raise ValueError(f"x: expected {geometry.pixels} pixels of one type, got {s.x.dtype} {tuple(s.x.shape)}")
-        if s.g is not None:
-            launch.check_view(s.g, "g")
-            if s.g.shape != s.x.shape:
-                raise ValueError(f"g: expected {tuple(s.x.shape)}, got {tuple(s.g.shape)}")
+        for t, name in ((s.g, "g"), (s.source, "source")):
+            if t is not None:
+                launch.check_view(t, name)
+                if t.shape != s.x.shape:
+                    raise ValueError(f"{name}: expected {tuple(s.x.shape)}, got {tuple(t.shape)}")
+        if s.source is not None and not (s.add and s.g is not None):
+            raise ValueError("source: nothing is added to it")
 
 
 def forward(
@@ -230,9 +340,10 @@ def forward(
     geometry: Geometry,
     precision: str = "ieee",
     statistics: Tensor | None = None,
+    after: After | None = None,
 ) -> None:
     """out [P', O] view = sum over segments of relu(norm(x)) * weight[:, its columns]^T, weight [O, sum K]; statistics
-    [2, O] float64 view: takes out's mean and biased variance."""
+    [2, O] float64 view: takes out's mean and biased variance; after, without statistics: what follows the sum."""
     columns = _columns(segments, weight)
     _check(segments, geometry)
     launch.check_view(out, "out")
@@ -241,7 +352,9 @@ def forward(
         raise ValueError(f"out: expected {(pixels, outputs)}, got {tuple(out.shape)}")
     if statistics is not None:
         check_statistics(statistics, outputs)
-    tile = launch.forward_tile(dtype, precision, geometry, outputs)
+        if after is not None:
+            raise ValueError("statistics are of a product that nothing follows")
+    tile = launch.forward_tile(Case.of(segments[0].x, precision, geometry), outputs)
     tiles = blocks(pixels, tile.pixels)
     partials = out.new_empty((2, tiles, outputs), dtype=torch.float64) if statistics is not None else None
     before = None
@@ -251,13 +364,16 @@ def forward(
         first, second = segments[i], segments[i + 1] if i + 1 < len(segments) else None
         x0, k0, pitch0 = first.x, first.x.shape[1], first.x.stride(0)
         x1, k1, pitch1 = (second.x, second.x.shape[1], second.x.stride(0)) if second else (None, 0, 0)
+        follows = after if last else None
         u = launch.unit(pitch0, k0, pitch1, k1, weight.stride(0), to.stride(0))
         _forward[(tiles * blocks(outputs, tile.outputs),)](
             x0, pitch0 // u, k0 // u, *_norm(first.norm), weight[:, columns[i] :],
             x1, pitch1 // u, k1 // u, *_norm(second.norm if second else None),
             weight[:, columns[i + 1] :] if second else None, weight.stride(0) // u, before, to, to.stride(0) // u,
-            partials if last else None, pixels, outputs, geometry.h, geometry.w, tiles,
-            UNIT=u, POOL=geometry.pool, ACC=launch.sum_type(dtype), PRECISION=precision,
+            *_norm(follows.norm if follows else None), partials if last else None,
+            pixels, outputs, geometry.h, geometry.w, tiles,
+            UNIT=u, POOL=geometry.pool, **_act(follows.act if follows else None), ACC=launch.sum_type(dtype),
+            PRECISION=precision,
             BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         before = to
@@ -265,27 +381,59 @@ def forward(
         merge(partials, pixels, tile.pixels, statistics)
 
 
-def _clear_border(g: Tensor, geometry: Geometry) -> None:
+def _added_to(s: Segment) -> Tensor | None:
+    """What g is added to."""
+    return s.g if s.add and s.source is None else s.source
+
+
+def _clear_border(s: Segment, geometry: Geometry) -> None:
     """The last row and column of an odd map belong to no average: no gradient."""
-    images = g.unflatten(0, (geometry.n, geometry.h, geometry.w))
-    if geometry.h % 2:
-        images[:, -1].zero_()
-    if geometry.w % 2:
-        images[:, :, -1].zero_()
+    if s.g is None or (s.add and s.source is None):
+        return
+    images = [t.unflatten(0, (geometry.n, geometry.h, geometry.w)) for t in (s.g, s.source) if t is not None]
+    for axis, size in ((1, geometry.h), (2, geometry.w)):
+        if size % 2:
+            g, *source = (t.select(axis, -1) for t in images)
+            g.copy_(source[0]) if source else g.zero_()
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """Of the output: d, and what is needed to make dz of it. Strides of what is not there are 0."""
+
+    d: Tensor
+    z: Tensor | None
+    vectors: tuple[Tensor | None, ...]  # mean, scale, shift, slope, offset
+    act: Activation | None
+
+    @staticmethod
+    def of(d: Tensor, z: Tensor | None, correction: Correction | ActivationGradient | None) -> _Gradient:
+        if z is None or correction is None:
+            return _Gradient(d, None, (None,) * 5, None)
+        if isinstance(correction, Correction):
+            return _Gradient(d, z, (correction.mean, None, None, correction.slope, correction.offset), None)
+        return _Gradient(d, z, (*_norm(correction.norm), correction.slope, correction.offset), correction.act)
+
+    def arguments(self, unit: int) -> tuple[Any, ...]:
+        return self.d, self.d.stride(0) // unit, self.z, _pitch(self.z) // unit, *self.vectors
+
+
+def _pitch(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
 
 
 def backward(
     segments: Sequence[Segment],
     d: Tensor,
     z: Tensor | None,
-    correction: Correction | None,
+    correction: Correction | ActivationGradient | None,
     weight: Tensor,
     geometry: Geometry,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """d [P', O] view; z [P', O] view and correction: dz = d + (z - mean) * slope + offset, else dz = d. Writes (or adds
-    to) the segments' g. Returns dweight [O, sum K] and sums [2, sum K] of dn and dn * (x - mean), zero where there is
-    no norm; float32 (float64 for float64)."""
+    """d [P', O] view; z [P', O] view and correction: what dz is computed from, else dz = d. Writes (or adds to) the
+    segments' g. Returns dweight [O, sum K] and sums [2, sum K] of dn and dn * (x - mean), zero where there is no norm;
+    float32 (float64 for float64)."""
     columns = _columns(segments, weight)
     _check(segments, geometry)
     pixels, outputs, dtype = geometry.outputs, weight.shape[0], segments[0].x.dtype
@@ -296,68 +444,76 @@ def backward(
                 raise ValueError(f"{name}: expected {(pixels, outputs)}, got {tuple(t.shape)}")
     if (z is None) != (correction is None):
         raise ValueError("z and correction go together")
-    gradient: _Gradient = (0, None, None, None)
-    if z is not None and correction is not None:
-        gradient = (z.stride(0), correction.mean, correction.slope, correction.offset)
+    gradient = _Gradient.of(d, z, correction)
     dweight = weight.new_empty(weight.shape, dtype=launch.sum_dtype(dtype))
     sums = weight.new_empty((2, weight.shape[1]), dtype=launch.sum_dtype(dtype))
     for s, c0, c1 in zip(segments, columns, columns[1:], strict=False):
-        _segment_wgrad(s, d, z, gradient, geometry, precision, dweight[:, c0:c1])
-        _segment_dgrad(s, d, z, gradient, weight[:, c0:c1], geometry, precision, sums[:, c0:c1])
+        if s.norm is None:
+            sums[:, c0:c1].zero_()
+        w, dw, owed = weight[:, c0:c1], dweight[:, c0:c1], sums[:, c0:c1]
+        u = launch.unit(*map(_pitch, (s.x, s.g, _added_to(s), w, d, z)), c1 - c0)
+        case = Case.of(s.x, precision, geometry, gradient.act is not None, u)
+        if s.norm is None and s.g is None:
+            _segment_wgrad(s, gradient, geometry, case, dw)
+        elif tile := launch.one_pass_tile(case, c1 - c0, outputs):
+            _segment_one_pass(s, gradient, w, tile, case, dw, owed)
+        else:
+            _segment_wgrad(s, gradient, geometry, case, dw)
+            _segment_dgrad(s, gradient, w, geometry, case, owed)
     return dweight, sums
 
 
-_Gradient = tuple[int, Tensor | None, Tensor | None, Tensor | None]  # pitch of z, correction
+def _segment_one_pass(
+    s: Segment, gradient: _Gradient, weight: Tensor, tile: Tile, case: Case, dweight: Tensor, sums: Tensor
+) -> None:
+    (pixels, k), outputs, source, u = s.x.shape, weight.shape[0], _added_to(s), case.unit
+    programs = blocks(k, tile.depth)
+    chunk = launch.chunk(pixels, tile.pixels, programs)
+    splits = blocks(pixels, chunk)
+    partials = dweight.new_empty((splits, outputs, k))
+    partial_sums = sums.new_empty((splits, 2, k)) if s.norm else None
+    _one_pass[(programs * splits,)](
+        s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), s.g, _pitch(s.g) // u, source, _pitch(source) // u,
+        weight, weight.stride(0) // u, *gradient.arguments(u), partials, partial_sums, pixels, outputs, chunk,
+        UNIT=u, **_act(gradient.act), ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
+        BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    total(partials, dweight)
+    if partial_sums is not None:
+        total(partial_sums, sums)
 
 
 def _segment_dgrad(
-    s: Segment,
-    d: Tensor,
-    z: Tensor | None,
-    gradient: _Gradient,
-    weight: Tensor,
-    geometry: Geometry,
-    precision: str,
-    sums: Tensor,
+    s: Segment, gradient: _Gradient, weight: Tensor, geometry: Geometry, case: Case, sums: Tensor
 ) -> None:
-    if s.norm is None:
-        sums.zero_()
-        if s.g is None:
-            return
-    pixels, k, dtype = geometry.outputs, s.x.shape[1], s.x.dtype
-    tile = launch.dgrad_tile(dtype, precision, pixels, k)
+    pixels, k, source, u = geometry.outputs, s.x.shape[1], _added_to(s), case.unit
+    tile = launch.dgrad_tile(case, k)
     tiles = blocks(pixels, tile.pixels)
     partials = sums.new_empty((tiles, 2, k)) if s.norm else None
-    g_pitch = s.g.stride(0) if s.g is not None else 0
-    u = launch.unit(s.x.stride(0), k, g_pitch, weight.stride(0), d.stride(0), gradient[0])
     _dgrad[(tiles * blocks(k, tile.outputs),)](
-        s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), s.g, g_pitch // u, weight, weight.stride(0) // u,
-        d, d.stride(0) // u, z, gradient[0] // u, *gradient[1:], partials,
+        s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), s.g, _pitch(s.g) // u, source, _pitch(source) // u,
+        weight, weight.stride(0) // u, *gradient.arguments(u), partials,
         pixels, weight.shape[0], geometry.h, geometry.w,
-        UNIT=u, POOL=geometry.pool, ADD=s.add, ACC=launch.sum_type(dtype), PRECISION=precision, BP=tile.pixels,
-        BN=tile.depth, BK=tile.outputs, STAGES=tile.stages, num_warps=tile.warps,
+        UNIT=u, POOL=geometry.pool, **_act(gradient.act), ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
+        BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     if partials is not None:
         total(partials, sums)
-    if s.g is not None and geometry.pool and not s.add:
-        _clear_border(s.g, geometry)
+    if geometry.pool:
+        _clear_border(s, geometry)
 
 
-def _segment_wgrad(
-    s: Segment, d: Tensor, z: Tensor | None, gradient: _Gradient, geometry: Geometry, precision: str, dweight: Tensor
-) -> None:
-    pixels, (outputs, k), dtype = geometry.outputs, dweight.shape, s.x.dtype
-    tile, bk = launch.wgrad_tile(dtype, geometry.pool, k, outputs)
-    programs = blocks(k, bk) * blocks(outputs, tile.outputs)
-    # Enough programs for any device, so that the order of the sums depends on shapes alone.
-    chunk = max(4, blocks(blocks(pixels, tile.depth), blocks(256, programs))) * tile.depth
+def _segment_wgrad(s: Segment, gradient: _Gradient, geometry: Geometry, case: Case, dweight: Tensor) -> None:
+    pixels, (outputs, k), u = geometry.outputs, dweight.shape, case.unit
+    tile = launch.wgrad_tile(case, k, outputs)
+    programs = blocks(k, tile.depth) * blocks(outputs, tile.outputs)
+    chunk = launch.chunk(pixels, tile.pixels, programs)
     splits = blocks(pixels, chunk)
     partials = dweight.new_empty((splits, outputs, k))
-    u = launch.unit(s.x.stride(0), k, d.stride(0), gradient[0])
     _wgrad[(programs * splits,)](
-        s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), d, d.stride(0) // u, z, gradient[0] // u, *gradient[1:],
+        s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), *gradient.arguments(u),
         partials, pixels, outputs, geometry.h, geometry.w, chunk,
-        UNIT=u, POOL=geometry.pool, ACC=launch.sum_type(dtype), PRECISION=precision,
-        BP=tile.depth, BN=tile.outputs, BK=bk, STAGES=tile.stages, num_warps=tile.warps,
+        UNIT=u, POOL=geometry.pool, **_act(gradient.act), ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
+        BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     total(partials, dweight)

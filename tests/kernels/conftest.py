@@ -36,7 +36,9 @@ class InterpretedRun(pytest.Item):
 
 if not INTERPRETED:
 
-    def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.File:
+    def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.File | None:
+        if module_path.name == "test_compile.py":  # has processes of its own, which do not interpret
+            return None
         return InterpretedFile.from_parent(parent, path=module_path)
 
 
@@ -92,6 +94,10 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     if type(_probe).__name__ != "InterpretedFunction":
         raise pytest.UsageError("triton was imported before TRITON_INTERPRET=1 was set: set it in the environment")
     exact_bfloat16()
+    sys.path.insert(0, str(Path(__file__).parent))  # for `guard`, `traffic`
+    import guard
+
+    guard.install()
 
 
 class Buffers:

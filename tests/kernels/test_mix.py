@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from csp_kernels.kernels import mix
-from csp_kernels.kernels.launch import Correction, Geometry, Norm, sum_dtype
+from csp_kernels.kernels import launch, mix
+from csp_kernels.kernels.activate import RELU, Activation
+from csp_kernels.kernels.launch import Correction, Geometry, Norm, Tile, power, sum_dtype
 
 # Of the largest value.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -33,6 +36,8 @@ CASES = [
 IDS = [f"{channels}-{outputs}-{g.n}x{g.h}x{g.w}{'-pool' if g.pool else ''}" for channels, outputs, g in CASES]
 cases = pytest.mark.parametrize(("channels", "outputs", "geometry"), CASES, ids=IDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+ACTIVATIONS = [Activation(0, 0.0), Activation(1, 0.0), Activation(2, 0.1), Activation(3, 0.0), Activation(4, 0.0)]
+activations = pytest.mark.parametrize("act", [*ACTIVATIONS, Activation(5, 0.0)], ids=lambda act: f"act{act.code}")
 
 
 def vector(n: int, dtype: torch.dtype, low: float, high: float) -> Tensor:
@@ -63,6 +68,12 @@ def read(x: Tensor, norm: Norm | None, geometry: Geometry) -> Tensor:
     return a
 
 
+def activated(z: Tensor, norm: Norm, act: Activation) -> Tensor:
+    x = (z - norm.mean.double()) * norm.scale.double() + norm.shift.double()
+    functions = [lambda x: x, F.relu, lambda x: F.leaky_relu(x, act.negative_slope), F.silu, F.mish, F.hardswish]
+    return functions[act.code](x)
+
+
 def close(a: Tensor, b: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> None:
     assert a.shape == b.shape and a.isfinite().all()
     largest = (b if scale is None else scale).abs().max() + 1e-30
@@ -91,6 +102,19 @@ def test_forward(buffers, channels, outputs, geometry, dtype):
     again = torch.empty_like(out)
     mix.forward(segments, weight, again, geometry)
     assert torch.equal(again, out)
+
+
+@activations
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_forward_activated(buffers, act, dtype):
+    """With more than two segments only the last launch may activate."""
+    channels = [17, -5, 8] if act.code == 3 else [-17, 5]
+    segments = segments_of(buffers, channels, POOL, dtype)
+    weight, norm = weight_of(buffers, 12, channels, dtype), norm_of(12, dtype)
+    out = buffers.empty(POOL.outputs, 12, dtype)
+    mix.forward(segments, weight, out, POOL, after=mix.After(norm, act))
+    product = torch.cat([read(s.x.double(), s.norm, POOL) for s in segments], 1) @ weight.double().t()
+    close(out, activated(product, norm, act), dtype)
 
 
 def test_forward_large_mean(buffers):
@@ -125,10 +149,22 @@ class Expected:
     gradients: list[Tensor]
 
 
+def output_gradient(d, z, correction) -> Tensor:
+    """dz in float64."""
+    d = d.double()
+    if z is None:
+        return d
+    if isinstance(correction, Correction):
+        return d + (z.double() - correction.mean.double()) * correction.slope.double() + correction.offset.double()
+    norm, x = correction.norm, z.double().clone().requires_grad_()
+    (dz,) = torch.autograd.grad(activated(x, norm, correction.act), x, d)
+    if correction.slope is not None:
+        dz = dz + (z.double() - norm.mean.double()) * correction.slope.double() + correction.offset.double()
+    return dz
+
+
 def expected_backward(segments, d, z, correction, weight, geometry) -> Expected:
-    dz = d.double()
-    if z is not None:
-        dz = dz + (z.double() - correction.mean.double()) * correction.slope.double() + correction.offset.double()
+    dz = output_gradient(d, z, correction)
     inputs, scaled = [], []
     for s in segments:
         x = s.x.double().clone().requires_grad_()
@@ -169,6 +205,120 @@ def test_backward(buffers, channels, outputs, geometry, dtype):
         close(sums[0], expected.sums[0], dtype)
         close(sums[1], expected.sums[1], dtype)
     assert (sums[:, expected.sums[0] == 0] == 0).all()
+
+
+def check_backward(buffers, channels, outputs, geometry, dtype, correction=None, add=()) -> None:
+    """add: the segments whose gradient is added to a source."""
+    segments, before = [], []
+    for i, s in enumerate(segments_of(buffers, channels, geometry, dtype)):
+        source = buffers.put(torch.randn(s.x.shape).to(dtype), 8, 8) if i in add else None
+        segments.append(mix.Segment(s.x, s.norm, buffers.empty(*s.x.shape, dtype), i in add, source))
+        before.append(0 if source is None else source.double())
+    weight = weight_of(buffers, outputs, channels, dtype)
+    d, z = (buffers.put(torch.randn(geometry.outputs, outputs).to(dtype), 8, 8) for _ in range(2))
+    z = z if correction else None
+    dweight, sums = mix.backward(segments, d, z, correction, weight, geometry)
+    expected = expected_backward(segments, d, z, correction, weight, geometry)
+    close(dweight, expected.dweight, dtype)
+    close(sums[0], expected.sums[0], dtype)
+    close(sums[1], expected.sums[1], dtype)
+    for s, b, g in zip(segments, before, expected.gradients, strict=True):
+        close(s.g, b + g, dtype)
+
+
+ONE_PASS = [([17], 12, PLAIN, (0,)), ([-40, 33], 20, LARGE, (1,))]
+
+
+@pytest.mark.parametrize(("channels", "outputs", "geometry", "add"), ONE_PASS, ids=str)
+@pytest.mark.parametrize("correct", [0, 1, 2], ids=["plain", "corrected", "activated"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_passes(buffers, monkeypatch, channels, outputs, geometry, add, correct, passes):
+    """One pass also in float64, over several blocks of channels and splits of pixels; two also in 16 bits."""
+    tile = Tile(16, power(outputs, 16, 128), 32, 4, 2) if passes == 1 else None
+    monkeypatch.setattr(launch, "one_pass_tile", lambda *_: tile)
+    dtype = torch.float64 if passes == 1 else torch.float16
+    vectors = [vector(outputs, dtype, -0.5, 0.5) for _ in range(3)]
+    correction = [None, Correction(*vectors), mix.ActivationGradient(norm_of(outputs, dtype), RELU, *vectors[1:])]
+    check_backward(buffers, channels, outputs, geometry, dtype, correction[correct], add)
+
+
+TARGETS = [0, 80, 90, 100, 120, "gfx942", "unknown"]
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["plain", "pool"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_candidates(buffers, monkeypatch, dtype, pool):
+    """Every tile of the lists gives the same."""
+    channels, outputs, geometry = [-48], 40, POOL if pool else LARGE
+    cases = [
+        launch.Case(dtype, precision, target, pool, few, activated, unit)
+        for target in TARGETS
+        for precision in ("ieee", "tf32")
+        for few, activated, unit in [(True, False, 8), (False, False, 8), (False, True, 2)]
+    ]
+
+    def tiles(name: str, *sizes: int) -> list[Tile | None]:
+        every = [getattr(launch, f"{name}_tiles")(case, *sizes) for case in cases]
+        firsts = [getattr(launch, f"{name}_tile")(case, *sizes) for case in cases]
+        assert firsts == [tiles[0] for tiles in every]
+        return list(dict.fromkeys(tile for tiles in every for tile in tiles))
+
+    x, weight = segments_of(buffers, channels, geometry, dtype), weight_of(buffers, outputs, channels, dtype)
+    for tile in tiles("forward", outputs):
+        monkeypatch.setattr(launch, "forward_tile", lambda *_, tile=tile: tile)
+        out = buffers.empty(geometry.outputs, outputs, dtype)
+        mix.forward(x, weight, out, geometry)
+        close(out, read(x[0].x.double(), x[0].norm, geometry) @ weight.double().t(), dtype)
+    both = zip_longest(tiles("dgrad", 48), tiles("wgrad", 48, outputs))
+    passes = [(None, dgrad, wgrad) for dgrad, wgrad in both]
+    for one, dgrad, wgrad in [*passes, *((tile, None, None) for tile in tiles("one_pass", 48, outputs) if tile)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "one_pass_tile", lambda *_, tile=one: tile)
+            for name, tile in (("dgrad_tile", dgrad), ("wgrad_tile", wgrad)):
+                if tile:
+                    patch.setattr(launch, name, lambda *_, tile=tile: tile)
+            check_backward(buffers, channels, outputs, geometry, dtype, None, (0,))
+
+
+@activations
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_backward_activated(buffers, act, frozen, dtype):
+    """d: the gradient of the activated output."""
+    geometry, outputs = PLAIN, 20
+    segments = segments_of(buffers, [-17, 8], geometry, dtype)
+    segments = [mix.Segment(s.x, s.norm, buffers.empty(*s.x.shape, dtype)) for s in segments]
+    weight = weight_of(buffers, outputs, [17, 8], dtype)
+    d, z = (buffers.put(torch.randn(geometry.outputs, outputs).to(dtype), 8, 8) for _ in range(2))
+    vectors = (None, None) if frozen else (vector(outputs, dtype, -0.5, 0.5), vector(outputs, dtype, -0.5, 0.5))
+    correction = mix.ActivationGradient(norm_of(outputs, dtype), act, *vectors)
+    dweight, sums = mix.backward(segments, d, z, correction, weight, geometry)
+    expected = expected_backward(segments, d, z, correction, weight, geometry)
+    close(dweight, expected.dweight, dtype)
+    close(sums[0], expected.sums[0], dtype)
+    close(sums[1], expected.sums[1], dtype)
+    for s, g in zip(segments, expected.gradients, strict=True):
+        close(s.g, g, dtype)
+
+
+@pytest.mark.parametrize("geometry", [PLAIN, POOL], ids=["plain", "pool"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_backward_adds_to_another(buffers, geometry, dtype):
+    """source: what g becomes the sum with; an odd map's border takes it as it is."""
+    segments = segments_of(buffers, [-17, 6], geometry, dtype)
+    sources = [buffers.put(torch.randn(s.x.shape).to(dtype), 2, 2) for s in segments]
+    segments = [
+        mix.Segment(s.x, s.norm, buffers.empty(*s.x.shape, dtype), True, source)
+        for s, source in zip(segments, sources, strict=True)
+    ]
+    before = [source.clone() for source in sources]
+    weight = weight_of(buffers, 12, [17, 6], dtype)
+    d = buffers.put(torch.randn(geometry.outputs, 12).to(dtype))
+    mix.backward(segments, d, None, None, weight, geometry)
+    expected = expected_backward(segments, d, None, None, weight, geometry)
+    for s, b, g in zip(segments, before, expected.gradients, strict=True):
+        close(s.g, b.double() + g, dtype)
+        assert torch.equal(s.source, b)
 
 
 @pytest.mark.parametrize("geometry", [PLAIN, POOL], ids=["plain", "pool"])
@@ -219,5 +369,10 @@ def test_refuses_wrong_shapes():
         mix.forward([mix.Segment(x), mix.Segment(x)], weight, out, PLAIN)
     with pytest.raises(ValueError, match="expected 297 pixels"):
         mix.forward([mix.Segment(x)], weight, out, LARGE)
+    with pytest.raises(ValueError, match="nothing is added"):
+        mix.backward([mix.Segment(x, None, x.clone(), False, x)], out, None, None, weight, PLAIN)
+    after = mix.After(norm_of(12, torch.float32), ACTIVATIONS[1])
+    with pytest.raises(ValueError, match="nothing follows"):
+        mix.forward([mix.Segment(x)], weight, out, PLAIN, "ieee", torch.empty(2, 12, dtype=torch.float64), after)
     with pytest.raises(ValueError, match="go together"):
         mix.backward([mix.Segment(x)], out, out, None, weight, PLAIN)

@@ -40,9 +40,9 @@ def test_one_of_the_two(buffers):
     close(stats, x)
 
 
-def test_large_mean(buffers):
-    """Mean 1000, standard deviation 0.01."""
-    x = buffers.put((1000 + 0.01 * torch.randn(700, 24, dtype=torch.float64)).float())
+@pytest.mark.parametrize(("mean", "std"), [(1000, 0.01), (100_000, 0.1)])
+def test_large_mean(buffers, mean, std):
+    x = buffers.put((mean + std * torch.randn(700, 24, dtype=torch.float64)).float())
     stats = buffers.empty(2, 24, torch.float64)
     statistics.copy_split(x, None, stats)
     std = x.double().std(0, correction=0)
