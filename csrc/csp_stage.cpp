@@ -37,7 +37,8 @@ struct StageArguments {
     for (int64_t f : frozen) if (!f) return false;
     return true;
   }
-  bool collects() const {  // pre-activation layers take the features' statistics
+  bool collects() const {  // pre-activation layers take the features' statistics, for themselves or for the transition
+    if (!transition_frozen[0]) return true;
     for (size_t i = 0; i < frozen.size(); i += 2) if (!frozen[i]) return true;
     return false;
   }
@@ -63,7 +64,7 @@ struct StageCall {
     Slice bypass{begin, shape.pitch, part, nullptr, 0}, features;
     if (Layer(layer) == Layer::Pre) {
       pre.emplace(OP, x, dense.channels, a.params, a.running, &a.frozen, a.eps, winograd);
-      pre->block.x = dense.x;
+      pre->block.x = dense.x, pre->block.features_read = a.collects();
       features = {nullptr, channels(), channels(), nullptr, 0};
     } else {
       post.emplace(OP, x, shape, dense, a.params, a.running, a.frozen.data(), a.eps.data(), Layer(layer) == Layer::TwoWay, winograd);
@@ -146,7 +147,7 @@ Result csp_stage(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor
   call.bind(features, z, middle, raw_t, raw_u, stats);
   call.bind_norms();
   t.transition.y = {nullptr, 0, t.channels(), y.mutable_data_ptr(), t.channels()};
-  if (y.numel() > 0) call.forward(call.arguments.all_frozen() && !keep);
+  if (y.numel() > 0) call.forward(call.arguments.all_frozen() && !call.arguments.collects() && !keep);
   return {y, features, z.tensors, middle.tensors, raw_t, raw_u, stats};
 }
 

@@ -136,7 +136,7 @@ class Block:
             sums = conv3x3.dgrad(*slices, dn, self.geometry, self.precision, layer.dropout)
             dconv2 = conv3x3.wgrad(*slices, self.geometry, self.precision, layer.dropout)
             dgamma2, dbeta2, correction = layer.norm2.settle(sums, self.pixels)
-            segments = [mix.Segment(features[:, old], norm1, grad[:, old], True)]
+            segments = [mix.Segment(features[:, old], norm1, grad[:, old], True, source[:, old])]
             raw = None if correction is None else z
             dconv1, sums = mix.backward(segments, dn, raw, correction, layer.conv1, self.geometry, self.precision)
             dgamma1, dbeta1, _ = layer.norm1.settle(sums, self.pixels, owed[:, old])
@@ -187,10 +187,8 @@ def backward(
     if y.numel() == 0:
         return [dx, *(torch.zeros_like(p) for p in params)]
     block = Block(y, in_channels, params, running, frozen, eps, seed, drop_rate, winograd, stats)
-    source, entering = pixels_of(grad_y), block.layers[-1].entering
-    grad, owed = y.new_empty((block.pixels, entering)), stats.new_zeros((2, block.total))
-    statistics.copy_split(source[:, :entering], grad, None)
-    gradients = block.backward(pixels_of(y), z, source, grad, owed, pixels_of(dx))
+    grad, owed = y.new_empty((block.pixels, block.layers[-1].entering)), stats.new_zeros((2, block.total))
+    gradients = block.backward(pixels_of(y), z, pixels_of(grad_y), grad, owed, pixels_of(dx))
     return [dx, *(laid_as(gradient, p) for gradient, p in zip(gradients, params, strict=True))]
 
 

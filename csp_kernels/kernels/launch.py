@@ -108,12 +108,15 @@ def forward_tiles(case: Case, outputs: int) -> list[Tile]:
         if not case.tf32:
             return [Tile(64, o, 16, 8, 2), Tile(64, min(o, 64), 16, 8, 2)]
         depth = 16 if case.pool else 32
-        return [Tile(64 if case.few else 128, o, depth, 8, 2), Tile(128 if case.few else 64, o, depth, 8, 2)]
+        wide, narrow = Tile(128, o, depth, 8, 2), Tile(64, o, 16 if case.target in (100, 103) else depth, 8, 2)
+        return [narrow, wide] if case.few else [wide, narrow]
     wide, narrow = Tile(128, o, 64, 8, 3), Tile(64, o, 64, 8, 3)
     if case.pool:
         wide, narrow = Tile(128, o, 32, 8, 3), Tile(64, o, 32, 8, 3)
+        if case.amd:  # 64 KB of shared memory
+            return [Tile(64, o, 32, 8, 2)]
     elif case.amd:
-        wide, narrow = Tile(128, o, 32, 8, 2), Tile(64, o, 64, 8, 2)
+        wide, narrow = Tile(128, o, 32, 8, 2), Tile(64, o, 32, 8, 2)
     elif case.target in (100, 103):
         narrow = Tile(64, o, 32, 8, 3)
     elif case.target in (120, 121):
@@ -123,13 +126,13 @@ def forward_tiles(case: Case, outputs: int) -> list[Tile]:
 
 def dgrad_tiles(case: Case, channels: int) -> list[Tile]:
     """outputs: channels of the input, depth: of the gradient."""
-    k = power(channels, 16, 64)
+    k, tight = power(channels, 16, 64), case.activated and case.unit < 8
     if case.dtype == torch.float64:
         return [Tile(32, min(k, 32), 16, 4, 2)]
     if case.dtype == torch.float32:
-        return [Tile(64, k, 32, 4 if case.tf32 else 8, 2)]
+        return [Tile(32 if tight else 64, k, 32, 4 if case.tf32 else 8, 2)]
     wide, narrow = Tile(128, k, 64, 8, 2), Tile(64, k, 64, 8, 2)
-    if case.pool or (case.activated and case.unit < 8):
+    if case.pool or tight:
         return [narrow]
     return [narrow, wide] if case.few else [wide, narrow]
 
@@ -137,14 +140,14 @@ def dgrad_tiles(case: Case, channels: int) -> list[Tile]:
 def wgrad_tiles(case: Case, channels: int, outputs: int) -> list[Tile]:
     """depth: channels of the input."""
     k, o = power(channels, 16, 128), power(outputs, 16, 128)
+    tight = case.activated and case.target in (120, 121)
     if case.dtype == torch.float64:
         return [Tile(16, min(o, 32), min(k, 32), 4, 2)]
     if case.dtype == torch.float32:
-        if case.tf32:
-            return [Tile(16 if case.pool else 32, min(o, 64), k, 8, 2)]
-        return [Tile(16 if case.pool else 32, min(o, 64), min(k, 64), 8, 2)]
+        pixels = 16 if case.pool or (tight and not case.tf32) else 32
+        return [Tile(pixels, min(o, 64), k if case.tf32 and not case.pool else min(k, 64), 8, 2)]
     narrow = Tile(32, o, k, 8, 2)
-    return [narrow] if case.pool or (case.activated and case.target in (120, 121)) else [Tile(64, o, k, 8, 2), narrow]
+    return [narrow] if case.pool or tight else [Tile(64, o, k, 8, 2), narrow]
 
 
 def one_pass_tiles(case: Case, channels: int, outputs: int) -> list[Tile | None]:
@@ -155,27 +158,10 @@ def one_pass_tiles(case: Case, channels: int, outputs: int) -> list[Tile | None]
     if case.target in (80, 86, 89, 120, 121):
         return [None, Tile(16, o, k, 8, 2)]
     if case.target == 90:
-        wide = [] if case.activated or case.unit < 4 else [Tile(64, o, k, 8, 2)]
-        return [*wide, Tile(32, o, k, 8, 2), None]
+        return [Tile(32, o, k, 8, 2), None]
     if case.target in (0, 100, 103):
         return [Tile(32, o, k, 8, 2), Tile(64, o, min(k, 64), 8, 2), Tile(32, o, min(k, 64), 8, 2), None]
-    return [Tile(32, o, min(k, 64), 8, 1), None] if case.target == "gfx942" else [None]
-
-
-def forward_tile(case: Case, outputs: int) -> Tile:
-    return forward_tiles(case, outputs)[0]
-
-
-def dgrad_tile(case: Case, channels: int) -> Tile:
-    return dgrad_tiles(case, channels)[0]
-
-
-def wgrad_tile(case: Case, channels: int, outputs: int) -> Tile:
-    return wgrad_tiles(case, channels, outputs)[0]
-
-
-def one_pass_tile(case: Case, channels: int, outputs: int) -> Tile | None:
-    return one_pass_tiles(case, channels, outputs)[0]
+    return [Tile(32, o, 64, 8, 1), None] if case.target == "gfx942" and k >= 64 else [None]
 
 
 @cache

@@ -6,7 +6,7 @@ pixels cheap."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csp_kernels.kernels import activate, launch
+from csp_kernels.kernels import activate, launch, tune
 from csp_kernels.kernels.activate import Activation
 from csp_kernels.kernels.launch import Case, Correction, Geometry, Norm, Tile, blocks
 from csp_kernels.kernels.statistics import check_statistics, merge, store_tile_statistics, total
@@ -354,31 +354,44 @@ def forward(
         check_statistics(statistics, outputs)
         if after is not None:
             raise ValueError("statistics are of a product that nothing follows")
-    tile = launch.forward_tile(Case.of(segments[0].x, precision, geometry), outputs)
-    tiles = blocks(pixels, tile.pixels)
-    partials = out.new_empty((2, tiles, outputs), dtype=torch.float64) if statistics is not None else None
-    before = None
-    for i in range(0, len(segments), 2):  # more than two: the sum so far in scratch memory
-        last = i + 2 >= len(segments)
-        to = out if last else out.new_empty((pixels, outputs), dtype=launch.sum_dtype(dtype))
-        first, second = segments[i], segments[i + 1] if i + 1 < len(segments) else None
-        x0, k0, pitch0 = first.x, first.x.shape[1], first.x.stride(0)
-        x1, k1, pitch1 = (second.x, second.x.shape[1], second.x.stride(0)) if second else (None, 0, 0)
-        follows = after if last else None
-        u = launch.unit(pitch0, k0, pitch1, k1, weight.stride(0), to.stride(0))
-        _forward[(tiles * blocks(outputs, tile.outputs),)](
-            x0, pitch0 // u, k0 // u, *_norm(first.norm), weight[:, columns[i] :],
-            x1, pitch1 // u, k1 // u, *_norm(second.norm if second else None),
-            weight[:, columns[i + 1] :] if second else None, weight.stride(0) // u, before, to, to.stride(0) // u,
-            *_norm(follows.norm if follows else None), partials if last else None,
-            pixels, outputs, geometry.h, geometry.w, tiles,
-            UNIT=u, POOL=geometry.pool, **_act(follows.act if follows else None), ACC=launch.sum_type(dtype),
-            PRECISION=precision,
-            BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
-        before = to
+    case = Case.of(segments[0].x, precision, geometry)
+
+    def run(tile: Tile) -> Tensor | None:
+        """Partial statistics."""
+        tiles = blocks(pixels, tile.pixels)
+        partials = out.new_empty((2, tiles, outputs), dtype=torch.float64) if statistics is not None else None
+        before = None
+        for i in range(0, len(segments), 2):  # more than two: the sum so far in scratch memory
+            last = i + 2 >= len(segments)
+            to = out if last else out.new_empty((pixels, outputs), dtype=launch.sum_dtype(dtype))
+            first, second = segments[i], segments[i + 1] if i + 1 < len(segments) else None
+            x0, k0, pitch0 = first.x, first.x.shape[1], first.x.stride(0)
+            x1, k1, pitch1 = (second.x, second.x.shape[1], second.x.stride(0)) if second else (None, 0, 0)
+            follows = after if last else None
+            u = launch.unit(pitch0, k0, pitch1, k1, weight.stride(0), to.stride(0))
+            _forward[(tiles * blocks(outputs, tile.outputs),)](
+                x0, pitch0 // u, k0 // u, *_norm(first.norm), weight[:, columns[i] :],
+                x1, pitch1 // u, k1 // u, *_norm(second.norm if second else None),
+                weight[:, columns[i + 1] :] if second else None, weight.stride(0) // u, before, to, to.stride(0) // u,
+                *_norm(follows.norm if follows else None), partials if last else None,
+                pixels, outputs, geometry.h, geometry.w, tiles,
+                UNIT=u, POOL=geometry.pool, **_act(follows.act if follows else None), ACC=launch.sum_type(dtype),
+                PRECISION=precision,
+                BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+            )  # fmt: skip
+            before = to
+        return partials
+
+    key = *_key(case, pixels), *(s.x.shape[1] for s in segments), outputs, statistics is not None
+    tile = tune.choose("mix.forward", key, launch.forward_tiles(case, outputs), run)
+    partials = run(tile)
     if statistics is not None and partials is not None:
         merge(partials, pixels, tile.pixels, statistics)
+
+
+def _key(case: Case, pixels: int) -> tuple[Any, ...]:
+    """Of what a configuration is chosen for, with its channels."""
+    return str(case.dtype), case.precision, triton.next_power_of_2(pixels), case.pool, case.activated, case.unit
 
 
 def _added_to(s: Segment) -> Tensor | None:
@@ -455,12 +468,31 @@ def backward(
         case = Case.of(s.x, precision, geometry, gradient.act is not None, u)
         if s.norm is None and s.g is None:
             _segment_wgrad(s, gradient, geometry, case, dw)
-        elif tile := launch.one_pass_tile(case, c1 - c0, outputs):
-            _segment_one_pass(s, gradient, w, tile, case, dw, owed)
         else:
-            _segment_wgrad(s, gradient, geometry, case, dw)
-            _segment_dgrad(s, gradient, w, geometry, case, owed)
+            _segment_both(s, gradient, w, geometry, case, dw, owed)
     return dweight, sums
+
+
+def _segment_both(
+    s: Segment, gradient: _Gradient, weight: Tensor, geometry: Geometry, case: Case, dweight: Tensor, sums: Tensor
+) -> None:
+    """In one pass over x or in two."""
+
+    def run(tile: Tile | None, to: Segment) -> None:
+        if tile is not None:
+            return _segment_one_pass(to, gradient, weight, tile, case, dweight, sums)
+        _segment_wgrad(to, gradient, geometry, case, dweight)
+        _segment_dgrad(to, gradient, weight, geometry, case, sums)
+
+    outputs, k = weight.shape
+    key = *_key(case, geometry.outputs), k, outputs, s.norm is not None, s.add
+    tiles = launch.one_pass_tiles(case, k, outputs)
+    run(tune.choose("mix.backward", key, tiles, lambda tile: run(tile, _aside(s))), s)
+
+
+def _aside(s: Segment) -> Segment:
+    """The same work, its result in scratch memory."""
+    return s if s.g is None else replace(s, g=torch.empty_like(s.g), source=_added_to(s))
 
 
 def _segment_one_pass(
@@ -486,17 +518,24 @@ def _segment_one_pass(
 def _segment_dgrad(
     s: Segment, gradient: _Gradient, weight: Tensor, geometry: Geometry, case: Case, sums: Tensor
 ) -> None:
-    pixels, k, source, u = geometry.outputs, s.x.shape[1], _added_to(s), case.unit
-    tile = launch.dgrad_tile(case, k)
-    tiles = blocks(pixels, tile.pixels)
-    partials = sums.new_empty((tiles, 2, k)) if s.norm else None
-    _dgrad[(tiles * blocks(k, tile.outputs),)](
-        s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), s.g, _pitch(s.g) // u, source, _pitch(source) // u,
-        weight, weight.stride(0) // u, *gradient.arguments(u), partials,
-        pixels, weight.shape[0], geometry.h, geometry.w,
-        UNIT=u, POOL=geometry.pool, **_act(gradient.act), ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
-        BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages, num_warps=tile.warps,
-    )  # fmt: skip
+    pixels, (outputs, k), source, u = geometry.outputs, weight.shape, _added_to(s), case.unit
+
+    def run(tile: Tile, g: Tensor | None) -> Tensor | None:
+        """Partial sums."""
+        tiles = blocks(pixels, tile.pixels)
+        partials = sums.new_empty((tiles, 2, k)) if s.norm else None
+        _dgrad[(tiles * blocks(k, tile.outputs),)](
+            s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), g, _pitch(g) // u, source, _pitch(source) // u,
+            weight, weight.stride(0) // u, *gradient.arguments(u), partials,
+            pixels, outputs, geometry.h, geometry.w,
+            UNIT=u, POOL=geometry.pool, **_act(gradient.act), ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
+            BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+        return partials
+
+    key = *_key(case, pixels), k, outputs, s.norm is not None, s.add
+    tiles = launch.dgrad_tiles(case, k)
+    partials = run(tune.choose("mix.dgrad", key, tiles, lambda tile: run(tile, _aside(s).g)), s.g)
     if partials is not None:
         total(partials, sums)
     if geometry.pool:
@@ -505,15 +544,20 @@ def _segment_dgrad(
 
 def _segment_wgrad(s: Segment, gradient: _Gradient, geometry: Geometry, case: Case, dweight: Tensor) -> None:
     pixels, (outputs, k), u = geometry.outputs, dweight.shape, case.unit
-    tile = launch.wgrad_tile(case, k, outputs)
-    programs = blocks(k, tile.depth) * blocks(outputs, tile.outputs)
-    chunk = launch.chunk(pixels, tile.pixels, programs)
-    splits = blocks(pixels, chunk)
-    partials = dweight.new_empty((splits, outputs, k))
-    _wgrad[(programs * splits,)](
-        s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), *gradient.arguments(u),
-        partials, pixels, outputs, geometry.h, geometry.w, chunk,
-        UNIT=u, POOL=geometry.pool, **_act(gradient.act), ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
-        BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
-    )  # fmt: skip
-    total(partials, dweight)
+
+    def run(tile: Tile) -> Tensor:
+        """Partial sums."""
+        programs = blocks(k, tile.depth) * blocks(outputs, tile.outputs)
+        chunk = launch.chunk(pixels, tile.pixels, programs)
+        splits = blocks(pixels, chunk)
+        partials = dweight.new_empty((splits, outputs, k))
+        _wgrad[(programs * splits,)](
+            s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), *gradient.arguments(u),
+            partials, pixels, outputs, geometry.h, geometry.w, chunk,
+            UNIT=u, POOL=geometry.pool, **_act(gradient.act), ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
+            BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+        return partials
+
+    key = *_key(case, pixels), k, outputs, s.norm is not None
+    total(run(tune.choose("mix.wgrad", key, launch.wgrad_tiles(case, k, outputs), run)), dweight)

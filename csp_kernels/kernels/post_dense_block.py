@@ -108,15 +108,14 @@ class Block:
             columns = [slice(at + j * g, at + (j + 1) * g) for j in range(self.branches)]
             yield _Layer(layer[:4:2], layer[1:4:2], layer[4] if self.branches > 1 else None, columns)
 
-    @property
-    def norms(self) -> list[BatchNorm]:
-        """Of the slices of the features."""
-        return [conv.norm for layer in self.layers for conv in layer.slices]
-
     def load(self) -> None:
         """The norms of the features, whose statistics are known."""
-        for i, norm in enumerate(self.norms):
-            norm.load(self.affine[:, i * self.growth : (i + 1) * self.growth])
+        for layer in self.layers:
+            self._load(layer)
+
+    def _load(self, layer: _Layer) -> None:
+        for conv, columns in zip(layer.slices, layer.columns, strict=True):
+            conv.norm.load(self.affine[:, columns])
 
     def loaded(self, count: int) -> Norm:
         """Of the first `count` features."""
@@ -183,8 +182,7 @@ class Block:
             if layer.second:
                 middle = self._middle(layer, z, kept.middle[i], True)
                 self._conv(layer.second, middle, layer.first[1].norm, slices[1])
-            for conv, columns in zip(layer.slices, layer.columns, strict=True):
-                conv.norm.load(self.affine[:, columns])
+            self._load(layer)
 
     def _unconv(
         self, conv: _Conv, sums: Tensor, out: Tensor, d: Tensor, z: Tensor, before: BatchNorm, dz: Tensor

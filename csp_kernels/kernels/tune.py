@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 
 Tile = TypeVar("Tile")  # a frozen dataclass, a tuple of some, or None: its repr() names it
-Timer = Callable[[Callable[[], None]], float]
+Timer = Callable[[Callable[[], object]], float]
 
 ENVIRONMENT = "CSP_KERNELS_TUNE"
 DIRECTORY = "CSP_KERNELS_CACHE"
@@ -62,7 +62,7 @@ def choose(
     kernel: str,
     key: tuple[object, ...],
     candidates: Sequence[Tile],
-    run: Callable[[Tile], None],
+    run: Callable[[Tile], object],
     cost: Callable[[Tile], float] | None = None,
     timer: Timer | None = None,
 ) -> Tile:
@@ -98,7 +98,7 @@ def _pruned(candidates: Sequence[Tile], cost: Callable[[Tile], float] | None) ->
     return [candidates[0], *(tile for tile in order[:KEPT] if tile is not candidates[0])]
 
 
-def _fastest(candidates: Sequence[Tile], run: Callable[[Tile], None], timer: Timer) -> Tile:
+def _fastest(candidates: Sequence[Tile], run: Callable[[Tile], object], timer: Timer) -> Tile:
     """The first where none is faster or can run: its launch will say why."""
     times: list[float] = []
     for tile in candidates:
@@ -119,7 +119,7 @@ def _unfit() -> tuple[type[Exception], ...]:
     return OutOfResources, PTXASError
 
 
-def milliseconds(work: Callable[[], None]) -> float:
+def milliseconds(work: Callable[[], object]) -> float:
     """Median time of a call on the current stream."""
     work()  # compiles
     samples = []

@@ -34,6 +34,7 @@ template <class S, int M> struct Block {
     return {a.mean + C + l * b, a.var + C + l * b, weight(p.mean2), weight(p.var2), p.eps2};
   }
   bool features_need_statistics() const {
+    if (a.features_read) return true;
     for (int64_t l = 0; l < a.num_layers; l++) if (!a.layers[l].mean1) return true;
     return false;
   }

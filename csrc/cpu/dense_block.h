@@ -23,6 +23,7 @@ struct DenseBlock {
   const void* x;                                                      // [P, c0], pixels x_pitch apart
   int64_t x_pitch;
   void* features;                                                     // [P, C], the output
+  bool features_read;                                                 // a norm behind the block needs their batch statistics
   void* const* z;                                                     // L of [P][bp], null: not kept
   double *mean, *var;                                                 // [C + L*b]
   const void* grad_features;                                          // [P, C]

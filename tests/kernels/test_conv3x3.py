@@ -204,7 +204,7 @@ def _ones(out, first, seed, layer, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 @pytest.mark.parametrize(("layer", "rate"), [(0, 0.5), (1, 0.2), (57, 0.9), (16, 1.0)])
 def test_dropout_mask_is_the_cpus(first, seed, layer, rate):
     out, dropout = torch.empty(16, 32), Dropout(rate, torch.tensor([seed]), layer)
-    start = torch.tensor([first])
+    start = torch.tensor([first], dtype=torch.int32)  # as the kernels count pixels
     _ones[(1,)](out, start, dropout.seed, layer, THRESHOLD=dropout.threshold, SCALE=dropout.scale, ROWS=16, N=32)
     mask = kept(first + torch.arange(16), 32, seed, layer, rate)
     assert torch.equal(out, mask * torch.tensor(dropout.scale))

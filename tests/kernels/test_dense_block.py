@@ -178,7 +178,8 @@ def test_against_the_compiled_operator(name: str) -> None:
     got, expected = ([r.y, *r.z, r.stats, *r.gradients] for r in (mine, theirs))
     for t, u in zip(got, expected, strict=True):
         assert t.shape == u.shape and t.dtype == u.dtype and t.stride() == u.stride()
-    assert max(errors(mine, theirs, case)) <= CLOSE[case.dtype] * (20 if case.mean else 1)
+    allowed = CLOSE[case.dtype] * (20 if case.mean else 1)
+    assert all(e <= allowed for e in errors(mine, theirs, case))  # max() would skip a NaN
 
 
 @needs_native

@@ -182,31 +182,6 @@ def expected_backward(segments, d, z, correction, weight, geometry) -> Expected:
     return Expected(w.grad, torch.cat(sums, 1), [x.grad for x in inputs])
 
 
-@cases
-@dtypes
-def test_backward(buffers, channels, outputs, geometry, dtype):
-    corrected = len(channels) != 2 or channels[0] > 0  # two cases without
-
-    segments = segments_of(buffers, channels, geometry, dtype)
-    segments = [mix.Segment(s.x, s.norm, buffers.empty(*s.x.shape, dtype)) for s in segments]
-    weight = weight_of(buffers, outputs, channels, dtype)
-    d = buffers.put(torch.randn(geometry.outputs, outputs).to(dtype))
-    z, correction = None, None
-    if corrected:
-        z = buffers.put(torch.randn(geometry.outputs, outputs).to(dtype), 8, 8)
-        correction = Correction(*(vector(outputs, dtype, -0.5, 0.5) for _ in range(3)))
-    dweight, sums = mix.backward(segments, d, z, correction, weight, geometry)
-    expected = expected_backward(segments, d, z, correction, weight, geometry)
-    assert dweight.dtype == sums.dtype == sum_dtype(dtype)
-    close(dweight, expected.dweight, dtype)
-    for s, g in zip(segments, expected.gradients, strict=True):
-        close(s.g, g, dtype)
-    if any(s.norm for s in segments):
-        close(sums[0], expected.sums[0], dtype)
-        close(sums[1], expected.sums[1], dtype)
-    assert (sums[:, expected.sums[0] == 0] == 0).all()
-
-
 def check_backward(buffers, channels, outputs, geometry, dtype, correction=None, add=()) -> None:
     """add: the segments whose gradient is added to a source."""
     segments, before = [], []
@@ -219,11 +194,21 @@ def check_backward(buffers, channels, outputs, geometry, dtype, correction=None,
     z = z if correction else None
     dweight, sums = mix.backward(segments, d, z, correction, weight, geometry)
     expected = expected_backward(segments, d, z, correction, weight, geometry)
+    assert dweight.dtype == sums.dtype == sum_dtype(dtype)
     close(dweight, expected.dweight, dtype)
     close(sums[0], expected.sums[0], dtype)
     close(sums[1], expected.sums[1], dtype)
+    assert (sums[:, expected.sums[0] == 0] == 0).all()
     for s, b, g in zip(segments, before, expected.gradients, strict=True):
         close(s.g, b + g, dtype)
+
+
+@cases
+@dtypes
+def test_backward(buffers, channels, outputs, geometry, dtype):
+    corrected = len(channels) != 2 or channels[0] > 0  # two cases without
+    correction = Correction(*(vector(outputs, dtype, -0.5, 0.5) for _ in range(3))) if corrected else None
+    check_backward(buffers, channels, outputs, geometry, dtype, correction)
 
 
 ONE_PASS = [([17], 12, PLAIN, (0,)), ([-40, 33], 20, LARGE, (1,))]
@@ -235,7 +220,7 @@ ONE_PASS = [([17], 12, PLAIN, (0,)), ([-40, 33], 20, LARGE, (1,))]
 def test_passes(buffers, monkeypatch, channels, outputs, geometry, add, correct, passes):
     """One pass also in float64, over several blocks of channels and splits of pixels; two also in 16 bits."""
     tile = Tile(16, power(outputs, 16, 128), 32, 4, 2) if passes == 1 else None
-    monkeypatch.setattr(launch, "one_pass_tile", lambda *_: tile)
+    monkeypatch.setattr(launch, "one_pass_tiles", lambda *_: [tile])
     dtype = torch.float64 if passes == 1 else torch.float16
     vectors = [vector(outputs, dtype, -0.5, 0.5) for _ in range(3)]
     correction = [None, Correction(*vectors), mix.ActivationGradient(norm_of(outputs, dtype), RELU, *vectors[1:])]
@@ -259,13 +244,11 @@ def test_candidates(buffers, monkeypatch, dtype, pool):
 
     def tiles(name: str, *sizes: int) -> list[Tile | None]:
         every = [getattr(launch, f"{name}_tiles")(case, *sizes) for case in cases]
-        firsts = [getattr(launch, f"{name}_tile")(case, *sizes) for case in cases]
-        assert firsts == [tiles[0] for tiles in every]
         return list(dict.fromkeys(tile for tiles in every for tile in tiles))
 
     x, weight = segments_of(buffers, channels, geometry, dtype), weight_of(buffers, outputs, channels, dtype)
     for tile in tiles("forward", outputs):
-        monkeypatch.setattr(launch, "forward_tile", lambda *_, tile=tile: tile)
+        monkeypatch.setattr(launch, "forward_tiles", lambda *_, tile=tile: [tile])
         out = buffers.empty(geometry.outputs, outputs, dtype)
         mix.forward(x, weight, out, geometry)
         close(out, read(x[0].x.double(), x[0].norm, geometry) @ weight.double().t(), dtype)
@@ -273,32 +256,21 @@ def test_candidates(buffers, monkeypatch, dtype, pool):
     passes = [(None, dgrad, wgrad) for dgrad, wgrad in both]
     for one, dgrad, wgrad in [*passes, *((tile, None, None) for tile in tiles("one_pass", 48, outputs) if tile)]:
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "one_pass_tile", lambda *_, tile=one: tile)
-            for name, tile in (("dgrad_tile", dgrad), ("wgrad_tile", wgrad)):
+            patch.setattr(launch, "one_pass_tiles", lambda *_, tile=one: [tile])
+            for name, tile in (("dgrad_tiles", dgrad), ("wgrad_tiles", wgrad)):
                 if tile:
-                    patch.setattr(launch, name, lambda *_, tile=tile: tile)
-            check_backward(buffers, channels, outputs, geometry, dtype, None, (0,))
+                    patch.setattr(launch, name, lambda *_, tile=tile: [tile])
+            check_backward(buffers, channels, outputs, geometry, dtype, add=(0,))
 
 
 @activations
 @pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_backward_activated(buffers, act, frozen, dtype):
+def test_backward_activated(buffers, act, frozen):
     """d: the gradient of the activated output."""
-    geometry, outputs = PLAIN, 20
-    segments = segments_of(buffers, [-17, 8], geometry, dtype)
-    segments = [mix.Segment(s.x, s.norm, buffers.empty(*s.x.shape, dtype)) for s in segments]
-    weight = weight_of(buffers, outputs, [17, 8], dtype)
-    d, z = (buffers.put(torch.randn(geometry.outputs, outputs).to(dtype), 8, 8) for _ in range(2))
+    dtype, outputs = torch.float64, 20
     vectors = (None, None) if frozen else (vector(outputs, dtype, -0.5, 0.5), vector(outputs, dtype, -0.5, 0.5))
     correction = mix.ActivationGradient(norm_of(outputs, dtype), act, *vectors)
-    dweight, sums = mix.backward(segments, d, z, correction, weight, geometry)
-    expected = expected_backward(segments, d, z, correction, weight, geometry)
-    close(dweight, expected.dweight, dtype)
-    close(sums[0], expected.sums[0], dtype)
-    close(sums[1], expected.sums[1], dtype)
-    for s, g in zip(segments, expected.gradients, strict=True):
-        close(s.g, g, dtype)
+    check_backward(buffers, [-17, 8], outputs, PLAIN, dtype, correction)
 
 
 @pytest.mark.parametrize("geometry", [PLAIN, POOL], ids=["plain", "pool"])

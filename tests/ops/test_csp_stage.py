@@ -63,7 +63,11 @@ def test_recompute(layer: str, fusion: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("frozen", [(True,), (True, False, False), (False, True)], ids=["all", "third", "second"])
+@pytest.mark.parametrize(
+    "frozen",
+    [(True,), (True, False, False), (False, True), (True, True, True, True, False, False)],
+    ids=["all", "third", "second", "layers"],
+)
 def test_frozen_norms(layer: str, fusion: str, frozen: tuple[bool, ...]) -> None:
     for dtype in DTYPES:
         cases.compare(Case(layer=layer, fusion=fusion, dtype=dtype, frozen=frozen))
