@@ -5,8 +5,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 ARGS ?=
+TARGET ?= sm_90
 
-.PHONY: demo test bench lint build clean distclean help
+.PHONY: demo test bench gpu lint build clean distclean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -14,6 +15,7 @@ help:
 	@echo "make demo   train networks on 5,000 MNIST digits, fused and naive side by side (needs no download of data)"
 	@echo "make test   run the tests"
 	@echo "make bench  time the operators against eager PyTorch and torch.compile"
+	@echo "make gpu    on a GPU: all tests, tests/gpu, benchmarks and plots; without one: compile every kernel for TARGET ($(TARGET))"
 	@echo "make lint   ruff and mypy"
 	@echo "make build  compile the library in place"
 	@echo "make clean  remove build products; make distclean also removes $(VENV)"
@@ -27,6 +29,19 @@ test: $(VENV)/.test $(VENV)/.build
 
 bench: $(VENV)/.bench $(VENV)/.build
 	$(PY) benchmarks/bench_dense_block.py $(ARGS)
+
+# ARGS is the benchmark's. It runs even where a test fails: it checks its candidates itself.
+gpu: $(VENV)/.test $(VENV)/.build
+	@if $(PY) -c 'import sys; from csp_kernels.backends import why_not_triton; sys.exit(why_not_triton() or 0)'; then \
+	  failed=0; \
+	  $(PY) -m pytest || failed=1; \
+	  $(PY) -m pytest tests/gpu || failed=1; \
+	  $(PY) benchmarks/gpu.py --plot $(ARGS) || failed=1; \
+	  exit $$failed; \
+	else \
+	  echo "no GPU: a dry run, which compiles every kernel for $(TARGET) and runs none (make gpu TARGET=sm_80 for another)"; \
+	  $(PY) benchmarks/gpu.py --dry-run --with-tests --target $(TARGET) $(ARGS); \
+	fi
 
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .

@@ -99,7 +99,7 @@ class Case:
         return self.precision == "tf32"
 
 
-# Candidates, the default first. Each compiles without spills for the targets that it is listed for.
+# Candidates, the default first. Each compiles without spills for sm_80, sm_90; elsewhere see docs/gpu.md.
 def forward_tiles(case: Case, outputs: int) -> list[Tile]:
     o = power(outputs, 16, 128)
     if case.dtype == torch.float64:
@@ -108,7 +108,8 @@ def forward_tiles(case: Case, outputs: int) -> list[Tile]:
         if not case.tf32:
             return [Tile(64, o, 16, 8, 2), Tile(64, min(o, 64), 16, 8, 2)]
         depth = 16 if case.pool else 32
-        wide, narrow = Tile(128, o, depth, 8, 2), Tile(64, o, 16 if case.target in (100, 103) else depth, 8, 2)
+        tight = case.target in (80, 86, 89, 100, 103)
+        wide, narrow = Tile(128, o, depth, 8, 2), Tile(64, o, 16 if tight else depth, 8, 2)
         return [narrow, wide] if case.few else [wide, narrow]
     wide, narrow = Tile(128, o, 64, 8, 3), Tile(64, o, 64, 8, 3)
     if case.pool:
@@ -117,6 +118,8 @@ def forward_tiles(case: Case, outputs: int) -> list[Tile]:
             return [Tile(64, o, 32, 8, 2)]
     elif case.amd:
         wide, narrow = Tile(128, o, 32, 8, 2), Tile(64, o, 32, 8, 2)
+    elif case.target in (80, 86, 89):
+        return [narrow]
     elif case.target in (100, 103):
         narrow = Tile(64, o, 32, 8, 3)
     elif case.target in (120, 121):
@@ -130,7 +133,7 @@ def dgrad_tiles(case: Case, channels: int) -> list[Tile]:
     if case.dtype == torch.float64:
         return [Tile(32, min(k, 32), 16, 4, 2)]
     if case.dtype == torch.float32:
-        return [Tile(32 if tight else 64, k, 32, 4 if case.tf32 else 8, 2)]
+        return [Tile(32 if tight else 64, k, 32, 4 if case.tf32 and not case.activated else 8, 2)]
     wide, narrow = Tile(128, k, 64, 8, 2), Tile(64, k, 64, 8, 2)
     if case.pool or tight:
         return [narrow]
@@ -146,8 +149,10 @@ def wgrad_tiles(case: Case, channels: int, outputs: int) -> list[Tile]:
     if case.dtype == torch.float32:
         pixels = 16 if case.pool or (tight and not case.tf32) else 32
         return [Tile(pixels, min(o, 64), k if case.tf32 and not case.pool else min(k, 64), 8, 2)]
-    narrow = Tile(32, o, k, 8, 2)
-    return [narrow] if case.pool or tight else [Tile(64, o, k, 8, 2), narrow]
+    narrow = Tile(32, min(o, 64) if case.target in (80, 86, 89) else o, k, 8, 2)
+    if case.pool or tight:
+        return [narrow]
+    return [Tile(64, o, k, 8, 2)] if case.target in (80, 86, 89) else [Tile(64, o, k, 8, 2), narrow]
 
 
 def one_pass_tiles(case: Case, channels: int, outputs: int) -> list[Tile | None]:

@@ -147,7 +147,7 @@ def pay(grad: Tensor, x: Tensor, owed: Correction, out: Tensor) -> None:
     pixels, n = x.shape
     u = launch.unit(n, grad.stride(0), x.stride(0), out.stride(0))
     block = launch.power(n, 16, 128)
-    rows = 4096 // block
+    rows = 2048 // block
     _pay_kernel[(blocks(pixels, rows), blocks(n, block))](
         grad, grad.stride(0) // u, x, x.stride(0) // u, owed.mean, owed.slope, owed.offset, out, out.stride(0) // u,
         pixels, n // u, UNIT=u, BP=rows, BN=block,

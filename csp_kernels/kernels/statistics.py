@@ -55,7 +55,7 @@ def merge(partials: Tensor, pixels: int, size: int, statistics: Tensor) -> None:
     biased variance."""
     _, tiles, n = partials.shape
     check_statistics(statistics, n)
-    bt, bn = launch.power(tiles, 1, 128), 16
+    bt, bn = 16 if tiles <= 64 else 128, 16
     _merge[(launch.blocks(n, bn),)](
         partials, statistics, statistics.stride(0), pixels, tiles, n, SIZE=size, BT=bt, BN=bn, num_warps=4
     )
@@ -120,6 +120,5 @@ def total(partials: Tensor, out: Tensor) -> None:
     """partials [parts, rows, N], contiguous -> out [rows, N] view: their sum, in order, in float64."""
     parts, rows, n = partials.shape
     launch.check_view(out, "out")
-    bt = launch.power(parts, 1, 256)
-    bn = launch.power(n, 16, max(16, 4096 // bt // 2))
+    bt, bn = (16, 64) if parts <= 64 else (256, 16)  # few variants to compile
     _total[(launch.blocks(n, bn), rows)](partials, out, out.stride(0), parts, rows, N=n, BT=bt, BN=bn, num_warps=4)

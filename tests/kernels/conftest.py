@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,11 +29,23 @@ class InterpretedRun(pytest.Item):
     def runtest(self) -> None:
         if sys.platform != "linux" and importlib.util.find_spec("triton") is None:
             pytest.skip("triton has wheels for Linux only")
-        command = [sys.executable, "-m", "pytest", str(self.path)]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        run = subprocess.run(command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True)
+        items = [item for item in self.session.items if isinstance(item, InterpretedRun)]
+        run = _started(tuple(item.path for item in items), self.config.rootpath)[self.path].result()
         if run.returncode:
-            pytest.fail(f"{' '.join(command)}\n{run.stdout}\n{run.stderr}", pytrace=False)
+            pytest.fail(f"{' '.join(run.args)}\n{run.stdout}\n{run.stderr}", pytrace=False)
+
+
+@cache
+def _started(files: tuple[Path, ...], root: Path) -> dict[Path, Future[subprocess.CompletedProcess[str]]]:
+    """All of them when the first is asked for, two at a time: each has one thread at work."""
+
+    def run(file: Path) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", str(file)]
+        return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+
+    pool = ThreadPoolExecutor(2)
+    return {file: pool.submit(run, file) for file in files}
 
 
 if not INTERPRETED:

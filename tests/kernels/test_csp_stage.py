@@ -121,7 +121,11 @@ def triton_run(a: Arguments, keep_bottleneck: bool = True) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", [f"{layer}, {kind}" for layer in LAYERS for kind in ("csp", "bfloat16", "some frozen")]
+    "name",
+    [
+        *(f"{layer}, {kind}" for layer in LAYERS for kind in ("csp", "bfloat16", "some frozen")),
+        "pre, only the transition",
+    ],
 )
 def test_against_the_compiled_operator(name: str) -> None:
     """On the same arguments; and the layout of everything. In 16 bits up to the gradient of x, and with no ReLU that
