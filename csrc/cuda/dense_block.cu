@@ -1,0 +1,228 @@
+// Launchers of the 3x3 kernels: which tile, how many blocks, what of the workspace.
+#include "dense_block.h"
+#include "device/conv3x3_dgrad.cuh"
+#include "device/conv3x3_forward.cuh"
+#include "device/conv3x3_wgrad.cuh"
+#include "device/reduce.cuh"
+
+namespace csp::cuda {
+namespace {
+
+template <class... C> struct Tiles {};
+// Columns J times 8, rows R a warp: fewer rows where there are few pixels. 256 pixels at most.
+template <int J, int R> using ForwardTile = Conv3x3Tile<R, 2, 2, 1, 2, J, 32>;
+using ForwardTiles = Tiles<ForwardTile<4, 4>, ForwardTile<4, 2>, ForwardTile<4, 1>, ForwardTile<3, 4>, ForwardTile<3, 2>,
+                           ForwardTile<3, 1>, ForwardTile<2, 4>, ForwardTile<2, 2>, ForwardTile<2, 1>, ForwardTile<1, 4>,
+                           ForwardTile<1, 2>, ForwardTile<1, 1>>;
+// 128 pixels by GROUPS times 32 columns; 16 channels a step where 32 would multiply zeros.
+template <int GROUPS, int R, int DEPTH> using DgradTile = Conv3x3Tile<R, 8 / R, 1, GROUPS, 1, 4, DEPTH>;
+using DgradTiles = Tiles<DgradTile<4, 4, 32>, DgradTile<3, 4, 32>, DgradTile<2, 2, 32>, DgradTile<1, 1, 32>, DgradTile<4, 4, 16>,
+                         DgradTile<3, 4, 16>, DgradTile<2, 2, 16>, DgradTile<1, 1, 16>>;
+using WgradTiles = Tiles<WgradTile<4>, WgradTile<3>, WgradTile<2>, WgradTile<1>>;
+
+// f(tile) of the tile at an index.
+template <class F, class... C> cudaError_t with_tile(Tiles<C...>, int index, F f) {
+  cudaError_t error = cudaSuccess;
+  int i = 0;
+  ((i++ == index ? void(error = f(C{})) : void()), ...);
+  return error;
+}
+// Index of the tile of least cost, -1 if all are negative: unfit.
+template <class F, class... C> int cheapest(Tiles<C...>, F cost) {
+  int best = -1, i = 0;
+  int64_t least = 0;
+  auto consider = [&](int64_t c) {
+    if (c >= 0 && (best < 0 || c < least)) best = i, least = c;
+    i++;
+  };
+  (consider(cost(C{})), ...);
+  return best;
+}
+template <class F> cudaError_t with_type(Type type, F f) { return type == Type::Half ? f(Half{}) : f(BFloat16{}); }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
+// One launch: tile, and the grid of its blocks, one a multiprocessor.
+struct Plan {
+  int tile = -1;
+  int columns = 1, blocks = 0;  // blocks of columns, blocks that share the tiles of pixels
+  int64_t weight_bytes = 0, partial_bytes = 0;
+};
+
+template <class C> Map map_of(const Images& images) {
+  Map m;
+  m.height = int(images.h), m.width = int(images.w);
+  m.across = int(ceil_div(images.w, STRIP)), m.down = int(ceil_div(images.h, C::ROWS));
+  m.strips = int(images.n * m.across * m.down), m.tiles = int(ceil_div(m.strips, C::STRIPS));
+  return m;
+}
+template <class C> int blocks_of(const Layer& layer, const Device& device, int64_t columns) {
+  int64_t share = device.multiprocessors / columns, tiles = map_of<C>(layer.images).tiles;
+  return int(share < 1 ? 1 : share < tiles ? share : tiles);
+}
+// Rounds of all blocks over the tiles.
+template <class C> int64_t rounds(const Layer& layer, const Device& device, int64_t columns) {
+  return ceil_div(map_of<C>(layer.images).tiles, blocks_of<C>(layer, device, columns)) *
+         ceil_div(columns, device.multiprocessors);
+}
+
+Plan plan_forward(const Layer& layer, const Device& device) {
+  Plan plan;
+  plan.tile = cheapest(ForwardTiles{}, [&](auto tile) -> int64_t {  // products, staged rows, a constant
+    using C = decltype(tile);
+    if (layer.growth % C::COLUMNS || C::shared_bytes(int(layer.bottleneck)) > device.shared_bytes) return -1;
+    return rounds<C>(layer, device, layer.growth / C::COLUMNS) * (C::R * C::J + C::R + 2);
+  });
+  with_tile(ForwardTiles{}, plan.tile, [&](auto tile) {
+    using C = decltype(tile);
+    plan.columns = int(layer.growth / C::COLUMNS), plan.blocks = blocks_of<C>(layer, device, plan.columns);
+    plan.weight_bytes = whole_lines(int64_t(plan.columns) * C::slabs(int(layer.bottleneck)) * C::SLAB_BYTES);
+    plan.partial_bytes = int64_t(plan.blocks) * 3 * layer.growth * 4;
+    return cudaSuccess;
+  });
+  return plan;
+}
+
+Plan plan_dgrad(const Layer& layer, const Device& device) {
+  Plan plan;
+  plan.tile = cheapest(DgradTiles{}, [&](auto tile) -> int64_t {  // products and staging of each slab, a barrier a step
+    using C = decltype(tile);
+    const int g = int(layer.growth), cost = 4 * C::slabs(g) * (C::GROUPS + 1) + C::steps(g);
+    return C::shared_bytes(g) > device.shared_bytes ? -1 : rounds<C>(layer, device, ceil_div(layer.bottleneck, C::COLUMNS)) * cost;
+  });
+  with_tile(DgradTiles{}, plan.tile, [&](auto tile) {
+    using C = decltype(tile);
+    plan.columns = int(ceil_div(layer.bottleneck, C::COLUMNS)), plan.blocks = blocks_of<C>(layer, device, plan.columns);
+    plan.weight_bytes = whole_lines(int64_t(plan.columns) * C::slabs(int(layer.growth)) * C::SLAB_BYTES);
+    plan.partial_bytes = int64_t(plan.blocks) * 2 * layer.bottleneck * 4;
+    return cudaSuccess;
+  });
+  return plan;
+}
+
+Plan plan_wgrad(const Layer& layer, const Device& device) {
+  Plan plan;
+  plan.tile = cheapest(WgradTiles{}, [&](auto tile) -> int64_t {  // the widest
+    using C = decltype(tile);
+    return layer.growth % C::COLUMNS || C::SHARED_BYTES > device.shared_bytes ? -1 : layer.growth / C::COLUMNS;
+  });
+  with_tile(WgradTiles{}, plan.tile, [&](auto tile) {
+    using C = decltype(tile);
+    plan.columns = int(layer.growth / C::COLUMNS);
+    plan.blocks = blocks_of<C>(layer, device, plan.columns * ceil_div(layer.bottleneck, C::CHANNELS));
+    plan.partial_bytes = int64_t(plan.blocks) * 9 * layer.bottleneck * layer.growth * 4;
+    return cudaSuccess;
+  });
+  return plan;
+}
+
+const uint16_t* elements(const View& view) { return static_cast<const uint16_t*>(view.data); }
+
+cudaError_t pack_weights(Type type, PackArguments args, cudaStream_t stream) {
+  const int64_t n = int64_t(args.block_columns) * args.blocks * args.slabs * 144;
+  return with_type(type, [&](auto element) {
+    return launch(pack_weights_kernel<decltype(element)>, dim3(unsigned(ceil_div(n, 256))), 256, 0, stream, args);
+  });
+}
+cudaError_t sum_slabs(const SlabArguments& args, cudaStream_t stream) {
+  return launch(sum_slabs_kernel, dim3(unsigned(ceil_div(args.items, Reduction::ITEMS))), Reduction::THREADS, Reduction::shared_bytes(1),
+                stream, args);
+}
+cudaError_t merge_statistics(const StatisticsArguments& args, cudaStream_t stream) {
+  return launch(merge_statistics_kernel, dim3(unsigned(ceil_div(args.channels, Reduction::ITEMS))), Reduction::THREADS,
+                Reduction::shared_bytes(3), stream, args);
+}
+
+}  // namespace
+
+const char* unsupported(const Layer& layer, const Device& device) {
+  const Images& i = layer.images;
+  if (layer.bottleneck % 8 || layer.growth % 8) return "bottleneck and growth must be multiples of 8";
+  if (layer.growth > 4096 || layer.bottleneck > 1 << 16) return "too many channels";
+  if (i.n * (i.h + 8) * (i.w + 8) >= int64_t(1) << 30) return "2^30 pixels or more";
+  const bool fits = plan_forward(layer, device).tile >= 0 && plan_dgrad(layer, device).tile >= 0 && plan_wgrad(layer, device).tile >= 0;
+  return fits ? nullptr : "too little shared memory";
+}
+
+const char* unsupported(const View& view) {
+  if (view.pitch % 8 || view.pitch >= int64_t(1) << 31) return "pixels must be a multiple of 8 channels apart";
+  return uintptr_t(view.data) % 16 ? "not 16-byte aligned" : nullptr;
+}
+
+int64_t workspace_bytes(const Layer& layer, const Device& device, Pass pass) {
+  const Plan plan = pass == Pass::Forward ? plan_forward(layer, device)
+                    : pass == Pass::Dgrad ? plan_dgrad(layer, device)
+                                          : plan_wgrad(layer, device);
+  return plan.weight_bytes + plan.partial_bytes;
+}
+
+cudaError_t conv3x3_forward(const Layer& layer, const Device& device, const View& z, const Norm& norm, const Weight& weight,
+                            const Dropout& dropout, const Output& out, double* statistics, void* workspace) {
+  const Plan plan = plan_forward(layer, device);
+  uint16_t* packed = static_cast<uint16_t*>(workspace);
+  float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.weight_bytes);
+  const int b = int(layer.bottleneck), g = int(layer.growth);
+  cudaError_t error = with_tile(ForwardTiles{}, plan.tile, [&](auto tile) {
+    using C = decltype(tile);
+    const PackArguments pack{weight,      packed,     b,          g,            weight.input_stride, weight.output_stride,
+                             C::slabs(b), C::COLUMNS, C::COLUMNS, plan.columns, false};
+    cudaError_t packing = pack_weights(layer.type, pack, device.stream);
+    if (packing != cudaSuccess) return packing;
+    const ForwardArguments args{map_of<C>(layer.images), elements(z), packed, static_cast<uint16_t*>(out.data), int(z.pitch),
+                                int(out.pitch), b, g, norm, dropout, statistics ? partials : nullptr};
+    return with_type(layer.type, [&](auto element) {
+      return launch(conv3x3_forward_kernel<decltype(element), C>, dim3(unsigned(plan.blocks), unsigned(plan.columns)), C::THREADS,
+                    size_t(C::shared_bytes(b)), device.stream, args);
+    });
+  });
+  if (error != cudaSuccess || !statistics) return error;
+  return merge_statistics({partials, plan.blocks, g, statistics}, device.stream);
+}
+
+cudaError_t conv3x3_dgrad(const Layer& layer, const Device& device, const View& features, const View& gradient,
+                          const Correction& correction, const Dropout& dropout, const Weight& weight, const View& z, const Norm& norm,
+                          const Output& out, float* sums, void* workspace) {
+  const Plan plan = plan_dgrad(layer, device);
+  uint16_t* packed = static_cast<uint16_t*>(workspace);
+  float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.weight_bytes);
+  const int b = int(layer.bottleneck), g = int(layer.growth);
+  cudaError_t error = with_tile(DgradTiles{}, plan.tile, [&](auto tile) {
+    using C = decltype(tile);
+    const PackArguments pack{weight,      packed,     g,  b,            weight.output_stride, weight.input_stride,
+                             C::slabs(g), C::COLUMNS, 32, plan.columns, true};
+    cudaError_t packing = pack_weights(layer.type, pack, device.stream);
+    if (packing != cudaSuccess) return packing;
+    const DgradArguments args{map_of<C>(layer.images), elements(features), elements(gradient), packed, elements(z),
+                              static_cast<uint16_t*>(out.data), int(features.pitch), int(gradient.pitch), int(z.pitch),
+                              int(out.pitch), b, g, correction, dropout, norm, partials};
+    return with_type(layer.type, [&](auto element) {
+      return launch(conv3x3_dgrad_kernel<decltype(element), C>, dim3(unsigned(plan.blocks), unsigned(plan.columns)), C::THREADS,
+                    size_t(C::shared_bytes(g)), device.stream, args);
+    });
+  });
+  if (error != cudaSuccess) return error;
+  return sum_slabs({partials, plan.blocks, 2 * b, sums, 2, b, 0, b, 1}, device.stream);
+}
+
+cudaError_t conv3x3_wgrad(const Layer& layer, const Device& device, const View& features, const View& gradient,
+                          const Correction& correction, const Dropout& dropout, const View& z, const Norm& norm,
+                          const WeightGradient& dweight, void* workspace) {
+  const Plan plan = plan_wgrad(layer, device);
+  float* slabs = static_cast<float*>(workspace);
+  const int b = int(layer.bottleneck), g = int(layer.growth);
+  cudaError_t error = with_tile(WgradTiles{}, plan.tile, [&](auto tile) {
+    using C = decltype(tile);
+    const WgradArguments args{map_of<C>(layer.images), elements(features), elements(gradient), elements(z), int(features.pitch),
+                              int(gradient.pitch), int(z.pitch), b, g, correction, dropout, norm, slabs};
+    const dim3 grid(unsigned(plan.blocks), unsigned(ceil_div(b, C::CHANNELS)), unsigned(plan.columns));
+    return with_type(layer.type, [&](auto element) {
+      return launch(conv3x3_wgrad_kernel<decltype(element), C>, grid, C::THREADS, size_t(C::SHARED_BYTES), device.stream, args);
+    });
+  });
+  if (error != cudaSuccess) return error;
+  return sum_slabs({slabs, plan.blocks, 9 * b * g, dweight.data, b, g, dweight.tap_stride, dweight.input_stride, dweight.output_stride},
+                   device.stream);
+}
+
+}  // namespace csp::cuda
