@@ -99,7 +99,7 @@ class Case:
         return self.precision == "tf32"
 
 
-# Candidates, the default first. Each compiles without spills for sm_80, sm_90 and gfx942; sm_100 and sm_120: docs/gpu.md.
+# Candidates, the default first. They compile without spills for sm_80, sm_90 and gfx942; for others see docs/gpu.md.
 def forward_tiles(case: Case, outputs: int) -> list[Tile]:
     o = power(outputs, 16, 128)
     if case.dtype == torch.float64:
