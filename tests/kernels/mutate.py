@@ -221,7 +221,7 @@ FAULTS = [
     Fault("dense_block", "", "self.stats[:, entering : entering + self.growth]",
           "self.stats[:, entering - 1 : entering + self.growth - 1]", BLOCK),
     Fault("dense_block", "", "settle(sums, self.pixels, owed[:, old])", "settle(sums, self.pixels)", BLOCK),
-    Fault("dense_block", "", "grad[:, old], True)", "grad[:, old], False)", BLOCK),
+    Fault("dense_block", "", "grad[:, old], True, source[:, old])", "grad[:, old], False)", BLOCK),
     Fault("dense_block", "", "            source = grad\n", "", BLOCK),
     Fault("dense_block", "", "self.stats[0, channels]", "self.stats[1, channels]", BLOCK),
     Fault("dense_block", "", "self.due(owed, old), dx)", "self.due(0 * owed, old), dx)", BLOCK),
