@@ -193,7 +193,7 @@ FAULTS = [
     Fault("norm", "_settle_kernel", "tl.load(at, inside, 0.0) + s", "s", BLOCK, "dense_block"),
     Fault("norm", "_settle_kernel", "(-s * bias - slope * lost)", "(-slope * lost)", BLOCK, "dense_block"),
     Fault("norm", "_settle_kernel", " - lost * bias", "", "large and mean", "dense_block"),
-    Fault("norm", "_settle_kernel", " - slope * lost", "", "large_mean and not pre", "csp_stage"),
+    Fault("norm", "_settle_kernel", " - slope * lost", "", "correction_keeps", "norm"),
     Fault("norm", "_owed_kernel", "inside = c < n", "inside = c <= n", BLOCK, "dense_block"),
     Fault("norm", "_owed_kernel", "owed + owed_pitch + c", "owed + c", BLOCK, "dense_block"),
     Fault("norm", "_owed_kernel", " - slope * (m - low.to(tl.float64))", "", "large and mean", "dense_block"),
