@@ -142,3 +142,16 @@ def buffers() -> Iterator[Buffers]:
     buffers = Buffers()
     yield buffers
     buffers.check()
+
+
+@pytest.fixture(name="triton")
+def triton_operators(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The launchers that the test's module calls `kernels` run its operator on CPU tensors."""
+    kernels = request.module.kernels
+    stem = kernels.__name__.rpartition(".")[2]
+    with torch.library._scoped_library("csp_kernels", "IMPL") as library:
+        for suffix in ("", "_backward", "_inference"):
+            function = getattr(kernels, suffix.removeprefix("_") or "forward", None)
+            if function is not None:
+                library.impl(f"{stem}{suffix}", function, "CPU", allow_override=True)
+        yield

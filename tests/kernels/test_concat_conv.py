@@ -3,7 +3,7 @@ the reference in float64, and beside the compiled operator on the same arguments
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,16 +43,6 @@ CASES = {
 }
 names = pytest.mark.parametrize("name", CASES)
 acts = pytest.mark.parametrize("act", CODES)
-
-
-@pytest.fixture
-def triton() -> Iterator[None]:
-    """The launchers as kernels of CPU tensors."""
-    with torch.library._scoped_library("csp_kernels", "IMPL") as library:
-        for suffix in ("", "_backward", "_inference"):
-            function = getattr(kernels, suffix.removeprefix("_") or "forward")
-            library.impl(f"concat_conv{suffix}", function, "CPU", allow_override=True)
-        yield
 
 
 def check(case: ConcatConvCase) -> None:

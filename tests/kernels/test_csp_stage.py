@@ -3,7 +3,6 @@ compiled operator, and beside that on the same arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,15 +56,6 @@ for _layer in LAYERS:
 # statistics of the features that only the transition needs; of all but the transition
 CASES["pre, only the transition"] = replace(F64, frozen=(True, True, True, True, False), fusion="first")
 CASES["pre, all but the transition"] = replace(F64, frozen=(False, False, False, False, True), fusion="first")
-
-
-@pytest.fixture
-def triton() -> Iterator[None]:
-    """The launchers as kernels of CPU tensors."""
-    with torch.library._scoped_library("csp_kernels", "IMPL") as library:
-        library.impl("csp_stage", kernels.forward, "CPU", allow_override=True)
-        library.impl("csp_stage_backward", kernels.backward, "CPU", allow_override=True)
-        yield
 
 
 @pytest.mark.parametrize("name", CASES)

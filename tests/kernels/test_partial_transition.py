@@ -3,7 +3,6 @@ reference in float64, and beside the compiled operator on the same arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -37,15 +36,6 @@ KINDS = {
     for pool in ("avg", None)
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture
-def triton() -> Iterator[None]:
-    """The launchers as kernels of CPU tensors."""
-    with torch.library._scoped_library("csp_kernels", "IMPL") as library:
-        library.impl("partial_transition", kernels.forward, "CPU", allow_override=True)
-        library.impl("partial_transition_backward", kernels.backward, "CPU", allow_override=True)
-        yield
 
 
 @kinds

@@ -3,7 +3,6 @@ float64, called in place of the compiled operator, and beside that on the same a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,15 +56,6 @@ CASES = {
     "two_way, others frozen": replace(TWO, frozen=(False, False, False, True), dtype=torch.float64, layers=1),
 }
 layers = pytest.mark.parametrize("layer", ["post", "two_way"])
-
-
-@pytest.fixture
-def triton() -> Iterator[None]:
-    """The launchers as kernels of CPU tensors."""
-    with torch.library._scoped_library("csp_kernels", "IMPL") as library:
-        library.impl("post_dense_block", kernels.forward, "CPU", allow_override=True)
-        library.impl("post_dense_block_backward", kernels.backward, "CPU", allow_override=True)
-        yield
 
 
 @pytest.mark.parametrize("name", CASES)
