@@ -1,15 +1,20 @@
 """Builds csp_kernels/_C.abi3.so: C++ operators on libtorch's stable ABI, loaded by torch.ops.load_library.
 
 The library has no Python API and no pybind: one file serves every Python and every torch >= 2.11.
-csrc/cpu/*.cpp is compiled once per instruction set; the library picks one when it loads.
+csrc/cpu/*.cpp is compiled once per instruction set; the library picks one when it loads. csrc/cuda/*.cu is compiled
+where nvcc is found; the library then still loads on machines and with torch builds without CUDA.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CSP_KERNELS_NATIVE=0 leaves the library out.
+CUDA: the compiler is NVCC, else nvcc of CUDA_HOME or on PATH (NVCC_CCBIN and NVCC_APPEND_FLAGS are its own);
+CSP_KERNELS_CUDA=0 leaves CUDA out, 1 fails without it; CSP_KERNELS_CUDA_ARCHS="80,90" names compute capabilities
+(default: those of 80, 90 and 100 that this nvcc knows).
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -51,13 +56,28 @@ CXX_FLAGS = [
 ]  # fmt: skip
 
 
+CUDA_ARCHITECTURES = ("80", "90", "100")
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"]
+
+
 @dataclass(frozen=True)
 class Job:
-    """One translation unit: source file -> object file with its flags."""
+    """One translation unit: source file -> object file, by a compiler with its flags."""
 
     source: Path
     object: Path
+    compiler: tuple[str, ...]
     flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA compiler, what it says of itself, the architectures to build for, and where its runtime lies."""
+
+    compiler: str
+    version: str
+    architectures: tuple[str, ...]
+    libraries: tuple[str, ...]
 
 
 def say(text: str) -> None:
@@ -128,20 +148,81 @@ def instruction_sets(compiler: Sequence[str]) -> dict[str, list[str]]:
     return usable
 
 
-def plan(isas: dict[str, list[str]], torch_include: Path) -> list[Job]:
+def find_cuda() -> Cuda | None:
+    """The CUDA compiler; None, with the reason said, where there is none or it is not wanted."""
+    wanted = os.environ.get("CSP_KERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(
+            f"csp_kernels: CSP_KERNELS_CUDA: got {wanted!r}, expected 0 (without CUDA), 1 (not without) or nothing"
+        )
+    if wanted == "0":
+        say("skips CUDA: CSP_KERNELS_CUDA=0")
+        return None
+    home = os.environ.get("CUDA_HOME")
+    name = os.environ.get("NVCC") or (f"{home}/bin/nvcc" if home else "nvcc")
+    compiler = shutil.which(name)
+    if compiler is None:
+        if wanted == "1":
+            raise SystemExit(
+                f"csp_kernels: CSP_KERNELS_CUDA=1, but {name} is not found. Put it on PATH or name it in NVCC."
+            )
+        say(f"skips CUDA: {name} is not found (on a GPU the operators then run in triton)")
+        return None
+    version = run([compiler, "--version"]).stdout.strip().splitlines()[-1]
+    return Cuda(compiler, version, architectures(compiler), cuda_libraries(compiler))
+
+
+def architectures(compiler: str) -> tuple[str, ...]:
+    """Compute capabilities to build for, without their points."""
+    known = {word.removeprefix("compute_") for word in run([compiler, "--list-gpu-arch"]).stdout.split()}
+    named = re.findall(r"\w+", os.environ.get("CSP_KERNELS_CUDA_ARCHS", "").replace(".", ""))
+    fit = [a for a in named or CUDA_ARCHITECTURES if a in known and int(a) >= 80]
+    missing = sorted({*(named or CUDA_ARCHITECTURES)} - {*fit})
+    if missing and (named or not fit):
+        raise SystemExit(
+            f"csp_kernels: CSP_KERNELS_CUDA_ARCHS: got {', '.join(missing)}; {compiler} knows "
+            f"{', '.join(sorted(known, key=int))}, and the kernels need 80 or later. "
+            "Name one of these, install a newer CUDA, or set CSP_KERNELS_CUDA=0."
+        )
+    for architecture in missing:
+        say(f"skips CUDA architecture sm_{architecture}: {compiler} does not know it")
+    return tuple(sorted({*fit}, key=int))
+
+
+def cuda_libraries(compiler: str) -> tuple[str, ...]:
+    """-L flags of the toolkit, as nvcc itself would pass them to the linker."""
+    said = run([compiler, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]).stdout
+    lines = [line for line in said.splitlines() if line.startswith("#$ LIBRARIES=")]
+    found = shlex.split(lines[0].partition("=")[2]) if lines else []
+    return tuple(flag for flag in found if flag.startswith("-L"))
+
+
+def cuda_flags(cuda: Cuda) -> list[str]:
+    """Machine code of each architecture, and PTX of the latest for those to come."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda.architectures]
+    latest = cuda.architectures[-1]
+    return [*NVCC_FLAGS, *codes, f"-gencode=arch=compute_{latest},code=compute_{latest}"]
+
+
+def plan(compiler: Sequence[str], isas: dict[str, list[str]], torch_include: Path, cuda: Cuda | None) -> list[Job]:
     """All translation units, in link order."""
-    common = [
-        *CXX_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{CSRC}",
-        "-isystem", str(torch_include), *shlex.split(os.environ.get("CXXFLAGS", "")),
-    ]  # fmt: skip
+    target = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{CSRC}", "-isystem", str(torch_include)]
+    common = [*CXX_FLAGS, *target, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     known = [f"-DCSP_HAVE_{name.upper()}" for name in isas]
     if len(isas) > 1:
         known.append("-DCSP_ISAS_X86")
-    jobs = [Job(source, OBJECTS / f"{source.stem}.o", (*common, *known)) for source in sorted(CSRC.glob("*.cpp"))]
+    if cuda:
+        known.append(f'-DCSP_CUDA_ARCHITECTURES="{",".join(cuda.architectures)}"')
+    cxx = tuple(compiler)
+    jobs = [Job(source, OBJECTS / f"{source.stem}.o", cxx, (*common, *known)) for source in sorted(CSRC.glob("*.cpp"))]
     for name, flags in isas.items():
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
-            target = OBJECTS / f"{source.stem}.{name}.o"
-            jobs.append(Job(source, target, (*common, *flags, f"-DCSP_ISA={name}")))
+            object_file = OBJECTS / f"{source.stem}.{name}.o"
+            jobs.append(Job(source, object_file, cxx, (*common, *flags, f"-DCSP_ISA={name}")))
+    if cuda:
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            object_file = OBJECTS / f"{source.stem}.cuda.o"
+            jobs.append(Job(source, object_file, (cuda.compiler,), (*cuda_flags(cuda), *target)))
     return jobs
 
 
@@ -155,10 +236,10 @@ def stale(job: Job, command: str) -> bool:
     return any(not Path(need).exists() or Path(need).stat().st_mtime >= built for need in needs)
 
 
-def compile_one(job: Job, compiler: Sequence[str], salt: str) -> str:
+def compile_one(job: Job, salt: str) -> str:
     """Compiles one unit if it is stale; returns a word for the report."""
     depfile = job.object.with_suffix(".d")
-    command = [*compiler, *job.flags, "-MMD", "-MF", str(depfile), "-c", str(job.source), "-o", str(job.object)]
+    command = [*job.compiler, *job.flags, "-MMD", "-MF", str(depfile), "-c", str(job.source), "-o", str(job.object)]
     line = shlex.join(command) + f"  # {salt}\n"
     if not stale(job, line):
         return "kept"
@@ -173,12 +254,14 @@ def compile_one(job: Job, compiler: Sequence[str], salt: str) -> str:
     return "compiled"
 
 
-def link(objects: Sequence[Path], target: Path, compiler: Sequence[str], torch_lib: Path) -> None:
+def link(objects: Sequence[Path], target: Path, compiler: Sequence[str], torch_lib: Path, cuda: Cuda | None) -> None:
     """Links the objects; torch's libraries are found in the process that has imported torch, so no rpath."""
     if sys.platform == "darwin":
         extra = ["-undefined", "dynamic_lookup"]
     else:
         extra = ["-Wl,-O1", "-Wl,--as-needed", f"-L{torch_lib}", "-ltorch_cpu", "-lc10"]
+    if cuda:
+        extra += [*cuda.libraries, "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(".so.new")  # replaced in one step: a process may have the old file mapped
     names = [str(item) for item in objects]
@@ -193,16 +276,19 @@ def build_library(target: Path) -> None:
     """Compiles what is stale, in parallel, and links it into target."""
     compiler, (version, include, lib) = find_compiler(), torch_paths()
     banner = run([*compiler, "--version"]).stdout.splitlines()[0]
-    isas = instruction_sets(compiler)
+    isas, cuda = instruction_sets(compiler), find_cuda()
     say(f"builds {LIBRARY} with {banner}, torch {version}, instruction sets {', '.join(isas)}")
-    say("skips CUDA: this version has CPU kernels only")
+    if cuda:
+        targets = ", ".join(f"sm_{a}" for a in cuda.architectures)
+        say(f"builds CUDA kernels for {targets} with {cuda.compiler}, {cuda.version}")
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    jobs = plan(isas, include)
+    jobs = plan(compiler, isas, include, cuda)
     workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    salt = f"{banner}, torch {version}, {cuda.version if cuda else 'no CUDA'}"
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        outcomes = list(pool.map(lambda job: compile_one(job, compiler, f"{banner}, torch {version}"), jobs))
+        outcomes = list(pool.map(lambda job: compile_one(job, salt), reversed(jobs)))  # the long ones first
     say(f"compiled {outcomes.count('compiled')} of {len(jobs)} objects, kept {outcomes.count('kept')}")
-    link([job.object for job in jobs], target, compiler, lib)
+    link([job.object for job in jobs], target, compiler, lib, cuda)
     say(f"linked {target} ({target.stat().st_size // 1024} KiB)")
 
 
@@ -236,7 +322,7 @@ def extensions() -> list[Extension]:
     if sysconfig.get_platform().startswith("win"):
         say("skips the compiled library: it needs GCC or Clang on Linux or macOS (reference backend only)")
         return []
-    sources, headers = (sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob(kind)) for kind in ("*.cpp", "*.h"))
+    sources, headers = (sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob(kind)) for kind in ("*.c*", "*.h"))
     return [Extension("csp_kernels._C", sources=sources, depends=headers)]  # both lists: what an sdist carries
 
 

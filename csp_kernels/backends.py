@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 
 import torch
@@ -16,6 +17,7 @@ from csp_kernels import native
 NAMES = ("auto", "native", "triton", "reference")
 ENVIRONMENT = "CSP_KERNELS_BACKEND"
 OLDEST_TRITON = (3, 6)
+_DEVICES = {"native": ("cpu", "cuda"), "triton": ("cuda",)}  # that backends run on, if not on any
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,28 @@ def why_not_triton() -> str:
     return _WHY_NOT_TRITON
 
 
+@cache
+def why_not_cuda() -> str:
+    """Why the CUDA C++ kernels cannot run here and what to do about it; "" if they can. Initialises CUDA."""
+    compiled = native.cuda_architectures()
+    if native.available() and not compiled:
+        return "built without CUDA kernels; rebuild where nvcc is on PATH, or with CSP_KERNELS_CUDA=1 to learn why not"
+    if why_not_triton():  # they are a part of operators, Triton's are the rest
+        return why_not_triton()
+    if torch.version.hip:
+        return "CUDA kernels do not run on AMD; choose 'triton'"
+    major, minor = torch.cuda.get_device_capability()
+    here = 10 * major + minor
+    if not any(c // 10 == major and c <= here for c in compiled) and here < max(compiled):
+        return f"CUDA kernels are compiled for {compiled}, not for {here}; rebuild with CSP_KERNELS_CUDA_ARCHS={here}"
+    return ""
+
+
 def backends() -> Backends:
     """What is available here, and why not where not."""
     if native.available():
-        compiled = f"CPU, C++ for {native.isa()} (compiled in: {', '.join(native.isas())})"
+        cpu = f"CPU: C++ for {native.isa()} (compiled in: {', '.join(native.isas())})"
+        compiled = f"{cpu}; GPU: {_cuda()}"
     else:
         compiled = native.why_not()
     return Backends(
@@ -77,6 +97,15 @@ def backends() -> Backends:
         triton=Backend(not why_not_triton(), why_not_triton() or _gpu()),
         reference=Backend(True, "any device, plain PyTorch"),
     )
+
+
+def _cuda() -> str:
+    archs, why = native.cuda_architectures(), why_not_cuda().partition("; choose")[0]
+    if not archs:
+        return why
+    built = f"CUDA C++ for {', '.join(f'sm_{a}' for a in archs)}"
+    widths = "3x3 of layers whose bottleneck and growth are multiples of 8"
+    return f"{built}; {why}" if why else f"{built}, {widths}; the rest in triton (only if chosen: not yet run on a GPU)"
 
 
 def _gpu() -> str:
@@ -101,9 +130,9 @@ class use_backend:
         with csp.use_backend("native"): ...
 
     "auto" (the default, or the environment variable CSP_KERNELS_BACKEND) takes "native" for tensors on the CPU if the
-    library is loaded, otherwise "reference". "triton" has to be asked for: its kernels have not run on a GPU yet.
-    Raises ValueError for an unknown name, RuntimeError for a backend that is
-    not available here.
+    library is loaded, otherwise "reference". On a GPU, "native" (CUDA C++ for the 3x3 of the layers it takes, Triton
+    for the rest) and "triton" (Triton alone) have to be asked for: their kernels have not run on a GPU yet.
+    Raises ValueError for an unknown name, RuntimeError for a backend that is not available here.
     """
 
     def __init__(self, name: str) -> None:
@@ -141,10 +170,12 @@ def resolve(device_type: str) -> str:
     if _selected == "auto":
         return "native" if device_type == "cpu" and native.available() else "reference"
     _require(_selected)
-    expected = {"native": "cpu", "triton": "cuda"}.get(_selected, device_type)
-    if device_type != expected:
+    if device_type not in _DEVICES.get(_selected, (device_type,)):
+        expected = " or ".join(repr(name) for name in _DEVICES[_selected])
         raise RuntimeError(
-            f"backend {_selected!r}: got tensors on {device_type!r}, expected {expected!r}; "
+            f"backend {_selected!r}: got tensors on {device_type!r}, expected {expected}; "
             "choose backend 'auto' or 'reference'"
         )
+    if _selected == "native" and device_type == "cuda" and why_not_cuda():
+        raise RuntimeError(f"backend 'native' is not available on 'cuda': {why_not_cuda()}")
     return _selected

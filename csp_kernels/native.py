@@ -42,3 +42,9 @@ def isa() -> str:
 def isas() -> list[str]:
     """Instruction sets compiled into the library."""
     return str(torch.ops.csp_kernels.cpu_isas()).split(",") if available() else []
+
+
+def cuda_architectures() -> list[int]:
+    """Compute capabilities the CUDA kernels are compiled for, for example [80, 90]; empty: built without CUDA."""
+    listed = str(torch.ops.csp_kernels.cuda_architectures()) if available() else ""
+    return [int(a) for a in listed.split(",") if a]

@@ -14,7 +14,7 @@ import torch
 import csp_kernels as csp
 from csp_kernels import native as library
 from csp_kernels.__main__ import main
-from csp_kernels.backends import _find_triton, resolve, selected, why_not_triton
+from csp_kernels.backends import _find_triton, resolve, selected, why_not_cuda, why_not_triton
 
 OPERATORS = [
     *("dense_block", "dense_block_backward", "dense_block_inference"),
@@ -96,10 +96,38 @@ def test_why_triton_cannot_run(missing: str, monkeypatch: pytest.MonkeyPatch) ->
     assert _find_triton() == reasons[missing]
 
 
-def test_native_runs_on_the_cpu_only() -> None:
+def test_native_runs_on_the_cpu_and_on_a_gpu_it_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     csp.use_backend("native")
-    with pytest.raises(RuntimeError, match="got tensors on 'cuda', expected 'cpu'"):
+    with pytest.raises(RuntimeError, match="got tensors on 'xpu', expected 'cpu' or 'cuda'"):
+        resolve("xpu")
+    monkeypatch.setattr(sys.modules["csp_kernels.backends"], "why_not_cuda", lambda: "no luck")
+    with pytest.raises(RuntimeError, match="'native' is not available on 'cuda': no luck"):
         resolve("cuda")
+    monkeypatch.setattr("csp_kernels.native.cuda_architectures", lambda: [80])
+    assert "GPU: CUDA C++ for sm_80; no luck" in csp.backends()["native"].reason and resolve("cpu") == "native"
+    monkeypatch.setattr(sys.modules["csp_kernels.backends"], "why_not_cuda", lambda: "")
+    assert resolve("cuda") == "native" and "sm_80, 3x3 of layers" in csp.backends()["native"].reason
+
+
+@pytest.mark.parametrize(
+    "compiled, here, reason",
+    [
+        ([80, 90], (9, 0), ""),
+        ([80, 90], (8, 6), ""),  # machine code of the same generation, an earlier one of it
+        ([80, 90], (12, 0), ""),  # PTX of the latest
+        ([86, 90], (8, 0), "compiled for [86, 90], not for 80; rebuild with CSP_KERNELS_CUDA_ARCHS=80"),
+        ([90], (8, 0), "compiled for [90], not for 80; rebuild with CSP_KERNELS_CUDA_ARCHS=80"),
+        ([], (9, 0), "built without CUDA kernels; rebuild where nvcc is on PATH"),
+    ],
+)
+def test_why_cuda_cannot_run(
+    compiled: list[int], here: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["csp_kernels.backends"], "_WHY_NOT_TRITON", "")
+    monkeypatch.setattr("csp_kernels.native.cuda_architectures", lambda: compiled)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: here)
+    got = why_not_cuda.__wrapped__()
+    assert (reason in got) if reason else not got
 
 
 def test_backends_agree() -> None:

@@ -1,5 +1,6 @@
 """The 3x3 convolution of a dense layer, padding 1: forward, and both gradients. An implicit product over taps and
-channels: its input is normalised and activated on load, its output is a channel slice. The portable form.
+channels: its input is normalised and activated on load, its output is a channel slice. The portable form: where that
+of the compiled library (kernels/cuda.py) takes a layer, it runs instead.
 
 P = N * H * W pixels, b channels enter, g leave. Weights are packed as [9, b, g] in the type of the input."""
 
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csp_kernels.kernels import launch, tune
+from csp_kernels.kernels import cuda, launch, tune
 from csp_kernels.kernels.launch import Correction, Geometry, Norm, Tile, blocks, power
 from csp_kernels.kernels.statistics import check_statistics, merge, store_tile_statistics, total
 
@@ -244,7 +245,7 @@ def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.new_empty((3, 3, b, g), dtype=dtype).copy_(weight.permute(2, 3, 1, 0)).view(9, b, g)
 
 
-def _mask(dropout: Dropout | None) -> tuple[Tensor | None, int, int, float]:
+def _mask(dropout: Dropout | None) -> cuda.Mask:
     """Arguments seed, layer, THRESHOLD, SCALE."""
     if dropout is None or dropout.rate <= 0:
         return None, 0, 0, 1.0
@@ -284,6 +285,8 @@ def forward(
     (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
     if statistics is not None:
         check_statistics(statistics, g)
+    if cuda.takes(z, weight, out, geometry, precision):
+        return cuda.forward(z, norm, weight, out, geometry, precision, statistics, _mask(dropout))
     uk, un = launch.unit(b, z.stride(0)), launch.unit(g, out.stride(0))
     seed, layer, threshold, scale = _mask(dropout)
     packed = _packed(weight, dtype)
@@ -327,6 +330,9 @@ def dgrad(
     for float64)."""
     _check(geometry, weight, {"z": z, "out": out}, {"features": features, "gradient": gradient})
     (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
+    if cuda.takes(z, weight, features, geometry, precision):
+        slices = features, gradient, correction, weight, z, norm
+        return cuda.dgrad(*slices, out, geometry, precision, _mask(dropout))
     uk, un = launch.unit(b, z.stride(0), out.stride(0)), launch.unit(g, features.stride(0), gradient.stride(0))
     seed, layer, threshold, scale = _mask(dropout)
     packed = _packed(weight, dtype)
@@ -367,6 +373,9 @@ def wgrad(
     """Arguments of `dgrad`. Returns dweight [g, b, 3, 3], contiguous; float32 (float64 for float64)."""
     _check(geometry, weight, {"z": z}, {"features": features, "gradient": gradient})
     (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
+    if cuda.takes(z, weight, features, geometry, precision):
+        slices = features, gradient, correction, weight, z, norm
+        return cuda.wgrad(*slices, geometry, precision, _mask(dropout))
     uk, un = launch.unit(b, z.stride(0)), launch.unit(g, features.stride(0), gradient.stride(0))
     seed, layer, threshold, scale = _mask(dropout)
 

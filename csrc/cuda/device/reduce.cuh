@@ -14,7 +14,7 @@ struct Reduction {
   DEVICE Reduction() : row(int(threadIdx.x) / ITEMS), shared(shared_base()) {
     item = int(blockIdx.x) * ITEMS + int(threadIdx.x) % ITEMS;
   }
-  DEVICE static constexpr int shared_bytes(int values) { return values * THREADS * 8; }
+  HOST_DEVICE static constexpr int shared_bytes(int values) { return values * THREADS * 8; }
   DEVICE uint32_t place(int value, int r) const { return shared + uint32_t((value * ROWS + r) * ITEMS + int(threadIdx.x) % ITEMS) * 8; }
 };
 

@@ -1,0 +1,97 @@
+"""The 3x3 of the compiled library (csrc/cuda/dense_block.h): which layers it takes, and its launchers, with the
+arguments of their twins in kernels/conv3x3.py. P = N * H * W pixels, b bottleneck channels enter, g grown leave."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from csp_kernels.backends import selected
+from csp_kernels.kernels.launch import Correction, Geometry, Norm
+
+Mask = tuple[Tensor | None, int, int, float]  # of dropout: seed, layer, threshold, scale
+
+
+def takes(z: Tensor, weight: Tensor, grown: Tensor, geometry: Geometry, precision: str) -> bool:
+    """Whether CUDA C++ runs this layer, forward and backward alike, so that both see the same masks. z [P, b], grown
+    [P, g]: the slice of the features that the layer writes."""
+    if selected() == "triton" or not _compiled_for(z.device.type.upper()):
+        return False
+    return not torch.ops.csp_kernels.conv3x3_unsupported(z, weight, grown, _images(geometry), precision == "tf32")
+
+
+def forward(
+    z: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    out: Tensor,
+    geometry: Geometry,
+    precision: str,
+    statistics: Tensor | None,
+    mask: Mask,
+) -> None:
+    """out [P, g] = dropout(conv3x3(relu(norm(z)), weight)); statistics [2, g] float64: mean and biased variance."""
+    moments = (
+        None if statistics is None else statistics.new_empty(statistics.shape)
+    )  # theirs are rows of a wider matrix
+    torch.ops.csp_kernels.conv3x3_forward(
+        z, _vectors(norm), weight, out, moments, _images(geometry), *mask, precision == "tf32"
+    )
+    if statistics is not None:
+        statistics.copy_(moments)
+
+
+def dgrad(
+    features: Tensor,
+    gradient: Tensor,
+    correction: Correction,
+    weight: Tensor,
+    z: Tensor,
+    norm: Norm,
+    out: Tensor,
+    geometry: Geometry,
+    precision: str,
+    mask: Mask,
+) -> Tensor:
+    """out [P, b] = dn * scale; returns sums [2, b] of dn and dn * (z - mean)."""
+    tensors = features, _aligned(gradient), _vectors(correction), weight, z, _vectors(norm)
+    sums: Tensor = torch.ops.csp_kernels.conv3x3_dgrad(*tensors, out, _images(geometry), *mask, precision == "tf32")
+    return sums
+
+
+def wgrad(
+    features: Tensor,
+    gradient: Tensor,
+    correction: Correction,
+    weight: Tensor,
+    z: Tensor,
+    norm: Norm,
+    geometry: Geometry,
+    precision: str,
+    mask: Mask,
+) -> Tensor:
+    """dweight [g, b, 3, 3] float32."""
+    tensors = features, _aligned(gradient), _vectors(correction), weight, z, _vectors(norm)
+    dweight: Tensor = torch.ops.csp_kernels.conv3x3_wgrad(*tensors, _images(geometry), *mask, precision == "tf32")
+    return dweight
+
+
+def _compiled_for(key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("csp_kernels::conv3x3_forward", key)
+
+
+def _images(geometry: Geometry) -> list[int]:
+    return [geometry.n, geometry.h, geometry.w]
+
+
+def _vectors(affine: Norm | Correction) -> list[Tensor]:
+    if isinstance(affine, Norm):
+        return [affine.mean, affine.scale, affine.shift]
+    return [affine.mean, affine.slope, affine.offset]
+
+
+def _aligned(gradient: Tensor) -> Tensor:
+    """The caller's gradient may be a slice at any offset: the features, which decide who runs, are not."""
+    vector = 16 // gradient.element_size()
+    fits = gradient.data_ptr() % 16 == 0 and gradient.stride(0) % vector == 0
+    return gradient if fits else gradient.contiguous()

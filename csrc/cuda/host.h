@@ -1,0 +1,65 @@
+// The device that a call runs on: made current, what it has, and torch's stream there.
+#pragma once
+#include "dense_block.h"
+
+#ifdef CSP_EMULATION
+#define CSP_DISPATCH_KEY CPU
+
+namespace csp::cuda {
+
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+// Few blocks, so that each has several tiles; shared memory of sm_90.
+struct Current {
+  explicit Current(int) {}
+  Device device() const { return {3, 227 * 1024, nullptr}; }
+};
+
+}  // namespace csp::cuda
+
+#else
+#include <dlfcn.h>
+#include <torch/headeronly/util/Exception.h>
+#define CSP_DISPATCH_KEY CUDA
+
+namespace csp::cuda {
+
+// From libtorch_cuda, which is there where tensors on a GPU are. The library itself links to nothing of CUDA, so that it loads with
+// a torch for CPUs.
+inline cudaStream_t current_stream(int index) {
+  using Get = int32_t (*)(int32_t, void**);
+  static const Get get = [] {
+    void* torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch ? reinterpret_cast<Get>(dlsym(torch, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get && get(index, &stream) == 0, "csp_kernels: torch's current CUDA stream cannot be found");
+  return static_cast<cudaStream_t>(stream);
+}
+
+class Current {
+  int index, previous = 0;
+
+ public:
+  explicit Current(int index) : index(index) {
+    if (cudaGetDevice(&previous) != cudaSuccess) previous = index;
+    if (previous != index) cudaSetDevice(index);
+  }
+  ~Current() {
+    if (previous != index) cudaSetDevice(previous);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, which, index);
+    STD_TORCH_CHECK(error == cudaSuccess, "csp_kernels: CUDA device ", index, ": ", cudaGetErrorString(error));
+    return value;
+  }
+  Device device() const {
+    return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), current_stream(index)};
+  }
+};
+
+}  // namespace csp::cuda
+#endif

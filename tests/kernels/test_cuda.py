@@ -1,0 +1,165 @@
+"""Whole operators as a GPU with CUDA C++ runs them: the 3x3 of csrc/cuda, emulated, and everything else in Triton,
+interpreted. Against the reference in float64."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_dense_block as block
+import torch
+from test_dense_block import Case, arguments, errors, image, kernels, reference, triton
+from tolerances import error, limit
+from torch import Tensor
+
+import csp_kernels as csp
+from csp_kernels.kernels import cuda
+
+pytestmark = pytest.mark.usefixtures("native")
+PASSES = ("forward", "dgrad", "wgrad")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The kernels, for the rest of the process."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
+    import operators
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("csp_kernels::conv3x3_forward", "CPU"):
+        torch.ops.load_library(str(operators.build(tmp_path_factory.mktemp("operators"))))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often each pass ran in CUDA C++."""
+    counted: Counter[str] = Counter()
+    for name in PASSES:
+        launch = getattr(cuda, name)
+
+        def count(*given: Any, name: str = name, launch: Any = launch) -> Any:
+            counted[name] += 1
+            return launch(*given)
+
+        monkeypatch.setattr(cuda, name, count)
+    yield counted
+
+
+WIDE = Case(channels=16, growth=16, width=32, size=(2, 9, 10), dtype=torch.bfloat16)
+CASES = {
+    "bfloat16": WIDE,
+    "float16": replace(WIDE, dtype=torch.float16, layers=3),
+    "growth 8": replace(WIDE, growth=8, width=24, size=(3, 7, 5)),
+    "growth 48": replace(WIDE, growth=48, width=192, size=(1, 4, 7)),
+    "recompute": replace(WIDE, keep=False),
+    "frozen": replace(WIDE, frozen=(True,), dtype=torch.float16),
+    "some frozen": replace(WIDE, frozen=(False, False, True), layers=3),
+    "one pixel": replace(WIDE, size=(32, 1, 1)),
+    "large mean": replace(WIDE, mean=30.0, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_reference(name: str, calls: Counter[str]) -> None:
+    """Within twice the error of the naive form in the same dtype, by the median of three seeds."""
+    case, runs = CASES[name], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        given = case, arguments(case), image(case.total, case)
+        mine, exact, naive = triton(*given), reference(*given, wide=True), reference(*given)
+        runs.append((errors(mine._replace(z=[]), exact, case), errors(naive, exact, case)))
+    assert calls == dict.fromkeys(PASSES, 3 * case.layers)
+    ours, others = ([statistics.median(e) for e in zip(*r, strict=True)] for r in zip(*runs, strict=True))
+    for i, (got, other) in enumerate(zip(ours, others, strict=True)):
+        bound = limit(other, case.dtype, max(9 * case.width, case.total))
+        assert got <= bound, f"tensor {i}: error {got:.2e}, allowed {bound:.2e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_triton_alone(name: str, calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout's mask too, and the layout of everything."""
+    case = replace(CASES[name], drop_rate=0.3 if name == "recompute" else 0.0)
+    given = case, arguments(case), image(case.total, case)
+    mine = triton(*given)
+    assert set(calls) == set(PASSES)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["csp_kernels.backends"], "_selected", "triton")  # as CSP_KERNELS_BACKEND=triton
+        calls.clear()
+        theirs = triton(*given)
+    assert not calls
+    got, expected = ([r.y, *r.z, r.stats, *r.gradients] for r in (mine, theirs))
+    for t, u in zip(got, expected, strict=True):
+        assert t.shape == u.shape and t.dtype == u.dtype and t.stride() == u.stride()
+    assert all(e <= block.CLOSE[case.dtype] for e in errors(mine, theirs, case))
+
+
+UNFIT = {
+    "growth 12": replace(WIDE, growth=12),
+    "bottleneck 20": replace(WIDE, width=20),
+    "channels 12: slices are not aligned": replace(WIDE, channels=12),
+    "float64": replace(WIDE, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_does_not_fit_runs_in_triton(name: str, calls: Counter[str]) -> None:
+    case = UNFIT[name]
+    given = case, arguments(case), image(case.total, case)
+    mine, exact = triton(*given), reference(*given, wide=True)
+    assert not calls
+    assert error(mine.y, exact.y) <= block.CLOSE[case.dtype]
+
+
+def test_a_gradient_at_any_offset(calls: Counter[str]) -> None:
+    """The caller's gradient is a slice whose pixels are 3 channels too far apart."""
+    case = WIDE
+    a, grad = arguments(case), image(case.total, case)
+    wide = torch.full((2, case.total + 3, 9, 10), torch.nan, dtype=case.dtype).to(memory_format=torch.channels_last)
+    wide[:, 1 : 1 + case.total] = grad
+    first, second = (triton(case, a, g) for g in (grad, wide[:, 1 : 1 + case.total]))
+    assert calls["dgrad"] == calls["wgrad"] == 2 * case.layers
+    for t, u in zip(first.gradients, second.gradients, strict=True):
+        assert torch.equal(t, u)
+
+
+@pytest.fixture(name="step")
+def operators_of_the_block(library: None) -> Iterator[None]:
+    """torch.ops.csp_kernels.dense_block* run by the launchers, also on CPU tensors."""
+    with torch.library._scoped_library("csp_kernels", "IMPL") as scope:
+        for suffix in ("", "_backward", "_inference"):
+            launcher = getattr(kernels, suffix.removeprefix("_") or "forward")
+            scope.impl(f"dense_block{suffix}", launcher, "CPU", allow_override=True)
+        yield
+
+
+@pytest.mark.usefixtures("step")
+@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
+def test_training_steps(recompute: str, calls: Counter[str]) -> None:
+    """Three steps of a layer with an optimizer: parameters and running statistics against the same in float64."""
+
+    def train(layer: torch.nn.Module, wide: bool = False) -> list[Tensor]:
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05, momentum=0.9)
+        for x, target in batches:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=not wide):
+                y = layer(x.double() if wide else x)
+            (y.double() - target).square().mean().backward()
+            optimizer.step()
+        return [*layer.parameters(), *layer.buffers()]
+
+    batches = [(torch.randn(2, 16, 8, 8).bfloat16(), torch.randn(2, 48, 8, 8)) for _ in range(3)]
+    layer = csp.DenseBlock(2, 16, growth_rate=16, bn_size=2, recompute=recompute)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    exact, naive = (csp.reference.DenseBlock(2, 16, growth_rate=16, bn_size=2) for _ in range(2))
+    exact.load_state_dict(state), naive.load_state_dict(state)
+    mine = train(layer)
+    assert calls == dict.fromkeys(PASSES, 3 * 2)
+    expected, other = train(exact.double(), wide=True), train(naive)
+    for i, (t, u, v) in enumerate(zip(mine, expected, other, strict=True)):
+        bound = limit(error(v, u), torch.bfloat16, 9 * 32)
+        assert error(t, u) <= bound, f"tensor {i}: error {error(t, u):.2e}, allowed {bound:.2e}"
