@@ -11,13 +11,17 @@ namespace {
 template <class... C> struct Tiles {};
 // Columns J times 8, rows R a warp: fewer rows where there are few pixels. 256 pixels at most.
 template <int J, int R> using ForwardTile = Conv3x3Tile<R, 2, 2, 1, 2, J, 32>;
+// For small maps: 128 / PARTS pixels, their channels by 16 PARTS a step, so that there are more tiles and fewer steps.
+template <int J, int PARTS> using DeepTile = Conv3x3Tile<1, 8 / PARTS, 1, 1, PARTS, J, 16 * PARTS>;
 using ForwardTiles = Tiles<ForwardTile<4, 4>, ForwardTile<4, 2>, ForwardTile<4, 1>, ForwardTile<3, 4>, ForwardTile<3, 2>,
                            ForwardTile<3, 1>, ForwardTile<2, 4>, ForwardTile<2, 2>, ForwardTile<2, 1>, ForwardTile<1, 4>,
-                           ForwardTile<1, 2>, ForwardTile<1, 1>>;
-// 128 pixels by GROUPS times 32 columns; 16 channels a step where 32 would multiply zeros.
-template <int GROUPS, int R, int DEPTH> using DgradTile = Conv3x3Tile<R, 8 / R, 1, GROUPS, 1, 4, DEPTH>;
+                           ForwardTile<1, 2>, ForwardTile<1, 1>, DeepTile<4, 4>, DeepTile<2, 4>, DeepTile<1, 4>, DeepTile<4, 8>,
+                           DeepTile<2, 8>, DeepTile<1, 8>>;
+// 128 pixels by GROUPS times 32 columns; 16 channels a step where 32 would multiply zeros. Fewer ROWS for small maps.
+template <int GROUPS, int R, int DEPTH, int ROWS = 8> using DgradTile = Conv3x3Tile<R, ROWS / R, 1, GROUPS, 1, 4, DEPTH>;
 using DgradTiles = Tiles<DgradTile<4, 4, 32>, DgradTile<3, 4, 32>, DgradTile<2, 2, 32>, DgradTile<1, 1, 32>, DgradTile<4, 4, 16>,
-                         DgradTile<3, 4, 16>, DgradTile<2, 2, 16>, DgradTile<1, 1, 16>>;
+                         DgradTile<3, 4, 16>, DgradTile<2, 2, 16>, DgradTile<1, 1, 16>, DgradTile<1, 1, 32, 4>,
+                         DgradTile<1, 1, 32, 2>>;
 using WgradTiles = Tiles<WgradTile<4>, WgradTile<3>, WgradTile<2>, WgradTile<1>>;
 
 // f(tile) of the tile at an index.
@@ -27,16 +31,28 @@ template <class F, class... C> cudaError_t with_tile(Tiles<C...>, int index, F f
   ((i++ == index ? void(error = f(C{})) : void()), ...);
   return error;
 }
-// Index of the tile of least cost, -1 if all are negative: unfit.
-template <class F, class... C> int cheapest(Tiles<C...>, F cost) {
-  int best = -1, i = 0;
-  int64_t least = 0;
-  auto consider = [&](int64_t c) {
-    if (c >= 0 && (best < 0 || c < least)) best = i, least = c;
-    i++;
-  };
-  (consider(cost(C{})), ...);
+// A tile's index, -1 if none is fit; splits of the channels that its blocks add up.
+struct Choice {
+  int tile = -1, splits = 1;
+  int64_t cost = -1;
+  void take(const Choice& other) {
+    if (other.cost >= 0 && (cost < 0 || other.cost < cost)) *this = other;
+  }
+};
+// The tile of least cost, the first of equals; a negative cost: unfit.
+template <class F, class... C> Choice cheapest(Tiles<C...>, F cost, int splits = 1) {
+  Choice best;
+  int i = 0;
+  (best.take({i++, splits, cost(C{})}), ...);
   return best;
+}
+template <class F, class... C> int64_t cost_of(Tiles<C...>, int index, F cost) {
+  int64_t found = -1;
+  with_tile(Tiles<C...>{}, index, [&](auto tile) {
+    found = cost(tile);
+    return cudaSuccess;
+  });
+  return found;
 }
 template <class F> cudaError_t with_type(Type type, F f) { return type == Type::Half ? f(Half{}) : f(BFloat16{}); }
 
@@ -47,7 +63,8 @@ int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 struct Plan {
   int tile = -1;
   int columns = 1, blocks = 0;  // blocks of columns, blocks that share the tiles of pixels
-  int64_t weight_bytes = 0, partial_bytes = 0;
+  int splits = 1, split_channels = 0, sum_blocks = 0;  // of forward's channels; blocks that add the splits
+  int64_t weight_bytes = 0, partial_bytes = 0, sum_bytes = 0;
 };
 
 template <class C> Map map_of(const Images& images) {
@@ -67,18 +84,107 @@ template <class C> int64_t rounds(const Layer& layer, const Device& device, int6
          ceil_div(columns, device.multiprocessors);
 }
 
-Plan plan_forward(const Layer& layer, const Device& device) {
-  Plan plan;
-  plan.tile = cheapest(ForwardTiles{}, [&](auto tile) -> int64_t {  // products, staged rows, a constant
+// Blocks of pixels that add splits.
+int sum_blocks(int64_t pixels, int64_t outputs, const Device& device) {
+  const int64_t share = device.multiprocessors / ceil_div(outputs, SplitSum::COLUMNS), all = ceil_div(pixels, SplitSum::PIXELS);
+  return int(share < 1 ? 1 : share < all ? share : all);
+}
+
+// Small maps. Where the usual choice has all tiles in one round, latencies, weights and launches count beside products. The costs below
+// are nanoseconds on an H100 (1.7 GHz), estimated and not measured; one more kernel costs Device::launch_ns.
+constexpr int64_t PRODUCT_NS = 62;  // of each of 8 warps: 16 rows, 16 channels, 8 columns, nine taps; 1.5 clocks an m16n8k16. Or as long
+constexpr int64_t STEP_NS = 500;    // a step at least: chunks come from L2 or memory, are stored, a barrier, a chain of products
+constexpr int64_t BYTES_A_NS = 41;  // of L2, a multiprocessor's share when all read: 5.5 TB/s in all
+
+int64_t step_ns(int64_t products) { return products * PRODUCT_NS > STEP_NS ? products * PRODUCT_NS : STEP_NS; }
+
+// Weights into shared memory, steps, and for splits: sums written and read, another kernel.
+template <class C> int64_t forward_ns(const Layer& layer, const Device& device, int splits) {
+  const int b = int(layer.bottleneck), g = int(layer.growth), steps = int(ceil_div(C::steps(b), splits));
+  if (g % C::COLUMNS || C::shared_bytes(steps * C::DEPTH) > device.shared_bytes) return -1;
+  if (splits > 1 && (!C::SPLITS || ceil_div(C::steps(b), steps) != splits)) return -1;  // some would be empty
+  const int64_t sums = 8 * splits * layer.images.n * layer.images.h * layer.images.w * g;
+  const int64_t second = splits > 1 ? device.launch_ns + sums / (BYTES_A_NS * device.multiprocessors) : 0;
+  return C::slabs(steps * C::DEPTH) * C::SLAB_BYTES / BYTES_A_NS + second +
+         rounds<C>(layer, device, g / C::COLUMNS * splits) * steps * step_ns(C::R * C::J + (C::LOADS + 1) / 2 + 2);
+}
+template <class C> int64_t dgrad_ns(const Layer& layer, const Device& device) {
+  const int g = int(layer.growth), products = C::DEPTH / 16 * C::GROUPS * C::ROWS / 2, staging = C::LOADS * C::THREADS / 128;
+  if (C::shared_bytes(g) > device.shared_bytes) return -1;
+  return C::slabs(g) * C::SLAB_BYTES / BYTES_A_NS +
+         rounds<C>(layer, device, ceil_div(layer.bottleneck, C::COLUMNS)) * C::steps(g) * step_ns(products + staging + 1);
+}
+template <class C> int64_t wgrad_ns(const Layer& layer, const Device& device) {  // and a slab of sums
+  if (layer.growth % C::COLUMNS || C::SHARED_BYTES > device.shared_bytes) return -1;
+  const int64_t blocks = layer.growth / C::COLUMNS * ceil_div(layer.bottleneck, C::CHANNELS);
+  return rounds<C>(layer, device, blocks) * step_ns(4 * C::J + C::LOADS) + 36 * C::CHANNELS * C::COLUMNS / BYTES_A_NS;
+}
+
+// The usual choices, by costs of their own.
+Choice usual_forward(const Layer& layer, const Device& device) {
+  return cheapest(ForwardTiles{}, [&](auto tile) -> int64_t {  // products, staged rows, a constant
     using C = decltype(tile);
-    if (layer.growth % C::COLUMNS || C::shared_bytes(int(layer.bottleneck)) > device.shared_bytes) return -1;
+    if (C::HALVES > 2 || layer.growth % C::COLUMNS || C::shared_bytes(int(layer.bottleneck)) > device.shared_bytes) return -1;
     return rounds<C>(layer, device, layer.growth / C::COLUMNS) * (C::R * C::J + C::R + 2);
   });
+}
+Choice usual_dgrad(const Layer& layer, const Device& device) {
+  return cheapest(DgradTiles{}, [&](auto tile) -> int64_t {  // products and staging of each slab, a barrier a step
+    using C = decltype(tile);
+    const int g = int(layer.growth), cost = 4 * C::slabs(g) * (C::GROUPS + 1) + C::steps(g);
+    if (C::ROWS < 8 || C::shared_bytes(g) > device.shared_bytes) return -1;
+    return rounds<C>(layer, device, ceil_div(layer.bottleneck, C::COLUMNS)) * cost;
+  });
+}
+Choice usual_wgrad(const Layer& layer, const Device& device) {
+  return cheapest(WgradTiles{}, [&](auto tile) -> int64_t {  // the widest
+    using C = decltype(tile);
+    return layer.growth % C::COLUMNS || C::SHARED_BYTES > device.shared_bytes ? -1 : layer.growth / C::COLUMNS;
+  });
+}
+// The usual choice, unless `ns` finds a better one for what is one round; ns(tile, splits).
+template <class List, class Rounds, class F> Choice choose(List list, Choice usual, Rounds rounds_of, int most_splits, F ns) {
+  if (usual.tile < 0 || cost_of(list, usual.tile, rounds_of) > 1) return usual;
+  usual.cost = cost_of(list, usual.tile, [&](auto tile) { return ns(tile, 1); });
+  for (int splits = 1; splits <= most_splits; splits++)
+    usual.take(cheapest(list, [&](auto tile) { return ns(tile, splits); }, splits));
+  return usual;
+}
+
+Choice choose_forward(const Layer& layer, const Device& device) {
+  auto rounds_of = [&](auto tile) { return rounds<decltype(tile)>(layer, device, layer.growth / decltype(tile)::COLUMNS); };
+  return choose(ForwardTiles{}, usual_forward(layer, device), rounds_of, SplitSum::MOST,
+                [&](auto tile, int splits) { return forward_ns<decltype(tile)>(layer, device, splits); });
+}
+Choice choose_dgrad(const Layer& layer, const Device& device) {
+  auto rounds_of = [&](auto tile) { return rounds<decltype(tile)>(layer, device, ceil_div(layer.bottleneck, decltype(tile)::COLUMNS)); };
+  return choose(DgradTiles{}, usual_dgrad(layer, device), rounds_of, 1,
+                [&](auto tile, int) { return dgrad_ns<decltype(tile)>(layer, device); });
+}
+Choice choose_wgrad(const Layer& layer, const Device& device) {
+  auto rounds_of = [&](auto tile) {
+    using C = decltype(tile);
+    return rounds<C>(layer, device, layer.growth / C::COLUMNS * ceil_div(layer.bottleneck, C::CHANNELS));
+  };
+  return choose(WgradTiles{}, usual_wgrad(layer, device), rounds_of, 1,
+                [&](auto tile, int) { return wgrad_ns<decltype(tile)>(layer, device); });
+}
+
+Plan plan_forward(const Layer& layer, const Device& device) {
+  Plan plan;
+  const Choice choice = choose_forward(layer, device);
+  plan.tile = choice.tile, plan.splits = choice.splits;
   with_tile(ForwardTiles{}, plan.tile, [&](auto tile) {
     using C = decltype(tile);
-    plan.columns = int(layer.growth / C::COLUMNS), plan.blocks = blocks_of<C>(layer, device, plan.columns);
+    const int64_t pixels = layer.images.n * layer.images.h * layer.images.w, steps = C::steps(int(layer.bottleneck));
+    plan.columns = int(layer.growth / C::COLUMNS), plan.blocks = blocks_of<C>(layer, device, plan.columns * plan.splits);
+    plan.split_channels = int(ceil_div(steps, plan.splits)) * C::DEPTH;
     plan.weight_bytes = whole_lines(int64_t(plan.columns) * C::slabs(int(layer.bottleneck)) * C::SLAB_BYTES);
-    plan.partial_bytes = int64_t(plan.blocks) * 3 * layer.growth * 4;
+    if (plan.splits > 1) {
+      plan.sum_blocks = sum_blocks(pixels, layer.growth, device);
+      plan.sum_bytes = whole_lines(plan.splits * pixels * layer.growth * 4);
+    }
+    plan.partial_bytes = int64_t(plan.splits > 1 ? plan.sum_blocks : plan.blocks) * 3 * layer.growth * 4;
     return cudaSuccess;
   });
   return plan;
@@ -86,11 +192,7 @@ Plan plan_forward(const Layer& layer, const Device& device) {
 
 Plan plan_dgrad(const Layer& layer, const Device& device) {
   Plan plan;
-  plan.tile = cheapest(DgradTiles{}, [&](auto tile) -> int64_t {  // products and staging of each slab, a barrier a step
-    using C = decltype(tile);
-    const int g = int(layer.growth), cost = 4 * C::slabs(g) * (C::GROUPS + 1) + C::steps(g);
-    return C::shared_bytes(g) > device.shared_bytes ? -1 : rounds<C>(layer, device, ceil_div(layer.bottleneck, C::COLUMNS)) * cost;
-  });
+  plan.tile = choose_dgrad(layer, device).tile;
   with_tile(DgradTiles{}, plan.tile, [&](auto tile) {
     using C = decltype(tile);
     plan.columns = int(ceil_div(layer.bottleneck, C::COLUMNS)), plan.blocks = blocks_of<C>(layer, device, plan.columns);
@@ -103,10 +205,7 @@ Plan plan_dgrad(const Layer& layer, const Device& device) {
 
 Plan plan_wgrad(const Layer& layer, const Device& device) {
   Plan plan;
-  plan.tile = cheapest(WgradTiles{}, [&](auto tile) -> int64_t {  // the widest
-    using C = decltype(tile);
-    return layer.growth % C::COLUMNS || C::SHARED_BYTES > device.shared_bytes ? -1 : layer.growth / C::COLUMNS;
-  });
+  plan.tile = choose_wgrad(layer, device).tile;
   with_tile(WgradTiles{}, plan.tile, [&](auto tile) {
     using C = decltype(tile);
     plan.columns = int(layer.growth / C::COLUMNS);
@@ -123,6 +222,12 @@ cudaError_t pack_weights(Type type, PackArguments args, cudaStream_t stream) {
   const int64_t n = int64_t(args.block_columns) * args.blocks * args.slabs * 144;
   return with_type(type, [&](auto element) {
     return launch(pack_weights_kernel<decltype(element)>, dim3(unsigned(ceil_div(n, 256))), 256, 0, stream, args);
+  });
+}
+cudaError_t add_splits(Type type, const SplitArguments& args, int blocks, cudaStream_t stream) {
+  const dim3 grid(unsigned(blocks), unsigned(ceil_div(args.outputs, SplitSum::COLUMNS)));
+  return with_type(type, [&](auto element) {
+    return launch(add_splits_kernel<decltype(element)>, grid, SplitSum::THREADS, size_t(SplitSum::SHARED_BYTES), stream, args);
   });
 }
 cudaError_t sum_slabs(const SlabArguments& args, cudaStream_t stream) {
@@ -154,14 +259,17 @@ int64_t workspace_bytes(const Layer& layer, const Device& device, Pass pass) {
   const Plan plan = pass == Pass::Forward ? plan_forward(layer, device)
                     : pass == Pass::Dgrad ? plan_dgrad(layer, device)
                                           : plan_wgrad(layer, device);
-  return plan.weight_bytes + plan.partial_bytes;
+  return plan.weight_bytes + plan.sum_bytes + plan.partial_bytes;
 }
 
 cudaError_t conv3x3_forward(const Layer& layer, const Device& device, const View& z, const Norm& norm, const Weight& weight,
                             const Dropout& dropout, const Output& out, double* statistics, void* workspace) {
   const Plan plan = plan_forward(layer, device);
   uint16_t* packed = static_cast<uint16_t*>(workspace);
-  float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.weight_bytes);
+  float* sums = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.weight_bytes);
+  float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.weight_bytes + plan.sum_bytes);
+  const bool split = plan.splits > 1;
+  const int64_t pixels = layer.images.n * layer.images.h * layer.images.w;
   const int b = int(layer.bottleneck), g = int(layer.growth);
   cudaError_t error = with_tile(ForwardTiles{}, plan.tile, [&](auto tile) {
     using C = decltype(tile);
@@ -170,14 +278,19 @@ cudaError_t conv3x3_forward(const Layer& layer, const Device& device, const View
     cudaError_t packing = pack_weights(layer.type, pack, device.stream);
     if (packing != cudaSuccess) return packing;
     const ForwardArguments args{map_of<C>(layer.images), elements(z), packed, static_cast<uint16_t*>(out.data), int(z.pitch),
-                                int(out.pitch), b, g, norm, dropout, statistics ? partials : nullptr};
+                                int(out.pitch), b, g, norm, dropout, statistics && !split ? partials : nullptr, split ? sums : nullptr,
+                                plan.split_channels, int(pixels)};
+    const dim3 grid(unsigned(plan.blocks), unsigned(plan.columns), unsigned(plan.splits));
+    const size_t shared = size_t(C::shared_bytes(plan.split_channels));  // unsplit: b, rounded up
     return with_type(layer.type, [&](auto element) {
-      return launch(conv3x3_forward_kernel<decltype(element), C>, dim3(unsigned(plan.blocks), unsigned(plan.columns)), C::THREADS,
-                    size_t(C::shared_bytes(b)), device.stream, args);
+      return launch(conv3x3_forward_kernel<decltype(element), C>, grid, C::THREADS, shared, device.stream, args);
     });
   });
+  if (error == cudaSuccess && split)
+    error = add_splits(layer.type, {sums, plan.splits, int(pixels), g, static_cast<uint16_t*>(out.data), int(out.pitch), dropout,
+                                    statistics ? partials : nullptr}, plan.sum_blocks, device.stream);
   if (error != cudaSuccess || !statistics) return error;
-  return merge_statistics({partials, plan.blocks, g, statistics}, device.stream);
+  return merge_statistics({partials, split ? plan.sum_blocks : plan.blocks, g, statistics}, device.stream);
 }
 
 cudaError_t conv3x3_dgrad(const Layer& layer, const Device& device, const View& features, const View& gradient,

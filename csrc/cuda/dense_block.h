@@ -7,7 +7,8 @@
 
 namespace csp::cuda {
 
-enum class Type : int { Half, BFloat16 };
+// Float32: multiplied in full, without tensor cores; TensorFloat32: inputs of the products rounded to 10 bits. dense_block_float32.h.
+enum class Type : int { Half, BFloat16, Float32, TensorFloat32 };
 
 struct Images {
   int64_t n, h, w;
@@ -50,6 +51,7 @@ struct Device {
   int multiprocessors;
   int64_t shared_bytes;  // that a block may have
   cudaStream_t stream;
+  int64_t launch_ns = 2000;  // what one more kernel costs: alike on all devices; 0 in tests, so that sums are split
 };
 struct Layer {
   Type type;

@@ -22,7 +22,8 @@ FLAGS = {
 }
 COUNTERS = (
     "mma", "shuffles", "matrices", "matrix_wavefronts", "shared_loads", "shared_load_wavefronts", "shared_stores",
-    "shared_store_wavefronts", "global_load_bytes", "global_store_bytes", "copy_bytes",
+    "shared_store_wavefronts", "global_load_bytes", "global_store_bytes", "copy_bytes", "narrow_loads",
+    "narrow_wavefronts",
 )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ struct Job {
   std::vector<int64_t> numbers;
   std::vector<Buffer> buffers;
   size_t next = 0;
-  int64_t tile = -1;  // the one that was chosen
+  int64_t tile = -1;  // the one that was chosen, and 256 for each split after the first
 
   explicit Job(const char* path) {
     FILE* file = fopen(path, "rb");
@@ -101,9 +101,11 @@ int run(Job& job) {
   const Pass pass = Pass(job.take());
   emulation::schedule = emulation::Schedule(job.take());
   const Layer layer{Type(job.take()), {job.take(), job.take(), job.take()}, job.take(), job.take()};
-  const Device device{int(job.take()), job.take(), nullptr};
+  Device device{int(job.take()), job.take(), nullptr};
+  if (const char* ns = getenv("CSP_LAUNCH_NS")) device.launch_ns = atoll(ns);
   if (const char* reason = unsupported(layer, device)) return fprintf(stderr, "unsupported: %s\n", reason), 4;
-  job.tile = (pass == Pass::Forward ? plan_forward : pass == Pass::Dgrad ? plan_dgrad : plan_wgrad)(layer, device).tile;
+  const Plan plan = (pass == Pass::Forward ? plan_forward : pass == Pass::Dgrad ? plan_dgrad : plan_wgrad)(layer, device);
+  job.tile = plan.tile + 256 * (plan.splits - 1);
   Buffer workspace(workspace_bytes(layer, device, pass));
   memset(workspace.data.get(), 0xff, size_t(workspace.bytes));
   const View z = job.view();

@@ -11,17 +11,18 @@
 namespace csp::cuda {
 
 template <int R_, int DOWN_, int ACROSS_, int GROUPS_, int HALVES_, int J_, int DEPTH_> struct Conv3x3Tile {
-  // warps: DOWN x ACROSS units of pixels, times GROUPS of columns, times HALVES of the channels; DEPTH channels a step
+  // warps: DOWN x ACROSS units of pixels, times GROUPS of columns, times HALVES (or 4, 8 parts) of the channels; DEPTH channels a step
   static constexpr int R = R_, DOWN = DOWN_, ACROSS = ACROSS_, GROUPS = GROUPS_, HALVES = HALVES_, J = J_;
   static constexpr int UNITS = DOWN * ACROSS, WARPS = UNITS * GROUPS * HALVES, THREADS = 32 * WARPS, COLUMNS = 8 * J * GROUPS;
   static constexpr int STRIPS = 2 * ACROSS, ROWS = R * DOWN, HALO_ROWS = ROWS + 2, PIXELS = STRIPS * HALO_ROWS * HALO;
   static constexpr int DEPTH = DEPTH_, CHUNKS = DEPTH / 8, PIXEL_BYTES = 2 * DEPTH, ROW_BYTES = HALO * PIXEL_BYTES;
   static constexpr int STRIP_BYTES = HALO_ROWS * ROW_BYTES, HALO_BYTES = STRIPS * STRIP_BYTES;
-  static constexpr int EXCHANGE_BYTES = HALVES == 2 ? UNITS * R * J * 512 : 0;
+  static constexpr int EXCHANGE_BYTES = (HALVES - 1) * UNITS * R * J * 512;
   static constexpr int BUFFER = HALO_BYTES > EXCHANGE_BYTES ? HALO_BYTES : EXCHANGE_BYTES;
   static constexpr int K16 = DEPTH / 16 / HALVES;  // products of 16 channels a step and warp
   static constexpr int TAP_BYTES = 16 * COLUMNS * 2, SLAB_BYTES = 9 * TAP_BYTES;
   static constexpr int LOADS = (PIXELS * CHUNKS + THREADS - 1) / THREADS;
+  static constexpr bool SPLITS = R == 1 && HALVES > 1;  // may have its channels split over blocks: small tiles
   using Strips = StripTable<STRIPS, ROWS, 4>;
 
   // Shared memory: two halos, strips, coefficients, weights [slab of 16 channels][9][16][COLUMNS].

@@ -69,6 +69,18 @@ template <class T> DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32
 #undef CSP_MMA
 }
 
+// d [16, 8] += a [16, 8] b [8, 8] of values that to_tf32 has rounded.
+DEVICE float to_tf32(float x) {  // half away from zero
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // 8x8 matrices; lane 8m + r holds the address of row r of matrix m.
 DEVICE void ldmatrix(uint32_t (&to)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -91,6 +103,12 @@ DEVICE uint4 load_shared16(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
+}
+// Of one or two words a lane.
+template <int WORDS> DEVICE void load_shared_words(uint32_t (&v)[WORDS], uint32_t address) {
+  static_assert(WORDS == 1 || WORDS == 2);
+  if constexpr (WORDS == 2) asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
+  else asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v[0]) : "r"(address) : "memory");
 }
 DEVICE void store_shared16(bool on, uint32_t address, uint4 v) {
   asm volatile("{.reg .pred q; setp.ne.s32 q, %5, 0; @q st.shared.v4.b32 [%0], {%1, %2, %3, %4};}" ::"r"(address), "r"(v.x), "r"(v.y),

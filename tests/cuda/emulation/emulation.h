@@ -74,6 +74,14 @@ template <class T> DEVICE uint32_t pack_relu(float low, float high) { return pac
 template <class T> DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulation::mma(d, a, b0, b1, unpack<T>);
 }
+DEVICE float to_tf32(float x) {  // half away from zero
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7f800000) != 0x7f800000) bits = (bits + 0x1000) & ~0x1fffu;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emulation::mma_tf32(d, a, b0, b1); }
 DEVICE void ldmatrix(uint32_t (&to)[4], uint32_t address) { emulation::ldmatrix<4, false>(to, address); }
 DEVICE void ldmatrix_transposed(uint32_t (&to)[4], uint32_t address) { emulation::ldmatrix<4, true>(to, address); }
 DEVICE void ldmatrix_transposed(uint32_t (&to)[2], uint32_t address) { emulation::ldmatrix<2, true>(to, address); }
@@ -88,6 +96,14 @@ DEVICE uint4 load_shared16(uint32_t address) {
   uint4 value;
   memcpy(&value, shared_memory() + address, 16);
   return value;
+}
+template <int WORDS> DEVICE void load_shared_words(uint32_t (&v)[WORDS], uint32_t address) {
+  using namespace emulation;
+  check_shared(address, 4 * WORDS);
+  Slot* warp = exchange(SharedLoad, &address, 1);
+  count(&Counters::narrow_loads, WORDS);
+  count_narrow_wavefronts(warp, WORDS);
+  memcpy(v, shared_memory() + address, 4 * WORDS);
 }
 DEVICE void store_shared16(bool on, uint32_t address, uint4 value) {
   using namespace emulation;

@@ -11,6 +11,7 @@ struct Counters {
   int64_t shared_loads, shared_load_wavefronts;   // of 16 bytes a lane: four wavefronts at best
   int64_t shared_stores, shared_store_wavefronts;
   int64_t global_load_bytes, global_store_bytes, copy_bytes;
+  int64_t narrow_loads, narrow_wavefronts;  // of 4 or 8 bytes a lane: wavefronts at best, and needed
 };
 inline Counters counters;
 EMULATION_INTERNAL inline void add(int64_t Counters::*counter, int64_t n) { counters.*counter += n; }
@@ -34,12 +35,12 @@ EMULATION_INTERNAL inline Slot* exchange(int operation, const uint32_t* words, i
 
 inline int lane() { return running % 32; }
 
-// Of up to eight 16-byte accesses at once: the most words that one bank has to give.
-EMULATION_INTERNAL inline int wavefronts(const Slot* slots, int n) {
+// Of n accesses at once, each of so many words: the most words that one bank has to give.
+EMULATION_INTERNAL inline int wavefronts(const Slot* slots, int n, uint32_t words = 4) {
   uint32_t seen[32][32];
   int used[32] = {}, most = 0;
   for (int i = 0; i < n; i++)
-    for (uint32_t w = 0; w < 4 && slots[i].words[0] != NO_ADDRESS; w++) {
+    for (uint32_t w = 0; w < words && slots[i].words[0] != NO_ADDRESS; w++) {
       uint32_t word = slots[i].words[0] / 4 + w, bank = word % 32;
       int k = 0;
       while (k < used[bank] && seen[bank][k] != word) k++;
@@ -52,6 +53,11 @@ EMULATION_INTERNAL inline int wavefronts(const Slot* slots, int n) {
 EMULATION_INTERNAL inline void count_wavefronts(const Slot* warp, int groups, int64_t Counters::*total) {
   if (lane()) return;
   for (int g = 0; g < groups; g++) counters.*total += wavefronts(warp + 8 * g, 8);
+}
+
+EMULATION_INTERNAL inline void count_narrow_wavefronts(const Slot* warp, int words) {
+  if (lane()) return;
+  for (int g = 0; g < words; g++) counters.narrow_wavefronts += wavefronts(warp + 32 / words * g, 32 / words, uint32_t(words));
 }
 
 // Once a warp.
@@ -113,6 +119,25 @@ template <class Widen> void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t 
       sums[0] += x0.x * y0.x + x0.y * y0.y, sums[1] += x0.x * y1.x + x0.y * y1.y;
       sums[2] += x1.x * y0.x + x1.y * y0.y, sums[3] += x1.x * y1.x + x1.y * y1.y;
     }
+  for (int i = 0; i < 4; i++) d[i] += sums[i];
+}
+
+// d [16, 8] += a [16, 8] b [8, 8] in float32; the low 13 bits of what is multiplied are not seen.
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  Slot* warp = exchange(Multiply, words, 6);
+  count(&Counters::mma, 1);
+  auto value = [warp](int lane, int i) {
+    const uint32_t bits = word(warp, lane, i) & ~0x1fffu;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+  };
+  const int row = lane() / 4, column = lane() % 4 * 2;
+  float sums[4] = {};
+  for (int k = 0; k < 8; k++)
+    for (int i = 0; i < 4; i++)  // rows 8 apart, neighbouring columns
+      sums[i] += value(4 * row + k % 4, k / 4 * 2 + i / 2) * value(4 * (column + i % 2) + k % 4, 4 + k / 4);
   for (int i = 0; i < 4; i++) d[i] += sums[i];
 }
 
