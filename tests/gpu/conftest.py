@@ -1,4 +1,5 @@
-"""The operators on CUDA tensors, by the Triton kernels. `make test`, which must pass without a GPU, leaves them out;
+"""The operators on CUDA tensors: by the Triton kernels, and where the library has CUDA kernels those with a 3x3 also by
+the two together. `make test`, which must pass without a GPU, leaves them out;
 `make gpu` runs them. `pytest tests/gpu --device cpu` runs the same bodies by the C++ operators: they still fit."""
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `gpu_cases`; tests/conftes
 import cases
 
 import csp_kernels as csp
-from csp_kernels.backends import why_not_triton
+from csp_kernels.backends import why_not_cuda, why_not_triton
 
-BACKENDS = {"cuda": "triton", "cpu": "native"}
+WITHOUT_3X3 = ("test_concat_conv", "test_partial_transition", "test_schemas")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", choices=sorted(BACKENDS), default="cuda", help="of the tests in tests/gpu")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cuda", help="of the tests in tests/gpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,9 +33,21 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.config.getoption("--device") == "cpu":
+        backends = ["native"]
+    elif why_not_cuda() or metafunc.module.__name__.rpartition(".")[2] in WITHOUT_3X3:
+        backends = ["triton"]
+    else:
+        backends = ["triton", "native"]
+    metafunc.parametrize("backend", backends)
+
+
 @pytest.fixture(autouse=True)
-def device(settings: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Name of the device that tensors are on by default; its backend is chosen, TF32 off."""
+def device(
+    settings: None, backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """Name of the device that tensors are on by default; the backend is chosen, TF32 off."""
     name: str = request.config.getoption("--device")
     plain = cases.grads
 
@@ -44,7 +57,7 @@ def device(settings: None, request: pytest.FixtureRequest, monkeypatch: pytest.M
 
     monkeypatch.setattr(cases, "grads", grads)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # in the reference
-    csp.use_backend(BACKENDS[name])
+    csp.use_backend(backend)
     torch.set_default_device(name)
     yield name
     torch.set_default_device(None)

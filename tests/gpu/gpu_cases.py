@@ -21,6 +21,7 @@ BOTTLENECK = {"recompute": "bottleneck"}
 OPERATORS: dict[str, Case] = {
     "dense_block": DenseCase(),
     "dense_block, recompute": DenseCase(options=BOTTLENECK),
+    "dense_block, multiples of 8": DenseCase(channels=16, growth=16, width=32, size=(2, 9, 10)),
     "concat_conv": ConcatConvCase(),
     "concat_conv, mish, two outputs": ConcatConvCase(options={"act": "mish", "splits": [5, 12]}),
     "partial_transition, post": TransitionCase(),
