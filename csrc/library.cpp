@@ -31,6 +31,9 @@ STABLE_TORCH_LIBRARY(csp_kernels, m) {
         "Tensor(a!) out, int[] images, Tensor? seed, int layer, int threshold, float scale, bool tf32) -> Tensor");
   m.def("conv3x3_wgrad(Tensor features, Tensor gradient, Tensor[] correction, Tensor weight, Tensor z, Tensor[] norm, "
         "int[] images, Tensor? seed, int layer, int threshold, float scale, bool tf32) -> Tensor");
+  m.def("dense_layer_wins(Tensor features, Tensor weight2, Tensor out, int[] images) -> bool");
+  m.def("dense_layer(Tensor features, Tensor[] norm1, Tensor weight1, Tensor[] norm2, Tensor weight2, Tensor(a!) out, "
+        "int[] images) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(csp_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&csp::cpu_isa));

@@ -73,8 +73,8 @@ class _Stage(ABC):
         """Uninitialised."""
 
     @abstractmethod
-    def forward(self, y: Tensor, kept: Kept, raw_t: Tensor, raw_u: Tensor) -> None:
-        """y [P', o] view."""
+    def forward(self, y: Tensor, kept: Kept, raw_t: Tensor, raw_u: Tensor, last: bool) -> None:
+        """y [P', o] view; last: no backward pass follows."""
 
     @abstractmethod
     def backward(self, dy: Tensor, kept: Kept, raw_t: Tensor, raw_u: Tensor, dx: Tensor) -> list[Tensor]:
@@ -102,8 +102,11 @@ class _Pre(_Stage):
         known = self.stats[:, : self.block.total] if self.block.collects else None
         return self.transition(features, None, known)
 
-    def forward(self, y: Tensor, kept: Kept, raw_t: Tensor, raw_u: Tensor) -> None:
-        self.block.forward(self.dense, kept.features, kept.z)
+    def forward(self, y: Tensor, kept: Kept, raw_t: Tensor, raw_u: Tensor, last: bool) -> None:
+        if last and self.block.fixed:
+            self.block.inference(self.dense, kept.features)
+        else:
+            self.block.forward(self.dense, kept.features, kept.z)
         self.reading(kept.features).forward(y, raw_t, raw_u)
 
     def backward(self, dy: Tensor, kept: Kept, raw_t: Tensor, raw_u: Tensor, dx: Tensor) -> list[Tensor]:
@@ -130,7 +133,7 @@ class _Post(_Stage):
     def reading(self, features: Tensor) -> PartialTransition:
         return self.transition(self.dense, Grown(features, self.block.loaded(self.block.grown)), None)
 
-    def forward(self, y: Tensor, kept: Kept, raw_t: Tensor, raw_u: Tensor) -> None:
+    def forward(self, y: Tensor, kept: Kept, raw_t: Tensor, raw_u: Tensor, last: bool) -> None:
         self.block.forward(self.dense, kept)
         self.reading(kept.features).forward(y, raw_t, raw_u)
 
@@ -171,13 +174,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     options = _Options(part_channels, layer, fusion, pool, winograd)
     stage = _stage(x, _Norms(params, running, frozen, eps), options)
-    last, (h, w) = stage.last.params, x.shape[2:]
-    sizes = raw_sizes(x, last, fusion, stage.post, pool) if keep else (0, 0)
+    params, (h, w) = stage.last.params, x.shape[2:]
+    sizes = raw_sizes(x, params, fusion, stage.post, pool) if keep else (0, 0)
     raw_t, raw_u = (x.new_empty((n,)) for n in sizes)
     kept = stage.keep(keep_bottleneck)
-    y = image(x, output_size(fusion, part_channels, last), *((h // 2, w // 2) if pool else (h, w)))
+    y = image(x, output_size(fusion, part_channels, params), *((h // 2, w // 2) if pool else (h, w)))
     if y.numel() > 0:
-        stage.forward(pixels_of(y), kept, raw_t, raw_u)
+        stage.forward(pixels_of(y), kept, raw_t, raw_u, last=not keep)
     return y, *kept, raw_t, raw_u, stage.stats
 
 

@@ -31,14 +31,9 @@ def forward(
     mask: Mask,
 ) -> None:
     """out [P, g] = dropout(conv3x3(relu(norm(z)), weight)); statistics [2, g] float64: mean and biased variance."""
-    moments = (
-        None if statistics is None else statistics.new_empty(statistics.shape)
-    )  # theirs are rows of a wider matrix
     torch.ops.csp_kernels.conv3x3_forward(
-        z, _vectors(norm), weight, out, moments, _images(geometry), *mask, precision == "tf32"
+        z, _vectors(norm), weight, out, statistics, _images(geometry), *mask, precision == "tf32"
     )
-    if statistics is not None:
-        statistics.copy_(moments)
 
 
 def dgrad(
@@ -74,6 +69,22 @@ def wgrad(
     tensors = features, _aligned(gradient), _vectors(correction), weight, z, _vectors(norm)
     dweight: Tensor = torch.ops.csp_kernels.conv3x3_wgrad(*tensors, _images(geometry), *mask, precision == "tf32")
     return dweight
+
+
+def takes_layer(features: Tensor, weight: Tensor, out: Tensor, geometry: Geometry) -> bool:
+    """Whether one kernel computes a whole layer with frozen norms and is estimated to be faster than two. features
+    [P, K]: those that enter; weight [g, b, 3, 3]; out [P, g]."""
+    if selected() == "triton" or not _compiled_for(features.device.type.upper()):
+        return False
+    return bool(torch.ops.csp_kernels.dense_layer_wins(features, weight, out, _images(geometry)))
+
+
+def layer(
+    features: Tensor, norm1: Norm, weight1: Tensor, norm2: Norm, weight2: Tensor, out: Tensor, geometry: Geometry
+) -> None:
+    """out [P, g] = conv3x3(relu(norm2(z)), weight2), z = relu(norm1(features)) weight1^T, which is never stored."""
+    vectors = _vectors(norm1), weight1, _vectors(norm2), weight2
+    torch.ops.csp_kernels.dense_layer(features, *vectors, out, _images(geometry))
 
 
 def _compiled_for(key: str) -> bool:

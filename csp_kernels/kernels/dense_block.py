@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csp_kernels.kernels import conv3x3, mix, statistics
+from csp_kernels.kernels import conv3x3, cuda, mix, statistics
 from csp_kernels.kernels.launch import Correction, Geometry, Norm, laid_as, pixels_of, precision_of
 from csp_kernels.kernels.norm import BatchNorm, due, pay
 from csp_kernels.ops._node import fake_image as image
@@ -91,6 +91,12 @@ class Block:
                 columns,
             )
 
+    @property
+    def fixed(self) -> bool:
+        """Whether `inference` does: no norm takes statistics, no other reader wants them, nothing is dropped."""
+        norms = all(layer.norm1.frozen and layer.norm2.frozen for layer in self.layers)
+        return norms and not self.collects and self.layers[0].dropout is None
+
     def scratch(self, like: Tensor) -> Tensor:
         """[P, padded(b)], as what is kept of a layer."""
         return like.new_empty((self.pixels, padded(self.width)))
@@ -108,12 +114,29 @@ class Block:
         statistics.copy_split(x, features[:, : self.channels], columns)
         scratch = None if kept else self.scratch(x)
         for i, layer in enumerate(self.layers):
-            z = kept[i] if scratch is None else scratch
-            z = self.bottleneck(layer, layer.norm1.load(), features, z, not layer.norm2.frozen)
-            out = features[:, layer.entering : layer.entering + self.growth]
-            columns = layer.statistics1 if self.collects else None
-            norm = layer.norm2.load()
-            conv3x3.forward(z, norm, layer.conv2, out, self.geometry, self.precision, columns, layer.dropout)
+            self.grow(layer, features, kept[i] if scratch is None else scratch)
+
+    def grow(self, layer: _Layer, features: Tensor, z: Tensor) -> None:
+        """features: takes the layer's slice; z [P, padded(b)]: its bottleneck."""
+        z = self.bottleneck(layer, layer.norm1.load(), features, z, not layer.norm2.frozen)
+        columns, norm = layer.statistics1 if self.collects else None, layer.norm2.load()
+        out = features[:, self.grown(layer)]
+        conv3x3.forward(z, norm, layer.conv2, out, self.geometry, self.precision, columns, layer.dropout)
+
+    def grown(self, layer: _Layer) -> slice:
+        return slice(layer.entering, layer.entering + self.growth)
+
+    def inference(self, x: Tensor, features: Tensor) -> None:
+        """`forward` where nothing is kept and no statistics are wanted: z may stay on chip."""
+        statistics.copy_split(x, features[:, : self.channels], None)
+        scratch = self.scratch(x)
+        for layer in self.layers:
+            entering, out = features[:, : layer.entering], features[:, self.grown(layer)]
+            if cuda.takes_layer(entering, layer.conv2, out, self.geometry):
+                norms = layer.norm1.load(), layer.norm2.load()
+                cuda.layer(entering, norms[0], layer.conv1, norms[1], layer.conv2, out, self.geometry)
+            else:
+                self.grow(layer, features, scratch)
 
     def due(self, owed: Tensor, channels: slice) -> Correction:
         """gradient of these channels = G - ((F - mean) * slope + offset)."""
@@ -131,7 +154,7 @@ class Block:
         for i in reversed(range(len(self.layers))):
             layer, norm1, norm2 = self.layers[i], self.layers[i].norm1.load(), self.layers[i].norm2.load()
             z = kept[i][:, : self.width] if scratch is None else self.bottleneck(layer, norm1, features, scratch, False)
-            old, new = slice(layer.entering), slice(layer.entering, layer.entering + self.growth)
+            old, new = slice(layer.entering), self.grown(layer)
             slices = features[:, new], source[:, new], self.due(owed, new), layer.conv2, z, norm2
             sums = conv3x3.dgrad(*slices, dn, self.geometry, self.precision, layer.dropout)
             dconv2 = conv3x3.wgrad(*slices, self.geometry, self.precision, layer.dropout)
@@ -196,5 +219,5 @@ def inference(x: Tensor, params: list[Tensor], running: list[Tensor], eps: list[
     block = Block(x, x.shape[1], params, running, None, eps, None, 0.0, winograd)
     y = image(x, block.total)
     if x.numel() > 0:
-        block.forward(pixels_of(x), pixels_of(y), [])
+        block.inference(pixels_of(x), pixels_of(y))
     return y

@@ -4,11 +4,11 @@
 #include "device/conv3x3_forward.cuh"
 #include "device/conv3x3_wgrad.cuh"
 #include "device/reduce.cuh"
+#include "tiles.h"
 
 namespace csp::cuda {
 namespace {
 
-template <class... C> struct Tiles {};
 // Columns J times 8, rows R a warp: fewer rows where there are few pixels. 256 pixels at most.
 template <int J, int R> using ForwardTile = Conv3x3Tile<R, 2, 2, 1, 2, J, 32>;
 // For small maps: 128 / PARTS pixels, their channels by 16 PARTS a step, so that there are more tiles and fewer steps.
@@ -24,28 +24,6 @@ using DgradTiles = Tiles<DgradTile<4, 4, 32>, DgradTile<3, 4, 32>, DgradTile<2, 
                          DgradTile<1, 1, 32, 2>>;
 using WgradTiles = Tiles<WgradTile<4>, WgradTile<3>, WgradTile<2>, WgradTile<1>>;
 
-// f(tile) of the tile at an index.
-template <class F, class... C> cudaError_t with_tile(Tiles<C...>, int index, F f) {
-  cudaError_t error = cudaSuccess;
-  int i = 0;
-  ((i++ == index ? void(error = f(C{})) : void()), ...);
-  return error;
-}
-// A tile's index, -1 if none is fit; splits of the channels that its blocks add up.
-struct Choice {
-  int tile = -1, splits = 1;
-  int64_t cost = -1;
-  void take(const Choice& other) {
-    if (other.cost >= 0 && (cost < 0 || other.cost < cost)) *this = other;
-  }
-};
-// The tile of least cost, the first of equals; a negative cost: unfit.
-template <class F, class... C> Choice cheapest(Tiles<C...>, F cost, int splits = 1) {
-  Choice best;
-  int i = 0;
-  (best.take({i++, splits, cost(C{})}), ...);
-  return best;
-}
 template <class F, class... C> int64_t cost_of(Tiles<C...>, int index, F cost) {
   int64_t found = -1;
   with_tile(Tiles<C...>{}, index, [&](auto tile) {
@@ -54,10 +32,6 @@ template <class F, class... C> int64_t cost_of(Tiles<C...>, int index, F cost) {
   });
   return found;
 }
-template <class F> cudaError_t with_type(Type type, F f) { return type == Type::Half ? f(Half{}) : f(BFloat16{}); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
 // One launch: tile, and the grid of its blocks, one a multiprocessor.
 struct Plan {
@@ -67,13 +41,6 @@ struct Plan {
   int64_t weight_bytes = 0, partial_bytes = 0, sum_bytes = 0;
 };
 
-template <class C> Map map_of(const Images& images) {
-  Map m;
-  m.height = int(images.h), m.width = int(images.w);
-  m.across = int(ceil_div(images.w, STRIP)), m.down = int(ceil_div(images.h, C::ROWS));
-  m.strips = int(images.n * m.across * m.down), m.tiles = int(ceil_div(m.strips, C::STRIPS));
-  return m;
-}
 template <class C> int blocks_of(const Layer& layer, const Device& device, int64_t columns) {
   int64_t share = device.multiprocessors / columns, tiles = map_of<C>(layer.images).tiles;
   return int(share < 1 ? 1 : share < tiles ? share : tiles);
@@ -230,14 +197,6 @@ cudaError_t add_splits(Type type, const SplitArguments& args, int blocks, cudaSt
     return launch(add_splits_kernel<decltype(element)>, grid, SplitSum::THREADS, size_t(SplitSum::SHARED_BYTES), stream, args);
   });
 }
-cudaError_t sum_slabs(const SlabArguments& args, cudaStream_t stream) {
-  return launch(sum_slabs_kernel, dim3(unsigned(ceil_div(args.items, Reduction::ITEMS))), Reduction::THREADS, Reduction::shared_bytes(1),
-                stream, args);
-}
-cudaError_t merge_statistics(const StatisticsArguments& args, cudaStream_t stream) {
-  return launch(merge_statistics_kernel, dim3(unsigned(ceil_div(args.channels, Reduction::ITEMS))), Reduction::THREADS,
-                Reduction::shared_bytes(3), stream, args);
-}
 
 }  // namespace
 
@@ -263,7 +222,7 @@ int64_t workspace_bytes(const Layer& layer, const Device& device, Pass pass) {
 }
 
 cudaError_t conv3x3_forward(const Layer& layer, const Device& device, const View& z, const Norm& norm, const Weight& weight,
-                            const Dropout& dropout, const Output& out, double* statistics, void* workspace) {
+                            const Dropout& dropout, const Output& out, const Statistics& statistics, void* workspace) {
   const Plan plan = plan_forward(layer, device);
   uint16_t* packed = static_cast<uint16_t*>(workspace);
   float* sums = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.weight_bytes);
@@ -278,7 +237,7 @@ cudaError_t conv3x3_forward(const Layer& layer, const Device& device, const View
     cudaError_t packing = pack_weights(layer.type, pack, device.stream);
     if (packing != cudaSuccess) return packing;
     const ForwardArguments args{map_of<C>(layer.images), elements(z), packed, static_cast<uint16_t*>(out.data), int(z.pitch),
-                                int(out.pitch), b, g, norm, dropout, statistics && !split ? partials : nullptr, split ? sums : nullptr,
+                                int(out.pitch), b, g, norm, dropout, statistics.data && !split ? partials : nullptr, split ? sums : nullptr,
                                 plan.split_channels, int(pixels)};
     const dim3 grid(unsigned(plan.blocks), unsigned(plan.columns), unsigned(plan.splits));
     const size_t shared = size_t(C::shared_bytes(plan.split_channels));  // unsplit: b, rounded up
@@ -288,8 +247,8 @@ cudaError_t conv3x3_forward(const Layer& layer, const Device& device, const View
   });
   if (error == cudaSuccess && split)
     error = add_splits(layer.type, {sums, plan.splits, int(pixels), g, static_cast<uint16_t*>(out.data), int(out.pitch), dropout,
-                                    statistics ? partials : nullptr}, plan.sum_blocks, device.stream);
-  if (error != cudaSuccess || !statistics) return error;
+                                    statistics.data ? partials : nullptr}, plan.sum_blocks, device.stream);
+  if (error != cudaSuccess || !statistics.data) return error;
   return merge_statistics({partials, split ? plan.sum_blocks : plan.blocks, g, statistics}, device.stream);
 }
 

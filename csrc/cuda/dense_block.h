@@ -46,6 +46,11 @@ struct WeightGradient {
   float* data;
   int64_t output_stride, input_stride, tap_stride;
 };
+// [2, channels], rows `pitch` apart: mean and biased variance. Null: not wanted.
+struct Statistics {
+  double* data = nullptr;
+  int64_t pitch = 0;
+};
 // Sums depend on `multiprocessors`, and on nothing else of the device.
 struct Device {
   int multiprocessors;
@@ -66,9 +71,9 @@ const char* unsupported(const View& view);
 enum class Pass : int { Forward, Dgrad, Wgrad };
 int64_t workspace_bytes(const Layer& layer, const Device& device, Pass pass);
 
-// out [P, g] = dropout(conv3x3(relu(norm(z)), weight)); statistics [2, g] (or null): mean and biased variance of out.
+// out [P, g] = dropout(conv3x3(relu(norm(z)), weight)); statistics: of out, if there is room for them.
 cudaError_t conv3x3_forward(const Layer& layer, const Device& device, const View& z, const Norm& norm, const Weight& weight,
-                            const Dropout& dropout, const Output& out, double* statistics, void* workspace);
+                            const Dropout& dropout, const Output& out, const Statistics& statistics, void* workspace);
 
 // out [P, b] = dn * scale, dn being the gradient of norm(z); sums [2, b] of dn and dn * (z - mean). features, gradient: F and G.
 cudaError_t conv3x3_dgrad(const Layer& layer, const Device& device, const View& features, const View& gradient,

@@ -12,6 +12,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 struct Current {
   explicit Current(int) {}
   Device device() const { return {3, 227 * 1024, nullptr}; }
+  int capability() const { return 90; }
 };
 
 }  // namespace csp::cuda
@@ -59,6 +60,7 @@ class Current {
   Device device() const {
     return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), current_stream(index)};
   }
+  int capability() const { return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor); }
 };
 
 }  // namespace csp::cuda

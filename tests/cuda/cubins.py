@@ -17,10 +17,19 @@ ARCHITECTURES = ("80", "90", "100")
 STRICT = "-Xptxas=-v,-warn-spills,-warn-lmem-usage"
 # what each kernel's machine code must hold; its tensor cores are fed by LDSM
 PRODUCT = ("HMMA.16816", "LDSM.16.MT88", r"STS\.128", r"LDS[.\w]*\.128")
+WIDE = (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128")
+STAGED = (r"LDGSTS[.\w]*\.128", r"STS\.128", r"LDS[.\w]*\.128")
+TF32 = ("HMMA.1688.F32.TF32",)
 EXPECTED = {
     "conv3x3_forward_kernel": (*PRODUCT, "LDSM.16.M88.4", r"LDG\.E[.\w]*\.128", r"LDGSTS[.\w]*\.128"),
     "conv3x3_dgrad_kernel": (*PRODUCT, "LDSM.16.M88.4", r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
     "conv3x3_wgrad_kernel": (*PRODUCT, r"LDGSTS[.\w]*\.128"),
+    "forward_float32_kernel<Ieee": (*STAGED, "FFMA"),
+    "forward_float32_kernel<Tf32": (*STAGED, *TF32, "LDSM.16.M88.4"),
+    "dgrad_float32_kernel<Ieee": (*STAGED, "FFMA", *WIDE),
+    "dgrad_float32_kernel<Tf32": (*STAGED, *TF32, "LDSM.16.M88.4", *WIDE),
+    "wgrad_float32_kernel<Ieee": (*STAGED, "FFMA", r"LDS[.\w]*\.64"),
+    "wgrad_float32_kernel<Tf32": (*STAGED, *TF32, r"LDS[.\w]*\.64"),
 }
 LOCAL_MEMORY = r"\b(LDL|STL)\b"
 
@@ -72,9 +81,8 @@ def kernels(log: str, architecture: str) -> list[Kernel]:
 
 def demangled(name: str) -> str:
     text = subprocess.run(["c++filt", name], text=True, capture_output=True, check=True).stdout.strip()
-    return re.sub(
-        r"csp::cuda::|^void |\(int\)|\(csp.*|\((Forward|Dgrad|Wgrad|Pack|Slab|Statistics)Arguments.*", "", text
-    )
+    arguments = r"\((float32::)?(Forward|Dgrad|Wgrad|Pack|Slab|Statistics)Arguments.*"
+    return re.sub(rf"csp::cuda::(float32::)?|^void |\(int\)|\(csp.*|{arguments}", "", text)
 
 
 def functions(cubin: Path, tool: str) -> dict[str, str]:

@@ -91,12 +91,54 @@ template <class T> void check_product() {
     }
 }
 
+// c [16, 8] = a [16, 8] b [8, 8], straight from registers.
+void product_tf32(float* out) {
+  const int lane = int(threadIdx.x), row = lane / 4, k = lane % 4;
+  auto bits = [](int x) {
+    const float value = float(x);
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    return word;
+  };
+  const uint32_t a[4] = {bits(a_of(row, k)), bits(a_of(row + 8, k)), bits(a_of(row, k + 4)), bits(a_of(row + 8, k + 4))};
+  float c[4] = {};
+  mma_tf32(c, a, bits(b_of(k, row)), bits(b_of(k + 4, row)));
+  for (int e = 0; e < 4; e++) out[(row + e / 2 * 8) * 8 + k * 2 + e % 2] = c[e];
+}
+void check_product_tf32() {
+  float out[128];
+  launch_one(product_tf32, 32, out);
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 8; j++) {
+      int sum = 0;
+      for (int k = 0; k < 8; k++) sum += a_of(i, k) * b_of(k, j);
+      require(out[i * 8 + j] == float(sum), "product of TF32");
+    }
+}
+
 // Rows 128 bytes apart meet in the same banks; rows 16 bytes apart do not.
 void rows_apart(float* out) {
   uint32_t to[4];
   ldmatrix(to, threadIdx.x * uint32_t(out[0]));
 }
+// Of one word and of two: four pixels of eight words, conflict-free where they are 8 words apart.
+template <int WORDS> void words_apart(float* out) {
+  const uint32_t pixel = threadIdx.x % 4, word = threadIdx.x / 4;
+  uint32_t to[WORDS];
+  load_shared_words(to, pixel * uint32_t(out[0]) + word * 4 * WORDS);
+}
+void check_narrow_conflicts() {
+  for (int apart : {32, 128}) {
+    float distance = float(apart);
+    emulation::counters = {};
+    launch_one(words_apart<1>, 32, &distance);
+    launch_one(words_apart<2>, 32, &distance);
+    require(emulation::counters.narrow_loads == 6, "narrow loads");  // two blocks
+    require(emulation::counters.narrow_wavefronts == (apart == 32 ? 6 : 24), "wavefronts of narrow loads");
+  }
+}
 void check_conflicts() {
+  check_narrow_conflicts();
   for (int apart : {16, 128}) {
     float distance = float(apart);
     emulation::counters = {};
@@ -123,6 +165,8 @@ void check_copies() {
 void check_rounding() {
   require(pack<Half>(1.00048828125f, -65520.f) == 0xfc003c00u, "half: to even, infinity");
   require(pack<BFloat16>(1.00390625f, 1.01171875f) == 0x3f823f80u, "bfloat16: to even");
+  require(to_tf32(1 + 0x1p-11f) == 1 + 0x1p-10f && to_tf32(-1 - 0x1p-12f) == -1, "TF32: half away from zero");
+  require(std::isinf(to_tf32(INFINITY)) && std::isnan(to_tf32(NAN)), "TF32: what is not finite");
   require(pack_relu<Half>(-1, 2) == 0x40000000u && unpack<BFloat16>(0x40400000u).y == 3, "relu, unpack");
 }
 
@@ -135,7 +179,7 @@ int main(int count, char** arguments) {
       {"outside", [&] { launch_one(outside_shared, 64, out); }},
       {"misaligned", [&] { launch_one(misaligned_shared, 32, out); }},
       {"lanes", [&] { launch_one(lanes_differ, 32, out); }},
-      {"product", [] { check_product<Half>(), check_product<BFloat16>(); }},
+      {"product", [] { check_product<Half>(), check_product<BFloat16>(), check_product_tf32(); }},
       {"conflicts", check_conflicts},
       {"schedules", check_neighbours},
       {"copies", check_copies},

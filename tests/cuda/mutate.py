@@ -7,17 +7,20 @@ survives."""
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import emulator
-from conv3x3_case import DGRAD, FORWARD, WGRAD, Case, run
+from conv3x3_case import DGRAD, FORWARD, WGRAD, Case, Outcome, run
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,21 @@ class Bug:
     file: str
     old: str
     new: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Bugs that the same cases must notice."""
+
+    races: tuple[Bug, ...]  # ThreadSanitizer is asked about them too
+    others: tuple[Bug, ...]
+    cases: Callable[[int], list[Any]]
+    run: Callable[[Path, Any], Outcome] = run
+    program: str = "runner.cpp"
+
+    @property
+    def bugs(self) -> tuple[Bug, ...]:
+        return self.races + self.others
 
 
 LOOP, FORWARD_FILE = "device/conv3x3.cuh", "device/conv3x3_forward.cuh"
@@ -118,7 +136,7 @@ def add_clear(source: Path) -> None:
     loop.write_text(loop.read_text().replace("store(uint32_t halo, int step) const", "store(uint32_t halo, int step)"))
 
 
-def fails(binary: Path, case: Case) -> bool:
+def fails(binary: Path, case: Any, run: Callable[[Path, Any], Outcome] = run) -> bool:
     try:
         outcome = run(binary, case)
     except (AssertionError, emulator.Failure, subprocess.TimeoutExpired):
@@ -126,24 +144,29 @@ def fails(binary: Path, case: Case) -> bool:
     return outcome.error > 1 or outcome.sums_error > 2e-6
 
 
-def caught(bug: Bug) -> bool:
+def caught(bug: Bug, family: Family) -> bool:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         source = mutant(directory, bug)
-        binary = emulator.build(directory, "plain", source)
-        todo = cases(bug.kernel)
-        count = sum(fails(binary, case) for case in todo)
+        binary = emulator.build(directory, "plain", source, family.program)
+        todo = family.cases(bug.kernel)
+        count = sum(fails(binary, case, family.run) for case in todo)
         text = f"{count} of {len(todo)} cases fail"
         seen = False
-        if bug in RACES:  # ThreadSanitizer is asked too
-            binary = emulator.build(directory, "tsan", source)
-            seen = fails(binary, replace(todo[0], bottleneck=40, growth=16))
+        if bug in family.races:
+            binary = emulator.build(directory, "tsan", source, family.program)
+            seen = fails(binary, replace(todo[0], bottleneck=40, growth=16), family.run)
             text += ", ThreadSanitizer sees it" if seen else ", ThreadSanitizer does not see it"
     print(f"{'caught  ' if count or seen else 'SURVIVED'}  {bug.name}: {text}", flush=True)
     return count > 0 or seen
 
 
+FAMILY = Family(RACES, (*COPIES, *PLACES, *SUMS), cases)
+MORE = ("bugs_float32",)  # modules with a FAMILY of their own
+
+
 if __name__ == "__main__":
     words = " ".join(sys.argv[1:])
-    results = [caught(bug) for bug in (*RACES, *COPIES, *PLACES, *SUMS) if words in bug.name]
+    families = [FAMILY, *(importlib.import_module(name).FAMILY for name in MORE)]
+    results = [caught(bug, family) for family in families for bug in family.bugs if words in bug.name]
     sys.exit(0 if results and all(results) else 1)

@@ -17,19 +17,39 @@ import emulator
 from cubins import ARCHITECTURES, Kernel, build, complaints, disassembler, nvcc
 from emulator import SOURCE
 
+PROGRAMS = {"dense_block.cu": "runner.cpp", "dense_block_float32.cu": "runner_float32.cpp"}
 
-def shared_bytes(directory: Path, bottleneck: int, growth: int) -> dict[str, int]:
-    """Shared memory of a block by the name of its tile, from the launchers' own constants."""
-    runner = emulator.build(directory)
+
+def shared_bytes(directory: Path, bottleneck: int, growth: int, program: str = "runner.cpp") -> dict[str, int]:
+    """Shared memory of a block by the name of its tile, and a word of its kernel's before it where tiles are of several
+    kernels, from the launchers' own constants."""
+    runner = emulator.build(directory, program=program)
     command = [str(runner), "shared", str(bottleneck), str(growth)]
     text = subprocess.run(command, text=True, capture_output=True, check=True).stdout
-    pairs = (line.replace("csp::cuda::", "").split("\t") for line in text.splitlines())
+    pairs = (line.replace("csp::cuda::", "").replace("float32::", "").split("\t") for line in text.splitlines())
     return {name: int(size) for name, size in pairs}
 
 
 def described(kernel: Kernel, shared: dict[str, int]) -> str:
-    size = next((f"{size:6} bytes shared  " for tile, size in shared.items() if tile in kernel.name), " " * 21)
+    sizes = (size for tile, size in shared.items() if all(part in kernel.name for part in tile.split(" ", 1)))
+    size = next((f"{size:6} bytes shared  " for size in sizes), " " * 21)
     return f"{size}{kernel}"
+
+
+def report(
+    compiler: str, tool: str | None, source: Path, architecture: str, directory: Path, shared: dict[str, int]
+) -> int:
+    """Prints a file's kernels; returns how much is wrong with them."""
+    cubin = directory / f"{source.stem}-{architecture}.cubin"
+    try:
+        built = build(compiler, source, architecture, cubin)
+    except RuntimeError as error:
+        print(f"sm_{architecture}: {error}")
+        return 1
+    print(*(described(kernel, shared) for kernel in built), sep="\n")
+    missing = complaints(cubin, tool) if tool else ["cuobjdump is missing: machine code was not looked at"]
+    print(*missing, sep="\n", end="\n" if missing else "")
+    return len(missing) if tool else 0
 
 
 def main(architectures: list[str]) -> int:
@@ -40,19 +60,10 @@ def main(architectures: list[str]) -> int:
     wrong = 0
     with tempfile.TemporaryDirectory() as directory:
         print("Shared memory: for a bottleneck of 128 and a growth of 32")
-        shared = shared_bytes(Path(directory), 128, 32)
-        for architecture in architectures or ARCHITECTURES:
-            cubin = Path(directory, f"sm_{architecture}.cubin")
-            try:
-                built = build(compiler, SOURCE / "dense_block.cu", architecture, cubin)
-                print(*(described(kernel, shared) for kernel in built), sep="\n")
-            except RuntimeError as error:
-                print(f"sm_{architecture}: {error}")
-                wrong += 1
-                continue
-            missing = complaints(cubin, tool) if tool else ["cuobjdump is missing: machine code was not looked at"]
-            print(*missing, sep="\n", end="\n" if missing else "")
-            wrong += len(missing) if tool else 0
+        for source, program in PROGRAMS.items():
+            shared = shared_bytes(Path(directory), 128, 32, program)
+            for architecture in architectures or ARCHITECTURES:
+                wrong += report(compiler, tool, SOURCE / source, architecture, Path(directory), shared)
     return 1 if wrong else 0
 
 

@@ -114,7 +114,7 @@ int run(Job& job) {
   if (pass == Pass::Forward) {
     const Weight weight = job.weight();
     const Output out = job.output();
-    double* statistics = static_cast<double*>(job.buffer(job.take()));
+    const Statistics statistics{static_cast<double*>(job.buffer(job.take())), layer.growth};
     return conv3x3_forward(layer, device, z, norm, weight, dropout, out, statistics, workspace.data.get());
   }
   const View features = job.view(), gradient = job.view();

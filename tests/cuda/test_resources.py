@@ -18,6 +18,19 @@ template __global__ void conv3x3_dgrad_kernel<BFloat16, Conv3x3Tile<4, 2, 1, 4, 
 template __global__ void conv3x3_wgrad_kernel<Half, WgradTile<4>>(const WgradArguments);
 }
 """
+FLOAT32 = """
+#include "device/float32_dgrad.cuh"
+#include "device/float32_forward.cuh"
+#include "device/float32_wgrad.cuh"
+namespace csp::cuda::float32 {
+template __global__ void forward_float32_kernel<Ieee, Tile<4, 2, 2, 1, 4>>(const ForwardArguments);
+template __global__ void forward_float32_kernel<Tf32, Tile<4, 2, 2, 1, 4>>(const ForwardArguments);
+template __global__ void dgrad_float32_kernel<Ieee, Tile<4, 2, 2, 2, 4>>(const DgradArguments);
+template __global__ void dgrad_float32_kernel<Tf32, Tile<4, 2, 2, 2, 4>>(const DgradArguments);
+template __global__ void wgrad_float32_kernel<Ieee, WgradTile<2, 2>>(const WgradArguments);
+template __global__ void wgrad_float32_kernel<Tf32, WgradTile<2, 2>>(const WgradArguments);
+}
+"""
 SPILLING = """
 extern "C" __global__ void __launch_bounds__(1024) spills(const float* a, const float* b, float* c, int n) {
   float sums[10][10] = {};
@@ -39,11 +52,12 @@ def compiler() -> str:
 
 
 @pytest.mark.parametrize("architecture", cubins.ARCHITECTURES)
-def test_widest_kernels(compiler: str, tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("kernels, count", [(WIDEST, 3), (FLOAT32, 6)], ids=["16-bit", "float32"])
+def test_widest_kernels(compiler: str, tmp_path: Path, architecture: str, kernels: str, count: int) -> None:
     source, cubin = tmp_path / "widest.cu", tmp_path / "widest.cubin"
-    source.write_text(WIDEST)
+    source.write_text(kernels)
     built = cubins.build(compiler, source, architecture, cubin)
-    assert len(built) == 3
+    assert len(built) == count
     assert all(kernel.spilled_bytes == 0 and 128 < kernel.registers <= 255 for kernel in built)
     tool = cubins.disassembler()
     assert tool is not None, "cuobjdump is neither in the toolkit nor beside triton"

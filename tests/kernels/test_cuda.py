@@ -20,6 +20,7 @@ from torch import Tensor
 
 import csp_kernels as csp
 from csp_kernels.kernels import cuda
+from csp_kernels.kernels.launch import Geometry
 
 pytestmark = pytest.mark.usefixtures("native")
 PASSES = ("forward", "dgrad", "wgrad")
@@ -61,6 +62,8 @@ CASES = {
     "some frozen": replace(WIDE, frozen=(False, False, True), layers=3),
     "one pixel": replace(WIDE, size=(32, 1, 1)),
     "large mean": replace(WIDE, mean=30.0, dtype=torch.float16),
+    "float32": replace(WIDE, dtype=torch.float32),
+    "float32, growth 12": replace(WIDE, dtype=torch.float32, channels=20, growth=12, width=28),
 }
 
 
@@ -113,6 +116,42 @@ def test_what_does_not_fit_runs_in_triton(name: str, calls: Counter[str]) -> Non
     mine, exact = triton(*given), reference(*given, wide=True)
     assert not calls
     assert error(mine.y, exact.y) <= block.CLOSE[case.dtype]
+
+
+def test_tf32(calls: Counter[str]) -> None:
+    """In the 3x3 as if its inputs had 10 bits; the interpreter's products in Triton keep all of float32's."""
+    case = CASES["float32"]
+    given = arguments(case)._replace(winograd=4), image(case.total, case)
+    mine, exact = triton(case, *given), reference(case, *given, wide=True)
+    assert calls == dict.fromkeys(PASSES, case.layers)
+    assert 1e-5 < error(mine.y, exact.y) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_inference_in_one_kernel_a_layer(
+    dtype: torch.dtype, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the estimate says that two are faster, as for images so small."""
+    case, layers = replace(WIDE, dtype=dtype, frozen=(True,), layers=3), []
+    a, grad, one = arguments(case), image(case.total, case), cuda.layer
+    monkeypatch.setattr(cuda, "takes_layer", lambda *_: True)
+    monkeypatch.setattr(cuda, "layer", lambda *given: layers.append(one(*given)))
+    y = kernels.inference(a.x, a.params, a.running, a.eps, a.winograd)
+    assert len(layers) == case.layers and not calls
+    exact, naive = reference(case, a, grad, wide=True).y, reference(case, a, grad).y
+    assert error(y, exact) <= limit(error(naive, exact), dtype, case.total)
+
+
+def test_which_layers_one_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def takes(n: int, channels: int, growth: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        features = torch.empty(n * 56 * 56, channels + growth, dtype=dtype)
+        split = features[:, :channels], torch.empty(growth, 128, 3, 3), features[:, channels:]
+        return cuda.takes_layer(*split, Geometry(n, 56, 56))
+
+    assert takes(64, 128, 32)
+    assert not takes(64, 128, 32, torch.float32) and not takes(64, 132, 32) and not takes(64, 128, 12)
+    monkeypatch.setattr(sys.modules["csp_kernels.backends"], "_selected", "triton")
+    assert not takes(64, 128, 32)
 
 
 def test_a_gradient_at_any_offset(calls: Counter[str]) -> None:

@@ -41,11 +41,11 @@ static __global__ void __launch_bounds__(Reduction::THREADS) sum_slabs_kernel(co
   args.out[tap * args.tap_stride + row * args.row_stride + column * args.column_stride] = float(sum);
 }
 
-// partials [blocks][3][channels] (mean, M2, count) -> statistics [2][channels]: mean, biased variance.
+// partials [blocks][3][channels] (mean, M2, count) -> statistics: mean, biased variance.
 struct StatisticsArguments {
   const float* partials;
   int blocks, channels;
-  double* statistics;
+  Statistics statistics;
 };
 
 struct WideMoments {
@@ -73,8 +73,17 @@ static __global__ void __launch_bounds__(Reduction::THREADS) merge_statistics_ke
   if (r.row || !exists) return;
   for (int i = 1; i < Reduction::ROWS; i++)
     all.merge({load_shared8(r.place(0, i)), load_shared8(r.place(1, i)), load_shared8(r.place(2, i))});
-  args.statistics[r.item] = all.mean;
-  args.statistics[args.channels + r.item] = all.m2 / all.count;
+  args.statistics.data[r.item] = all.mean;
+  args.statistics.data[args.statistics.pitch + r.item] = all.m2 / all.count;
+}
+
+// A block for each ITEMS of them.
+inline dim3 reduction_grid(int items) { return dim3(unsigned((items + Reduction::ITEMS - 1) / Reduction::ITEMS)); }
+inline cudaError_t sum_slabs(const SlabArguments& args, cudaStream_t stream) {
+  return launch(sum_slabs_kernel, reduction_grid(args.items), Reduction::THREADS, Reduction::shared_bytes(1), stream, args);
+}
+inline cudaError_t merge_statistics(const StatisticsArguments& args, cudaStream_t stream) {
+  return launch(merge_statistics_kernel, reduction_grid(args.channels), Reduction::THREADS, Reduction::shared_bytes(3), stream, args);
 }
 
 // Weights as shared memory holds them: [blocks of columns][slabs][9][16][columns], swizzled, zero where there are none. Inside SPAN
