@@ -1,4 +1,5 @@
-"""Every operator on a GPU: csp, eager in both layouts, checkpointed, torch.compile (default and max-autotune).
+"""Every operator on a GPU: csp (with CUDA C++ where it is compiled in, and then by Triton alone too), eager in both
+layouts, checkpointed, torch.compile (default and max-autotune).
 
     python benchmarks/gpu.py                            # all cases in float32, tf32, float16 and bfloat16
     python benchmarks/gpu.py --operators dense_block --dtypes bfloat16 --only 64,128
@@ -35,7 +36,7 @@ from harness import Timing, append_csv, relative_error
 from race import FACTOR, KINKS, Case, Runner
 
 import csp_kernels as csp
-from csp_kernels.backends import why_not_triton
+from csp_kernels.backends import why_not_cuda, why_not_triton
 
 DTYPES = {  # name -> storage, float32 matmul precision
     "float32": (torch.float32, "highest"),
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no GPU benchmark: {why_not_triton()}; --dry-run compiles the kernels", file=sys.stderr)
         return 1
     device = Gpu() if args.device == "cuda" else Device()
-    csp.use_backend("triton" if args.device == "cuda" else "native")
+    csp.use_backend("triton" if args.device == "cuda" and why_not_cuda() else "native")
     args.csv = args.csv or RESULTS / f"{slug(device.name)}.csv"
     copy = device.copy_bandwidth()
     print("; ".join(f"{key} {value}" for key, value in environment(device, copy).items()))

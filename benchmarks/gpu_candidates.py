@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import csp_kernels as csp
+from csp_kernels.backends import why_not_cuda
 
 DENSENET121 = (Block(64, 64, 56, 6), Block(64, 128, 28, 12), Block(64, 256, 14, 24), Block(64, 512, 7, 16))
 COMPILERS = {"compile": "default", "compile max-autotune": "max-autotune"}  # candidate -> mode
@@ -91,6 +92,8 @@ class Scene:
 
     def ours(self) -> Iterator[tuple[str, Runner]]:
         yield "csp", self.runner(self.fused)
+        if csp.backends()["triton"].available and not why_not_cuda():  # then the first has the 3x3 of csrc/cuda
+            yield "csp triton", self.runner(self.fused, backend="triton")
         if hasattr(self.fused, "recompute"):
             module: Any = copy.deepcopy(self.fused)
             module.recompute = "bottleneck"
@@ -109,8 +112,11 @@ class Scene:
             yield f"{name} channels_last", self.runner(self.naive, compiler=mode)
 
 
-def _call(module: nn.Module, checkpointed: bool = False, compiler: str = "") -> Callable[..., Any]:
-    """compiler: a mode of torch.compile. Checkpointed: a layer at a time in a dense block, elsewhere the whole."""
+def _call(module: nn.Module, checkpointed: bool = False, compiler: str = "", backend: str = "") -> Callable[..., Any]:
+    """compiler: a mode of torch.compile. Checkpointed: a layer at a time in a dense block, elsewhere the whole.
+    backend: instead of the one chosen; backward runs on its forward's."""
+    if backend:
+        return lambda *inputs: _on(backend, module, *inputs)
     if compiler:
         return torch.compile(module, mode=compiler)
     if not checkpointed:
@@ -118,6 +124,11 @@ def _call(module: nn.Module, checkpointed: bool = False, compiler: str = "") -> 
     if isinstance(module, csp.reference.DenseBlock):
         return Checkpointed(module)
     return lambda *inputs: checkpoint(module, *inputs, use_reentrant=False)
+
+
+def _on(backend: str, module: nn.Module, *inputs: Any) -> Any:
+    with csp.use_backend(backend):
+        return module(*inputs)
 
 
 def passes(runner: Runner) -> dict[str, Work]:

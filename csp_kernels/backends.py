@@ -6,6 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
@@ -153,6 +156,28 @@ class use_backend:
 def selected() -> str:
     """The current choice, "auto" included."""
     return _selected
+
+
+class _Running(threading.local):
+    name = ""
+
+
+_running = _Running()
+
+
+@contextmanager
+def running_as(name: str) -> Iterator[None]:
+    """Backward, in whatever thread: by the choice that its forward pass ran with."""
+    before, _running.name = _running.name, name
+    try:
+        yield
+    finally:
+        _running.name = before
+
+
+def running() -> str:
+    """The choice that the operator which runs now was called with."""
+    return _running.name or _selected
 
 
 def _require(name: str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csp_kernels.backends import selected
+from csp_kernels.backends import running
 from csp_kernels.kernels.launch import Correction, Geometry, Norm
 
 Mask = tuple[Tensor | None, int, int, float]  # of dropout: seed, layer, threshold, scale
@@ -15,7 +15,7 @@ Mask = tuple[Tensor | None, int, int, float]  # of dropout: seed, layer, thresho
 def takes(z: Tensor, weight: Tensor, grown: Tensor, geometry: Geometry, precision: str) -> bool:
     """Whether CUDA C++ runs this layer, forward and backward alike, so that both see the same masks. z [P, b], grown
     [P, g]: the slice of the features that the layer writes."""
-    if selected() == "triton" or not _compiled_for(z.device.type.upper()):
+    if running() == "triton" or not _compiled_for(z.device.type.upper()):
         return False
     return not torch.ops.csp_kernels.conv3x3_unsupported(z, weight, grown, _images(geometry), precision == "tf32")
 
@@ -74,7 +74,7 @@ def wgrad(
 def takes_layer(features: Tensor, weight: Tensor, out: Tensor, geometry: Geometry) -> bool:
     """Whether one kernel computes a whole layer with frozen norms and is estimated to be faster than two. features
     [P, K]: those that enter; weight [g, b, 3, 3]; out [P, g]."""
-    if selected() == "triton" or not _compiled_for(features.device.type.upper()):
+    if running() == "triton" or not _compiled_for(features.device.type.upper()):
         return False
     return bool(torch.ops.csp_kernels.dense_layer_wins(features, weight, out, _images(geometry)))
 

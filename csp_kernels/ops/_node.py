@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from csp_kernels import native
-from csp_kernels.backends import why_not_triton
+from csp_kernels.backends import running_as, selected, why_not_triton
 
 Save = Callable[[Any, tuple[Any, ...], Any], None]  # ctx, arguments, outputs
 Gradients = Callable[..., tuple[Any, ...]]  # ctx, gradients of the outputs -> gradients of the arguments
@@ -75,14 +75,14 @@ class _Node(torch.autograd.Function):
             output = op(*arguments)
         save(ctx, arguments, output)
         outputs += _lengths(output)
-        ctx.gradients, ctx.outputs = gradients, outputs
+        ctx.gradients, ctx.outputs, ctx.backend = gradients, outputs, selected()
         return _flat(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph: the other door knows that there is no double backward
             return *[None] * 5, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowAutograd(), running_as(ctx.backend):
             return *[None] * 5, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
 
 

@@ -81,7 +81,7 @@ def kernels(log: str, architecture: str) -> list[Kernel]:
 
 def demangled(name: str) -> str:
     text = subprocess.run(["c++filt", name], text=True, capture_output=True, check=True).stdout.strip()
-    arguments = r"\((float32::)?(Forward|Dgrad|Wgrad|Pack|Slab|Statistics)Arguments.*"
+    arguments = r"\((float32::)?(Forward|Dgrad|Wgrad|Pack|Slab|Split|Statistics|DenseLayer)Arguments.*"
     return re.sub(rf"csp::cuda::(float32::)?|^void |\(int\)|\(csp.*|{arguments}", "", text)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 import csp_kernels as csp
 from csp_kernels.kernels import cuda
 from csp_kernels.kernels.launch import Geometry
+from csp_kernels.ops import _node as node
 
 pytestmark = pytest.mark.usefixtures("native")
 PASSES = ("forward", "dgrad", "wgrad")
@@ -174,6 +175,21 @@ def operators_of_the_block(library: None) -> Iterator[None]:
             launcher = getattr(kernels, suffix.removeprefix("_") or "forward")
             scope.impl(f"dense_block{suffix}", launcher, "CPU", allow_override=True)
         yield
+
+
+@pytest.mark.usefixtures("step")
+@pytest.mark.parametrize("chosen", ["native", "triton"])
+def test_backward_runs_where_forward_did(chosen: str, calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is chosen by then: the masks of the two differ in their last bits."""
+    backends, ops = (sys.modules[f"csp_kernels.{name}"] for name in ("backends", "ops.dense_block"))
+    case = replace(WIDE, layers=1)
+    a = arguments(case)
+    x = a.x.requires_grad_()
+    monkeypatch.setattr(backends, "_selected", chosen)
+    y, *_ = node.call(torch.ops.csp_kernels.dense_block.default, ops._save, ops._gradients, (x, *a[1:]))
+    monkeypatch.setattr(backends, "_selected", "triton" if chosen == "native" else "native")
+    y.backward(image(case.total, case))
+    assert calls == (dict.fromkeys(PASSES, 1) if chosen == "native" else {}) and x.grad is not None
 
 
 @pytest.mark.usefixtures("step")
