@@ -36,7 +36,7 @@ nothing here is a measurement of time.**
 ## Counted: bytes a pixel of each kernel
 
 float16, K = {k} channels enter, b = {b} bottleneck and g = {g} growth channels, {n} images of {h}x{w}. Floor: each
-image that a kernel takes or gives, once, in elements and in bytes; of a dense layer what its algorithm needs. Unique:
+image that a kernel takes or gives, once, in elements and in bytes; of layers the sum over their kernels. Unique:
 distinct bytes of images that the programs load and store, launch by launch, what DRAM must move:
 `tests/kernels/test_traffic.py` holds it within 10 % of the floor. Repeated: accesses beyond that, which caches must
 serve; for the 3x3 that is its halo, a pixel being read by up to nine taps, for the backward of the 1x1 what comes from
@@ -52,7 +52,7 @@ channel and tile of 128 pixels (64 in small calls), written and read, 2 to 4 % o
 DenseNet-121's dense blocks and a CSP dense stage, batch {batch}, float16, training, in milliseconds at {tera:.1f} TB/s,
 if memory traffic were all that takes time. The 3x3 is bound by arithmetic or caches instead: its kernels take longer.
 Naive: each operation of plain PyTorch reads its inputs and writes its output. Fused: `csp_kernels.analysis`, the
-algorithm alone (a dense layer: K + 2b + g elements a pixel forward, 3K + 5b + 2g backward). Kernels: as counted, with
+algorithm alone (a dense layer: K + 2b + g elements a pixel forward, 3K + 4b + 2g backward). Kernels: as counted, with
 copies into the block's buffers, without what is apart above.
 
 {times}
@@ -61,13 +61,13 @@ All of these times are predictions.
 
 ## Where the kernels and `csp_kernels.analysis` differ
 
-- Dense layer, forward: K + 2b + g, the same. Backward: 3K + 5b + 4g against 3K + 5b + 2g, because both gradients of the
-  3x3 read the layer's slice of the features and of the gradient. Where one pass over the input of the 1x1 needs too
-  many registers (float32, float64, more than 128 outputs, averages, some GPUs) it takes two, 4K + 7b + 4g.
-- A block of c0 to C channels also copies its input and the incoming gradient into buffers and pays what its norms owe:
-  {entry} elements a pixel forward and {exit} backward for block 1, of which the analysis counts none.
-- concat_conv from K to b channels: K + 3b forward, the same. Backward 2K + 4b against 3K + 3b: one pass over the input,
-  none that keeps the gradient between activation and product.
+- Dense layer, forward: K + 2b + g, the same. Backward: 3K + 5b + 4g against 3K + 4b + 2g, because each gradient of the
+  3x3 is a kernel that reads the bottleneck and the layer's slices of the features and of the gradient. Where one pass
+  over the input of the 1x1 needs too many registers (float32, float64, more than 128 outputs, averages, some GPUs) it
+  takes two, 4K + 7b + 4g.
+- A block also copies its input into the buffer of features and pays what its norms owe when it leaves: {entry} elements
+  a pixel forward and {exit} backward for block 1, of which the analysis counts none.
+- concat_conv from K to b channels: K + 3b forward and 2K + 4b backward, the same.
 """
 
 

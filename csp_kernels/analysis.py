@@ -96,8 +96,9 @@ def profile(model: nn.Module, shape: Sequence[int]) -> Profile:
     dram_bytes_naive: each operation of plain PyTorch reads its inputs and writes its output; in training mode
     forward and backward (batch norm reads its input twice, backward of each operation as autograd runs it), in eval
     mode forward alone. dram_bytes_fused: in the fused layers only what their algorithm must move, a prediction:
-    a 1x1 over K channels to b moves K+b elements a pixel forward and 3K+3b backward, a 3x3 from b to g moves b+g and
-    2b+2g, norms and concatenations nothing; the same as naive elsewhere.
+    a 1x1 over K channels to b moves K+b elements a pixel forward and 2K+2b backward (3K+2b in a dense block, whose
+    gradients add up), a 3x3 from b to g b+g and 2b+2g, the activation of a ConcatConv 2b and 2b, norms and
+    concatenations nothing; the same as naive elsewhere.
     saved_bytes: the distinct storages kept for backward of one forward pass of the model as it is, on its device and
     the chosen backend, without the input, parameters and buffers.
     The model, its statistics and the random state are left as they are. Raises ValueError for a shape of other
@@ -248,8 +249,8 @@ class _Counter(TorchDispatchMode):
             row.dram_bytes_fused += _naive_bytes(op, args, out, self.training)
         else:
             last, self.last = self.last, out if op == "convolution" else None
-            final = op in _ACTIVATIONS and type(self.modules[outer]).__name__ == "ConcatConv"
-            row.dram_bytes_fused += _fused_bytes(op, args, out, self.training, final, last)
+            kind = type(self.modules[outer]).__name__
+            row.dram_bytes_fused += _fused_bytes(op, args, out, self.training, kind, last)
 
     def _parts(self, out: Tensor) -> tuple[int, ...]:
         """The outputs that one convolution computes for a ConcatConv with several."""
@@ -310,12 +311,15 @@ def _naive_bytes(op: str, args: tuple[Any, ...], out: Tensor, training: bool) ->
     return 2 * forward
 
 
-def _fused_bytes(op: str, args: tuple[Any, ...], out: Tensor, training: bool, final: bool, last: Tensor | None) -> int:
-    """What the fused layers move for it. final: the activation of the module's result; last: the convolution before."""
+def _fused_bytes(op: str, args: tuple[Any, ...], out: Tensor, training: bool, kind: str, last: Tensor | None) -> int:
+    """What the fused layers move for it. kind: of the fused layer; last: the convolution before."""
     i, w, o = _sizes(op, args, out)
-    if op == "convolution":
-        passes = (4 if args[1].shape[2:].numel() == 1 else 3) if training else 1
-        return passes * (i + o) + (3 if training else 1) * w
+    passes = 3 if training else 1
+    if op == "convolution":  # backward reads input, output and its gradient, and writes that of the input
+        added = i if training and kind.endswith("DenseBlock") and args[1].shape[2:].numel() == 1 else 0
+        return passes * (i + w + o) + added
     if op == "avg_pool2d":  # on load in front of the product, which then reads i, or behind it, which then writes o
-        return (o - i if args[0] is last else i - o) * (4 if training else 1)
-    return i + o if final else 0
+        return (o - i if args[0] is last else i - o) * passes
+    if op in _ACTIVATIONS and kind == "ConcatConv":  # of the result; backward: the sums that its norm needs
+        return (2 if training else 1) * (i + o)
+    return 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from csp_kernels.kernels import launch
+from csp_kernels.kernels import launch, tune
 from csp_kernels.kernels.launch import Geometry, Norm, blocks
 from csp_kernels.kernels.statistics import total
 
@@ -160,10 +161,15 @@ def _check(views: dict[str, tuple[Tensor | None, int]], channels: int) -> None:
                 raise ValueError(f"{name}: expected {(pixels, channels)}, got {tuple(x.shape)}")
 
 
-def _tile(channels: int) -> tuple[int, int]:
-    """Pixels and channels of a step."""
+def _tiles(dtype: torch.dtype, channels: int) -> list[tuple[int, int]]:
+    """Pixels and channels of a step, of 8 KiB or of 4."""
     columns = launch.power(channels, 16, 128)
-    return 4096 // columns, columns
+    return [(size // (columns * dtype.itemsize), columns) for size in (8192, 4096)]
+
+
+def _key(d: Tensor, geometry: Geometry, act: Activation) -> tuple[object, ...]:
+    """What a choice depends on."""
+    return str(d.dtype), triton.next_power_of_2(geometry.pixels), geometry.pool, d.shape[1], act.code
 
 
 def _pitch(x: Tensor | None) -> int:
@@ -178,13 +184,19 @@ def forward(z: Tensor, norm: Norm | None, out: Tensor, geometry: Geometry, act: 
     """out [P', O] view = act(norm(z)), averaged over 2x2 pixels if the geometry pools; z [P, O] view."""
     pixels, channels = out.shape
     _check({"z": (z, geometry.pixels), "out": (out, geometry.outputs)}, channels)
-    bp, bn = _tile(channels)
     u = launch.unit(channels, z.stride(0), out.stride(0))
-    _forward[(blocks(pixels, bp), blocks(channels, bn))](
-        z, z.stride(0) // u, *_vectors(norm), out, out.stride(0) // u, pixels, channels // u, geometry.h, geometry.w,
-        UNIT=u, POOL=geometry.pool, ACT=act.code, NEGATIVE=act.negative_slope, ACC=launch.sum_type(z.dtype),
-        BP=bp, BN=bn, num_warps=4,
-    )  # fmt: skip
+
+    def run(tile: tuple[int, int]) -> None:
+        bp, bn = tile
+        _forward[(blocks(pixels, bp), blocks(channels, bn))](
+            z, z.stride(0) // u, *_vectors(norm), out, out.stride(0) // u, pixels, channels // u,
+            geometry.h, geometry.w,
+            UNIT=u, POOL=geometry.pool, ACT=act.code, NEGATIVE=act.negative_slope, ACC=launch.sum_type(z.dtype),
+            BP=bp, BN=bn, num_warps=4,
+        )  # fmt: skip
+
+    key = *_key(out, geometry, act), norm is not None
+    run(tune.choose("activate.forward", key, _tiles(z.dtype, channels), run))
 
 
 def backward(
@@ -197,18 +209,25 @@ def backward(
     _check({"d": (d, geometry.outputs), "z": (z, pixels), "dn": (dn, pixels)}, channels)
     if z is None and (act.code != IDENTITY.code or norm is not None):
         raise ValueError("z is needed for the derivative")
-    bp, bn = _tile(channels)
     steps = 1 if launch.few(pixels) else 4
-    programs = blocks(pixels, bp * steps)
     sums = d.new_empty((2, channels), dtype=launch.sum_dtype(d.dtype)) if norm else None
-    partials = None if sums is None else sums.new_empty((programs, 2, channels))
     u = launch.unit(channels, d.stride(0), _pitch(z), _pitch(dn))
-    _backward[(programs, blocks(channels, bn))](
-        d, d.stride(0) // u, z, _pitch(z) // u, *_vectors(norm), dn, _pitch(dn) // u, partials, pixels, channels // u,
-        geometry.h, geometry.w,
-        UNIT=u, POOL=geometry.pool, ACT=act.code, NEGATIVE=act.negative_slope, ACC=launch.sum_type(d.dtype),
-        STEPS=steps, BP=bp, BN=bn, num_warps=4,
-    )  # fmt: skip
+
+    def run(tile: tuple[int, int]) -> Tensor | None:
+        """Partial sums."""
+        bp, bn = tile
+        programs = blocks(pixels, bp * steps)
+        partials = None if sums is None else sums.new_empty((programs, 2, channels))
+        _backward[(programs, blocks(channels, bn))](
+            d, d.stride(0) // u, z, _pitch(z) // u, *_vectors(norm), dn, _pitch(dn) // u, partials, pixels,
+            channels // u, geometry.h, geometry.w,
+            UNIT=u, POOL=geometry.pool, ACT=act.code, NEGATIVE=act.negative_slope, ACC=launch.sum_type(d.dtype),
+            STEPS=steps, BP=bp, BN=bn, num_warps=4,
+        )  # fmt: skip
+        return partials
+
+    key = *_key(d, geometry, act), norm is not None, dn is not None
+    partials = run(tune.choose("activate.backward", key, _tiles(d.dtype, channels), run))
     if sums is not None and partials is not None:
         total(partials, sums)
     return sums

@@ -208,8 +208,9 @@ def _forward_tiles(dtype: torch.dtype, pixels: int, b: int, g: int) -> list[Tile
         return [Tile(32, power(g, 16, 32), 16, 4, 2)]
     n = power(g, 16, 64)
     if dtype == torch.float32:
-        return [Tile(64, n, 32, 4, 2), Tile(128, n, 32, 8, 2)]
-    small, large = Tile(64, n, power(b, 16, 64), 4, 3), Tile(128, n, power(b, 16, 64), 8, 2)  # 3 stages: sm_100 spills
+        small, large = Tile(64, n, 32, 8, 2), Tile(128, min(n, 32), 16, 8, 2)
+    else:
+        small, large = Tile(64, n, power(b, 16, 64), 4, 3), Tile(128, n, power(b, 16, 64 if n < 64 else 32), 8, 2)
     return [small, large] if _few(pixels) else [large, small]
 
 

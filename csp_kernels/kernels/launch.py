@@ -99,16 +99,17 @@ class Case:
         return self.precision == "tf32"
 
 
-# Candidates, the default first. They compile without spills for sm_80, sm_90 and gfx942; for others see docs/gpu.md.
+# Candidates, the default first. None spills on the targets of docs/gpu.md.
 def forward_tiles(case: Case, outputs: int) -> list[Tile]:
     o = power(outputs, 16, 128)
     if case.dtype == torch.float64:
         return [Tile(32, min(o, 32), 16, 4, 2)]
     if case.dtype == torch.float32:
         if not case.tf32:
-            return [Tile(64, o, 16, 8, 2), Tile(64, min(o, 64), 16, 8, 2)]
+            small = Tile(64, min(o, 64), 16, 4, 2) if case.amd else Tile(64, min(o, 64), 16, 8, 3)
+            return [Tile(64, o, 16, 8, 2), small]
         depth = 16 if case.pool else 32
-        tight = case.target in (80, 86, 89, 100, 103)
+        tight = case.target in (80, 86, 89, 100, 103, 120, 121)
         wide, narrow = Tile(128, o, depth, 8, 2), Tile(64, o, 16 if tight else depth, 8, 2)
         return [narrow, wide] if case.few else [wide, narrow]
     wide, narrow = Tile(128, o, 64, 8, 3), Tile(64, o, 64, 8, 3)
@@ -116,14 +117,14 @@ def forward_tiles(case: Case, outputs: int) -> list[Tile]:
         wide, narrow = Tile(128, o, 32, 8, 3), Tile(64, o, 32, 8, 3)
         if case.amd:  # 64 KB of shared memory
             return [Tile(64, o, 32, 8, 2)]
+        if case.target in (120, 121):
+            return [narrow]
     elif case.amd:
         wide, narrow = Tile(128, o, 32, 8, 2), Tile(64, o, 32, 8, 2)
-    elif case.target in (80, 86, 89):
+    elif case.target in (80, 86, 89, 120, 121):
         return [narrow]
     elif case.target in (100, 103):
-        narrow = Tile(64, o, 32, 8, 3)
-    elif case.target in (120, 121):
-        return [Tile(64, o, 32, 8, 3)]
+        narrow = Tile(64, min(o, 64), 32, 8, 3)
     return [narrow, wide] if case.few else [wide, narrow]
 
 
@@ -149,10 +150,11 @@ def wgrad_tiles(case: Case, channels: int, outputs: int) -> list[Tile]:
     if case.dtype == torch.float32:
         pixels = 16 if case.pool or (tight and not case.tf32) else 32
         return [Tile(pixels, min(o, 64), k if case.tf32 and not case.pool else min(k, 64), 8, 2)]
-    narrow = Tile(32, min(o, 64) if case.target in (80, 86, 89) else o, k, 8, 2)
+    stages = 3 if case.target in (100, 103) else 2
+    wide, narrow = Tile(64, o, k, 8, stages), Tile(32, min(o, 64) if case.target in (80, 86, 89) else o, k, 8, stages)
     if case.pool or tight:
         return [narrow]
-    return [Tile(64, o, k, 8, 2)] if case.target in (80, 86, 89) else [Tile(64, o, k, 8, 2), narrow]
+    return [wide] if case.target in (80, 86, 89) else [wide, narrow]
 
 
 def one_pass_tiles(case: Case, channels: int, outputs: int) -> list[Tile | None]:
@@ -165,7 +167,7 @@ def one_pass_tiles(case: Case, channels: int, outputs: int) -> list[Tile | None]
     if case.target == 90:
         return [Tile(32, o, k, 8, 2), None]
     if case.target in (0, 100, 103):
-        return [Tile(32, o, k, 8, 2), Tile(64, o, min(k, 64), 8, 2), Tile(32, o, min(k, 64), 8, 2), None]
+        return [Tile(32, o, k, 8, 3), Tile(64, o, min(k, 64), 8, 2), Tile(32, o, min(k, 64), 8, 2), None]
     return [Tile(32, o, 64, 8, 1), None] if case.target == "gfx942" and k >= 64 else [None]
 
 

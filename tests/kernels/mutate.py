@@ -216,8 +216,8 @@ FAULTS = [
     Fault("activate", "_backward", "dgamma += ", "dgamma = ", "test_backward and many"),
     # what launchers pass on
     Fault("dense_block", "", "features[:, : layer.entering], norm", "features[:, 1 : layer.entering + 1], norm", BLOCK),
-    Fault("dense_block", "", "out = features[:, layer.entering : layer.entering + self.growth]",
-          "out = features[:, layer.entering - 1 : layer.entering + self.growth - 1]", BLOCK),
+    Fault("dense_block", "", "slice(layer.entering, layer.entering + self.growth)",
+          "slice(layer.entering - 1, layer.entering + self.growth - 1)", BLOCK),
     Fault("dense_block", "", "self.stats[:, entering : entering + self.growth]",
           "self.stats[:, entering - 1 : entering + self.growth - 1]", BLOCK),
     Fault("dense_block", "", "settle(sums, self.pixels, owed[:, old])", "settle(sums, self.pixels)", BLOCK),
@@ -225,6 +225,12 @@ FAULTS = [
     Fault("dense_block", "", "            source = grad\n", "", BLOCK),
     Fault("dense_block", "", "self.stats[0, channels]", "self.stats[1, channels]", BLOCK),
     Fault("dense_block", "", "self.due(owed, old), dx)", "self.due(0 * owed, old), dx)", BLOCK),
+    Fault("cuda", "", 'running() == "triton" or not _compiled_for(z', "not _compiled_for(z",
+          "triton_alone and recompute"),
+    Fault("cuda", "", "else gradient.contiguous()", "else torch.zeros_like(gradient)", "offset"),
+    Fault("cuda", "", "out, statistics, _images", "out, None, _images", "reference and growth and 48"),
+    Fault("cuda", "", "_vectors(correction), weight, z, _vectors(norm)\n    dweight", "_vectors(norm), weight, z, "
+          "_vectors(norm)\n    dweight", "reference and growth and 48"),
     Fault("concat_conv", "", "activate.forward(z[:, at]", "activate.forward(z[:, : at.stop - at.start]", CONCAT),
     Fault("concat_conv", "", "norm.shift[at])", "norm.shift[: at.stop - at.start])", CONCAT),
     Fault("concat_conv", "", "else dn[:, at]", "else dn[:, : at.stop - at.start]", CONCAT),
@@ -270,7 +276,7 @@ def main() -> int:
         fault.applied((ROOT / "csp_kernels" / "kernels" / f"{fault.module}.py").read_text())
     with tempfile.TemporaryDirectory() as temporary:
         root = given.root or Path(temporary)
-        for name in ("csp_kernels", "tests"):
+        for name in ("csp_kernels", "csrc", "tests"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
         shutil.copy(ROOT / "pyproject.toml", root)
         for test, select in dict.fromkeys((f.test or f.module, f.select) for f in faults):

@@ -1,7 +1,6 @@
 """Every launch compiled for a GPU that is not here, the products in every configuration: no spills, shared memory that
 the device has, tensor cores and 16-byte loads where they are expected. For sm_90; a target takes one to two minutes of
-a core. CSP_KERNELS_TARGETS=sm_80,sm_90,sm_100,sm_120,gfx942 tests others: docs/gpu.md has their figures, and where they
-spill."""
+a core. CSP_KERNELS_TARGETS=sm_80,sm_90,sm_100,sm_120,gfx942 tests others: docs/gpu.md has their figures."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ CASES = {
     "copy_split": Case(_copy_split, 2 * K, "2K"),
     "pay": Case(_pay, 3 * K, "3K"),
     "dense layer, forward": Case(lambda: _layer()[0], K + 2 * B + G, "K + 2b + g", only=PRODUCTS),
-    "dense layer, backward": Case(lambda: _layer()[1], 3 * K + 5 * B + 2 * G, "3K + 5b + 2g", only=PRODUCTS),
+    "dense layer, backward": Case(lambda: _layer()[1], 3 * K + 5 * B + 4 * G, "3K + 5b + 4g", only=PRODUCTS),
     "concat_conv, forward": Case(lambda: _concat_conv()[0], K + 3 * B, "K + 3b"),
     "concat_conv, backward": Case(lambda: _concat_conv()[1], 2 * K + 4 * B, "2K + 4b"),
 }
