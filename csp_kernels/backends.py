@@ -107,7 +107,7 @@ def _cuda() -> str:
     if not archs:
         return why
     built = f"CUDA C++ for {', '.join(f'sm_{a}' for a in archs)}"
-    widths = "3x3 of layers whose bottleneck and growth are multiples of 8"
+    widths = "3x3 of layers whose bottleneck and growth are multiples of 8 (float32: 4)"
     return f"{built}; {why}" if why else f"{built}, {widths}; the rest in triton (only if chosen: not yet run on a GPU)"
 
 

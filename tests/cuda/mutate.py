@@ -83,7 +83,7 @@ PLACES = (
     Bug("dgrad: weights swizzled on one side", DGRAD, LOOP, "(uint32_t(chunk) ^ swizzle(C::COLUMNS / 8, k))", "chunk"),
 )
 SUMS = (
-    Bug("forward: a half of the channels is dropped", FORWARD, FORWARD_FILE, "acc[r][j][e] += f[e];", "(void)f;"),
+    Bug("forward: a half of the channels is dropped", FORWARD, LOOP, "acc[r][j][e] += f[e];", "(void)f;"),
     Bug("wgrad: a half of the rows is dropped", WGRAD, WGRAD_FILE, "acc[i / C::J][i % C::J][e] += f[e];", "(void)f;"),
     Bug("dgrad: taps are not reversed", DGRAD, REDUCE_FILE, "args.reversed ? 8 - tap : tap", "tap"),
     Bug("dgrad: no mask", DGRAD, DGRAD_FILE, "on && fmaf(z, scale[i], shift[i]) > 0", "on"),

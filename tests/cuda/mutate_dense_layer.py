@@ -58,7 +58,7 @@ BUGS = (
         "first = unit * each + (unit < more ? unit : more)",
         "first = unit * each",
     ),
-    Bug("halves of the channels are not added", "acc[r][j][e] += f[e];", "(void)f;"),
+    Bug("halves are not added", "acc[r][j][e] += f[e];", "(void)f;", file="device/conv3x3.cuh"),
     Bug("h swizzled on one side", "(uint32_t(to) ^ uint32_t(t << 4))", "(uint32_t(to) | uint32_t(t << 4))"),
     Bug("list swizzled on one side", "((uint32_t(chunk) ^ swizzle(C::CHUNKS, first)) << 4)", "(uint32_t(chunk) << 4)"),
     Bug("channels beyond the last are not zero", "real ? value", "true ? value"),

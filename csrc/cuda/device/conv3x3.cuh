@@ -198,6 +198,30 @@ DEVICE void convolve(const Map& map, int channels, const uint16_t* weights, uint
   }
 }
 
+// What the warps of one unit of pixels have of the sum, by 16 bytes a lane: a row's give goes to another's take.
+template <int FROM, int TO, int R, int J> DEVICE void give(const float (&acc)[R][J][4], uint32_t exchange) {
+#pragma unroll
+  for (int r = FROM; r < TO; r++)
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+      uint4 v;
+      memcpy(&v, acc[r][j], 16);
+      store_shared16(true, exchange + (r * J + j) * 512, v);
+    }
+}
+template <int FROM, int TO, int R, int J> DEVICE void take(float (&acc)[R][J][4], uint32_t exchange) {
+#pragma unroll
+  for (int r = FROM; r < TO; r++)
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+      uint4 v = load_shared16(exchange + (r * J + j) * 512);
+      float f[4];
+      memcpy(f, &v, 16);
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[r][j][e] += f[e];
+    }
+}
+
 // Rows and pixels of this lane's results: lane / 4 across in each of two strips, R rows down.
 template <class C> struct Results {
   int rows[2], pixel[2];  // rows inside the image, the first row's pixel

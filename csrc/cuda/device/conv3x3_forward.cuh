@@ -120,29 +120,6 @@ template <class T, class C> struct ForwardEpilogue {
   }
   DEVICE void prefetch(bool, const typename C::Strips&, int) {}
 
-  // Each half of the channels hands the other the rows that the other finishes.
-  template <int FROM, int TO> DEVICE void give(const float (&acc)[C::R][J][4], uint32_t exchange) const {
-#pragma unroll
-    for (int r = FROM; r < TO; r++)
-#pragma unroll
-      for (int j = 0; j < J; j++) {
-        uint4 v;
-        memcpy(&v, acc[r][j], 16);
-        store_shared16(true, exchange + (r * J + j) * 512, v);
-      }
-  }
-  template <int FROM, int TO> DEVICE void take(float (&acc)[C::R][J][4], uint32_t exchange) const {
-#pragma unroll
-    for (int r = FROM; r < TO; r++)
-#pragma unroll
-      for (int j = 0; j < J; j++) {
-        uint4 v = load_shared16(exchange + (r * J + j) * 512);
-        float f[4];
-        memcpy(f, &v, 16);
-#pragma unroll
-        for (int e = 0; e < 4; e++) acc[r][j][e] += f[e];
-      }
-  }
   // A pixel's sums of this split as they are.
   DEVICE void write_sums(const float (&acc)[J][4], int h, bool on, int pixel) const {
     constexpr int WORDS = J % 2 ? 2 : 4;

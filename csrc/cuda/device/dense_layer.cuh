@@ -268,28 +268,6 @@ template <class T, class C> struct DenseEpilogue {
   DEVICE DenseEpilogue(const DenseLayerArguments& args, const Place<C>& place, const UnitRows& rows, const TileTable<C>& table)
       : args(args), place(place), rows(rows), table(table), mask(args.dropout) {}
 
-  template <int FROM, int TO> DEVICE void give(const float (&acc)[C::R][J][4], uint32_t exchange) const {
-#pragma unroll
-    for (int r = FROM; r < TO; r++)
-#pragma unroll
-      for (int j = 0; j < J; j++) {
-        uint4 v;
-        memcpy(&v, acc[r][j], 16);
-        store_shared16(true, exchange + (r * J + j) * 512, v);
-      }
-  }
-  template <int FROM, int TO> DEVICE void take(float (&acc)[C::R][J][4], uint32_t exchange) const {
-#pragma unroll
-    for (int r = FROM; r < TO; r++)
-#pragma unroll
-      for (int j = 0; j < J; j++) {
-        uint4 v = load_shared16(exchange + (r * J + j) * 512);
-        float f[4];
-        memcpy(f, &v, 16);
-#pragma unroll
-        for (int e = 0; e < 4; e++) acc[r][j][e] += f[e];
-      }
-  }
   template <int FROM, int TO> DEVICE void write(const float (&acc)[C::R][J][4], int slot) const {
     const int channel = place.group * 8 * J + (place.lane & 3) * 2 * J;
 #pragma unroll
