@@ -1,22 +1,14 @@
-"""Bugs in what serves small maps, in the form of mutate.py's; its list of cases has no splits, so this has its own.
-
-    python tests/cuda/bugs_small_maps.py [words of a name]
-
-Prints how many cases fail, per bug. Exits 1 if one survives."""
+"""Bugs in what serves small maps, and the cases that must notice them; mutate.py plants them."""
 
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import emulator
-from conv3x3_case import FORWARD, Case
-from mutate import FORWARD_FILE, Bug, fails, mutant
+import conv3x3_case
+from conv3x3_case import FORWARD, Case, Outcome
+from mutate import FORWARD_FILE, Bug, Family
 from test_small_maps import DEEP, SPLIT, Planned
 
 ADD = "    add_in_order(sum, args, on, pixel, channel);\n"
@@ -41,7 +33,7 @@ GATHERED = "      write<0, C::R>(acc, results);\n    }\n"
 
 
 def bug(name: str, old: str, new: str) -> Bug:
-    return Bug(name, FORWARD, FORWARD_FILE, old, new)
+    return Bug(f"small maps: {name}", FORWARD, FORWARD_FILE, old, new)
 
 
 BUGS = (
@@ -62,7 +54,7 @@ BUGS = (
 )
 
 
-def cases() -> list[tuple[Case, bool]]:
+def cases(_: int) -> list[tuple[Case, bool]]:
     """Splits, for which launches must cost nothing, and deep tiles in all schedules."""
 
     def dropped(planned: Planned) -> Case:
@@ -73,19 +65,13 @@ def cases() -> list[tuple[Case, bool]]:
     return [*((case, True) for case in split), *((case, False) for case in deep)]
 
 
-def caught(planted: Bug) -> bool:
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        binary = emulator.build(directory, "plain", mutant(directory, planted))
-        count = 0
-        for case, free_launches in cases():
-            os.environ["CSP_LAUNCH_NS"] = "0" if free_launches else "2000"
-            count += fails(binary, case)
-    print(f"{'caught  ' if count else 'SURVIVED'}  {planted.name}: {count} of {len(cases())} cases fail", flush=True)
-    return count > 0
+def run(binary: Path, case: tuple[Case, bool]) -> Outcome:
+    """Launches cost nothing, or what they do."""
+    os.environ["CSP_LAUNCH_NS"] = "0" if case[1] else "2000"
+    try:
+        return conv3x3_case.run(binary, case[0])
+    finally:
+        del os.environ["CSP_LAUNCH_NS"]
 
 
-if __name__ == "__main__":
-    words = " ".join(sys.argv[1:])
-    results = [caught(planted) for planted in BUGS if words in planted.name]
-    sys.exit(0 if results and all(results) else 1)
+FAMILY = Family((), BUGS, cases, run)
