@@ -57,7 +57,7 @@ CXX_FLAGS = [
 
 
 CUDA_ARCHITECTURES = ("80", "90", "100")
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"]
 
 
 @dataclass(frozen=True)
