@@ -72,8 +72,9 @@ def why_not_triton() -> str:
 
 
 @cache
-def why_not_cuda() -> str:
-    """Why the CUDA C++ kernels cannot run here and what to do about it; "" if they can. Initialises CUDA."""
+def why_not_cuda(device: int | None = None) -> str:
+    """Why the CUDA C++ kernels cannot run on this GPU (the current one) and what to do about it; "" if they can.
+    Initialises CUDA."""
     compiled = native.cuda_architectures()
     if native.available() and not compiled:
         return "built without CUDA kernels; rebuild where nvcc is on PATH, or with CSP_KERNELS_CUDA=1 to learn why not"
@@ -81,7 +82,9 @@ def why_not_cuda() -> str:
         return why_not_triton()
     if torch.version.hip:
         return "CUDA kernels do not run on AMD; choose 'triton'"
-    major, minor = torch.cuda.get_device_capability()
+    if error := native.cuda_error():
+        return f"CUDA kernels: {error}; rebuild with a CUDA that the driver supports, or choose 'triton'"
+    major, minor = torch.cuda.get_device_capability(device)
     here = 10 * major + minor
     if not any(c // 10 == major and c <= here for c in compiled) and here < max(compiled):
         return f"CUDA kernels are compiled for {compiled}, not for {here}; rebuild with CSP_KERNELS_CUDA_ARCHS={here}"

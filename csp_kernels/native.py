@@ -48,3 +48,8 @@ def cuda_architectures() -> list[int]:
     """Compute capabilities the CUDA kernels are compiled for, for example [80, 90]; empty: built without CUDA."""
     listed = str(torch.ops.csp_kernels.cuda_architectures()) if available() else ""
     return [int(a) for a in listed.split(",") if a]
+
+
+def cuda_error() -> str:
+    """What keeps the library's CUDA runtime from running here, for example a driver older than it; "" if nothing."""
+    return str(torch.ops.csp_kernels.cuda_error()) if cuda_architectures() else ""

@@ -23,7 +23,8 @@ STABLE_TORCH_LIBRARY(csp_kernels, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str");
   m.def("cuda_architectures() -> str");
-  // Parts of operators, on views [P, channels] of a GPU: csrc/cuda/operators.cu
+  m.def("cuda_error() -> str");  // csrc/cuda/operators.cu, as all below
+  // Parts of operators, on views [P, channels] of a GPU.
   m.def("conv3x3_unsupported(Tensor z, Tensor weight, Tensor slice, int[] images, bool tf32) -> str");
   m.def("conv3x3_forward(Tensor z, Tensor[] norm, Tensor weight, Tensor(a!) out, Tensor(b!)? statistics, int[] images, "
         "Tensor? seed, int layer, int threshold, float scale, bool tf32) -> ()");

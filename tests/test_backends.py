@@ -110,22 +110,24 @@ def test_native_runs_on_the_cpu_and_on_a_gpu_it_is_built_for(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "compiled, here, reason",
+    "compiled, here, error, reason",
     [
-        ([80, 90], (9, 0), ""),
-        ([80, 90], (8, 6), ""),  # machine code of the same generation, an earlier one of it
-        ([80, 90], (12, 0), ""),  # PTX of the latest
-        ([86, 90], (8, 0), "compiled for [86, 90], not for 80; rebuild with CSP_KERNELS_CUDA_ARCHS=80"),
-        ([90], (8, 0), "compiled for [90], not for 80; rebuild with CSP_KERNELS_CUDA_ARCHS=80"),
-        ([], (9, 0), "built without CUDA kernels; rebuild where nvcc is on PATH"),
+        ([80, 90], (9, 0), "", ""),
+        ([80, 90], (9, 0), "old driver", "CUDA kernels: old driver; rebuild with a CUDA that the driver supports"),
+        ([80, 90], (8, 6), "", ""),  # machine code of the same generation, an earlier one of it
+        ([80, 90], (12, 0), "", ""),  # PTX of the latest
+        ([86, 90], (8, 0), "", "compiled for [86, 90], not for 80; rebuild with CSP_KERNELS_CUDA_ARCHS=80"),
+        ([90], (8, 0), "", "compiled for [90], not for 80; rebuild with CSP_KERNELS_CUDA_ARCHS=80"),
+        ([], (9, 0), "", "built without CUDA kernels; rebuild where nvcc is on PATH"),
     ],
 )
 def test_why_cuda_cannot_run(
-    compiled: list[int], here: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
+    compiled: list[int], here: tuple[int, int], error: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules["csp_kernels.backends"], "_WHY_NOT_TRITON", "")
     monkeypatch.setattr("csp_kernels.native.cuda_architectures", lambda: compiled)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: here)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: here)
+    monkeypatch.setattr("csp_kernels.native.cuda_error", lambda: error)
     got = why_not_cuda.__wrapped__()
     assert (reason in got) if reason else not got
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csp_kernels.backends import running
+from csp_kernels.backends import running, why_not_cuda
 from csp_kernels.kernels.launch import Correction, Geometry, Norm
 
 Mask = tuple[Tensor | None, int, int, float]  # of dropout: seed, layer, threshold, scale
@@ -15,7 +15,7 @@ Mask = tuple[Tensor | None, int, int, float]  # of dropout: seed, layer, thresho
 def takes(z: Tensor, weight: Tensor, grown: Tensor, geometry: Geometry, precision: str) -> bool:
     """Whether CUDA C++ runs this layer, forward and backward alike, so that both see the same masks. z [P, b], grown
     [P, g]: the slice of the features that the layer writes."""
-    if running() == "triton" or not _compiled_for(z.device.type.upper()):
+    if running() == "triton" or not _runs_on(z.device):
         return False
     return not torch.ops.csp_kernels.conv3x3_unsupported(z, weight, grown, _images(geometry), precision == "tf32")
 
@@ -74,7 +74,7 @@ def wgrad(
 def takes_layer(features: Tensor, weight: Tensor, out: Tensor, geometry: Geometry) -> bool:
     """Whether one kernel computes a whole layer with frozen norms and is estimated to be faster than two. features
     [P, K]: those that enter; weight [g, b, 3, 3]; out [P, g]."""
-    if running() == "triton" or not _compiled_for(features.device.type.upper()):
+    if running() == "triton" or not _runs_on(features.device):
         return False
     return bool(torch.ops.csp_kernels.dense_layer_wins(features, weight, out, _images(geometry)))
 
@@ -87,8 +87,11 @@ def layer(
     torch.ops.csp_kernels.dense_layer(features, *vectors, out, _images(geometry))
 
 
-def _compiled_for(key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("csp_kernels::conv3x3_forward", key)
+def _runs_on(device: torch.device) -> bool:
+    """Of a device that is no GPU only the emulation has kernels, in tests."""
+    if device.type == "cuda" and why_not_cuda(device.index):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("csp_kernels::conv3x3_forward", device.type.upper())
 
 
 def _images(geometry: Geometry) -> list[int]:
@@ -105,4 +108,4 @@ def _aligned(gradient: Tensor) -> Tensor:
     """The caller's gradient may be a slice at any offset: the features, which decide who runs, are not."""
     vector = 16 // gradient.element_size()
     fits = gradient.data_ptr() % 16 == 0 and gradient.stride(0) % vector == 0
-    return gradient if fits else gradient.contiguous()
+    return gradient if fits else gradient.clone(memory_format=torch.contiguous_format)

@@ -213,7 +213,8 @@ class Block:
         features' norms by other readers, sums [2, L * branches * g] float64 of dn and dn * (features - mean), both
         added to. After `load`. Gradients of params, in order."""
         recompute, kept = not kept.z, self._shared(kept)
-        wide, dmiddle = (x.new_empty((self.pixels, n)) for n in (self.branches * self.width, self.growth))
+        sizes = self.branches * padded(self.width), self.growth
+        wide, dmiddle = (x.new_empty((self.pixels, n)) for n in sizes)
         gradients: list[Tensor] = []
         for i, layer in reversed(list(enumerate(self.layers))):
             b, dz = layer.width, wide[:, : self.branches * layer.width]

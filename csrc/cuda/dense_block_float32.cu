@@ -101,6 +101,7 @@ const char* unsupported(const Layer& layer, const Device& device) {
   const Images& i = layer.images;
   if (layer.bottleneck % 4 || layer.growth % 4) return "bottleneck and growth must be multiples of 4";
   if (layer.growth > 4096 || layer.bottleneck > 1 << 16) return "too many channels";
+  if (i.n < 1 || i.h < 1 || i.w < 1) return "no pixels";
   if (i.n * (i.h + 8) * (i.w + 8) >= int64_t(1) << 30) return "2^30 pixels or more";
   const bool fits =
       plan_forward(layer, device).tile >= 0 && plan_dgrad(layer, device).tile >= 0 && plan_wgrad(layer, device).tile >= 0;

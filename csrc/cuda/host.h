@@ -8,6 +8,7 @@
 namespace csp::cuda {
 
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t find_devices() { return cudaSuccess; }
 // Few blocks, so that each has several tiles; shared memory of sm_90.
 struct Current {
   explicit Current(int) {}
@@ -37,24 +38,32 @@ inline cudaStream_t current_stream(int index) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline cudaError_t find_devices() {
+  int count = 0;
+  return taken(cudaGetDeviceCount(&count));
+}
+
 class Current {
   int index, previous = 0;
 
+  void check(cudaError_t error) const {
+    STD_TORCH_CHECK(taken(error) == cudaSuccess, "csp_kernels: CUDA device ", index, ": ", cudaGetErrorString(error));
+  }
+
  public:
   explicit Current(int index) : index(index) {
-    if (cudaGetDevice(&previous) != cudaSuccess) previous = index;
-    if (previous != index) cudaSetDevice(index);
+    check(cudaGetDevice(&previous));
+    if (previous != index) check(cudaSetDevice(index));
   }
   ~Current() {
-    if (previous != index) cudaSetDevice(previous);
+    if (previous != index) (void)taken(cudaSetDevice(previous));
   }
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
 
   int attribute(cudaDeviceAttr which) const {
     int value = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, which, index);
-    STD_TORCH_CHECK(error == cudaSuccess, "csp_kernels: CUDA device ", index, ": ", cudaGetErrorString(error));
+    check(cudaDeviceGetAttribute(&value, which, index));
     return value;
   }
   Device device() const {

@@ -61,16 +61,19 @@ int64_t bytes_of(const Layer& layer, const Device& device, Pass pass) {
   return wide(layer) ? float32::workspace_bytes(layer, device, pass) : workspace_bytes(layer, device, pass);
 }
 
+const char* reason_against(const Layer& layer, const Tensor& x) { return wide(layer) ? float32::unsupported(view(x)) : unsupported(view(x)); }
 const char* reason_against(const Layer& layer, const Device& device, const Tensor& z, const Tensor& weight, const Tensor& slice) {
-  if (!wide(layer)) {
-    for (const Tensor& x : {z, slice})
-      if (const char* reason = unsupported(view(x))) return reason;
-    return unsupported(layer, device);
-  }
   for (const Tensor& x : {z, slice})
-    if (const char* reason = float32::unsupported(view(x))) return reason;
+    if (const char* reason = reason_against(layer, x)) return reason;
+  if (!wide(layer)) return unsupported(layer, device);
   const char* reason = float32::unsupported(weight_of(weight));
   return reason ? reason : float32::unsupported(layer, device);
+}
+
+// A misaligned access would end the process' use of the device.
+void check_aligned(const Layer& layer, const Tensor& x, const char* name) {
+  const char* reason = reason_against(layer, x);
+  STD_TORCH_CHECK(!reason, "conv3x3: ", name, ": ", reason);
 }
 
 // Why the kernels cannot take this layer, whose slice of the features is `slice`; "" if they can.
@@ -87,6 +90,7 @@ void forward(const Tensor& z, Tensors norm, const Tensor& weight, const Tensor& 
   const Current current(z.get_device_index());
   const Device device = current.device();
   const Layer layer = layer_of(z, weight, images, tf32);
+  check_aligned(layer, z, "z"), check_aligned(layer, out, "out");
   const Tensor memory = workspace(z, bytes_of(layer, device, Pass::Forward));
   Statistics moments;
   if (statistics) moments = {static_cast<double*>(statistics->mutable_data_ptr()), statistics->stride(0)};
@@ -101,6 +105,8 @@ Tensor dgrad(const Tensor& features, const Tensor& gradient, Tensors correction,
   const Current current(z.get_device_index());
   const Device device = current.device();
   const Layer layer = layer_of(z, weight, images, tf32);
+  check_aligned(layer, features, "features"), check_aligned(layer, gradient, "gradient");
+  check_aligned(layer, z, "z"), check_aligned(layer, out, "out");
   const Tensor memory = workspace(z, bytes_of(layer, device, Pass::Dgrad)), sums = fresh(z, {2, layer.bottleneck});
   const auto convolve = wide(layer) ? float32::conv3x3_dgrad : conv3x3_dgrad;
   check(convolve(layer, device, view(features), view(gradient), correction_of(correction),
@@ -116,6 +122,7 @@ Tensor wgrad(const Tensor& features, const Tensor& gradient, Tensors correction,
   const Device device = current.device();
   const Layer layer = layer_of(z, weight, images, tf32);
   const int64_t b = layer.bottleneck, g = layer.growth;
+  check_aligned(layer, features, "features"), check_aligned(layer, gradient, "gradient"), check_aligned(layer, z, "z");
   const Tensor memory = workspace(z, bytes_of(layer, device, Pass::Wgrad)), dweight = fresh(z, {g, b, 3, 3});
   const auto convolve = wide(layer) ? float32::conv3x3_wgrad : conv3x3_wgrad;
   check(convolve(layer, device, view(features), view(gradient), correction_of(correction),
@@ -149,8 +156,18 @@ void dense_layer(const Tensor& features, Tensors norm1, const Tensor& weight1, T
                             weight_of(weight2), {}, output(out), memory.mutable_data_ptr()));
 }
 
+// Of the runtime on this machine.
+std::string error() {
+  const cudaError_t found = find_devices();
+  return found == cudaSuccess ? "" : cudaGetErrorString(found);
+}
+
 }  // namespace
 }  // namespace csp::cuda::operators
+
+#ifndef CSP_EMULATION
+STABLE_TORCH_LIBRARY_IMPL(csp_kernels, CompositeExplicitAutograd, m) { m.impl("cuda_error", TORCH_BOX(&csp::cuda::operators::error)); }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(csp_kernels, CSP_DISPATCH_KEY, m) {
   m.impl("conv3x3_unsupported", TORCH_BOX(&csp::cuda::operators::refusal));

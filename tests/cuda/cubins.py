@@ -99,6 +99,8 @@ def complaints(cubin: Path, tool: str) -> list[str]:
         for prefix, expected in EXPECTED.items():
             if name.startswith(prefix):
                 found += [f"{name}: no {e}" for e in expected if not re.search(e, code)]
+        if re.search(r"@!?U?P\d+\s+(HMMA|LDSM)", code):
+            found.append(f"{name}: not all lanes take part in a product")
         if re.search(LOCAL_MEMORY, code):
             found.append(f"{name}: uses local memory")
     return found

@@ -17,14 +17,19 @@ import emulator
 from cubins import ARCHITECTURES, Kernel, build, complaints, disassembler, nvcc
 from emulator import SOURCE
 
-PROGRAMS = {"dense_block.cu": "runner.cpp", "dense_block_float32.cu": "runner_float32.cpp"}
+PROGRAMS = {
+    "dense_block.cu": "runner.cpp",
+    "dense_block_float32.cu": "runner_float32.cpp",
+    "dense_layer.cu": "runner_dense_layer.cpp",
+}
+CHANNELS = {"dense_layer.cu": (256, 128, 32)}  # entering too
 
 
-def shared_bytes(directory: Path, bottleneck: int, growth: int, program: str = "runner.cpp") -> dict[str, int]:
+def shared_bytes(directory: Path, *channels: int, program: str = "runner.cpp") -> dict[str, int]:
     """Shared memory of a block by the name of its tile, and a word of its kernel's before it where tiles are of several
     kernels, from the launchers' own constants."""
     runner = emulator.build(directory, program=program)
-    command = [str(runner), "shared", str(bottleneck), str(growth)]
+    command = [str(runner), "shared", *map(str, channels)]
     text = subprocess.run(command, text=True, capture_output=True, check=True).stdout
     pairs = (line.replace("csp::cuda::", "").replace("float32::", "").split("\t") for line in text.splitlines())
     return {name: int(size) for name, size in pairs}
@@ -59,9 +64,9 @@ def main(architectures: list[str]) -> int:
         return 0
     wrong = 0
     with tempfile.TemporaryDirectory() as directory:
-        print("Shared memory: for a bottleneck of 128 and a growth of 32")
+        print("Shared memory: for a bottleneck of 128 and a growth of 32 (a whole layer: its tile for 256 channels)")
         for source, program in PROGRAMS.items():
-            shared = shared_bytes(Path(directory), 128, 32, program)
+            shared = shared_bytes(Path(directory), *CHANNELS.get(source, (128, 32)), program=program)
             for architecture in architectures or ARCHITECTURES:
                 wrong += report(compiler, tool, SOURCE / source, architecture, Path(directory), shared)
     return 1 if wrong else 0

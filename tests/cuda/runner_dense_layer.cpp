@@ -1,4 +1,6 @@
 // Runs the dense layer of one kernel under the emulation; tests/cuda/dense_layer_case.py is the other side.
+#include <cxxabi.h>
+#include <typeinfo>
 #include "dense_layer.cu"
 #include "job.h"
 
@@ -48,10 +50,23 @@ int print_wins(int capability) {
   return 0;
 }
 
+// The tile for 64 images of 56x56 on a device of sm_90, and the shared memory of its block.
+void print_shared(int k, int b, int g) {
+  const Machine machine = machine_of(90);
+  const DensePlan plan = plan_dense_layer({Type::Half, {64, 56, 56}, k, b, g}, {machine.multiprocessors, machine.shared_bytes, nullptr});
+  with_tile(AllDenseTiles{}, plan.tile, [&](auto tile) {
+    int status = 0;
+    const std::unique_ptr<char, Free> name(abi::__cxa_demangle(typeid(tile).name(), nullptr, nullptr, &status));
+    printf("%s\t%d\n", name.get(), int(DenseShared<decltype(tile)>(plan.cut, k, b).bytes));
+    return cudaSuccess;
+  });
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 3) return fprintf(stderr, "usage: runner JOB RESULT, or runner wins CAPABILITY\n"), 2;
+  if (count == 5 && !strcmp(arguments[1], "shared")) return print_shared(atoi(arguments[2]), atoi(arguments[3]), atoi(arguments[4])), 0;
+  if (count != 3) return fprintf(stderr, "usage: runner JOB RESULT, or runner wins CAPABILITY, or runner shared K B G\n"), 2;
   if (!strcmp(arguments[1], "wins")) return print_wins(atoi(arguments[2]));
   Job job(arguments[1]);
   if (int error = run(job)) return error;

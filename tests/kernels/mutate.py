@@ -225,9 +225,9 @@ FAULTS = [
     Fault("dense_block", "", "            source = grad\n", "", BLOCK),
     Fault("dense_block", "", "self.stats[0, channels]", "self.stats[1, channels]", BLOCK),
     Fault("dense_block", "", "self.due(owed, old), dx)", "self.due(0 * owed, old), dx)", BLOCK),
-    Fault("cuda", "", 'running() == "triton" or not _compiled_for(z', "not _compiled_for(z",
+    Fault("cuda", "", 'running() == "triton" or not _runs_on(z', "not _runs_on(z",
           "triton_alone and recompute"),
-    Fault("cuda", "", "else gradient.contiguous()", "else torch.zeros_like(gradient)", "offset"),
+    Fault("cuda", "", "else gradient.clone(", "else torch.zeros_like(gradient).clone(", "offset"),
     Fault("cuda", "", "out, statistics, _images", "out, None, _images", "reference and growth and 48"),
     Fault("cuda", "", "_vectors(correction), weight, z, _vectors(norm)\n    dweight", "_vectors(norm), weight, z, "
           "_vectors(norm)\n    dweight", "reference and growth and 48"),

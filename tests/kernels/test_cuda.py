@@ -167,6 +167,32 @@ def test_a_gradient_at_any_offset(calls: Counter[str]) -> None:
         assert torch.equal(t, u)
 
 
+def test_a_gradient_of_one_pixel_at_any_offset() -> None:
+    """A single row counts as contiguous wherever it begins."""
+    case = replace(WIDE, size=(1, 1, 1), frozen=(True,))
+    a, grad = arguments(case), image(case.total, case)
+    wide = torch.full((1, case.total + 3, 1, 1), torch.nan, dtype=case.dtype)
+    wide[:, 1 : 1 + case.total] = grad
+    first, second = (triton(case, a, g) for g in (grad, wide[:, 1 : 1 + case.total]))
+    assert all(torch.equal(t, u) for t, u in zip(first.gradients, second.gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["features", "gradient", "z", "out"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_misaligned_views_are_refused(name: str, dtype: torch.dtype) -> None:
+    """On a GPU they would end the process' use of it."""
+    pixels, b, g = 12, 16, 8
+
+    def view(channels: int, mine: str) -> Tensor:
+        return torch.zeros(pixels, channels + 32, dtype=dtype)[:, (1 if mine == name else 8) :][:, :channels]
+
+    features, gradient, z, out = view(g, "features"), view(g, "gradient"), view(b, "z"), view(b, "out")
+    vectors, weight = [[torch.zeros(n)] * 3 for n in (g, b)], torch.zeros(g, b, 3, 3)
+    given = features, gradient, vectors[0], weight, z, vectors[1], out, [1, 3, 4], None, 0, 0, 1.0, False
+    with pytest.raises(RuntimeError, match=f"conv3x3: {name}: not 16-byte aligned"):
+        torch.ops.csp_kernels.conv3x3_dgrad(*given)
+
+
 @pytest.fixture(name="step")
 def operators_of_the_block(library: None) -> Iterator[None]:
     """torch.ops.csp_kernels.dense_block* run by the launchers, also on CPU tensors."""

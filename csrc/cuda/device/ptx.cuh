@@ -19,11 +19,27 @@ struct BFloat16 {};
 
 namespace csp::cuda {
 
+// The error, which is also taken from where the next launch would find it.
+inline cudaError_t taken(cudaError_t error) {
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error;
+}
+// Lets a kernel have all the shared memory that a block may: one value for all callers, since it stays with the kernel and another
+// thread may launch it with another size.
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  return taken(error);
+}
 // Of kernels with dynamic shared memory only.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream, A... arguments) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-  if (error != cudaSuccess) return error;
+  if (shared_bytes > 48 * 1024) {  // what every kernel may have
+    const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) return error;
+  }
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }
