@@ -137,7 +137,7 @@ Choice choose_wgrad(const Layer& layer, const Device& device) {
                 [&](auto tile, int) { return wgrad_ns<decltype(tile)>(layer, device); });
 }
 
-Plan plan_forward(const Layer& layer, const Device& device) {
+Plan new_forward_plan(const Layer& layer, const Device& device) {
   Plan plan;
   const Choice choice = choose_forward(layer, device);
   plan.tile = choice.tile, plan.splits = choice.splits;
@@ -157,7 +157,7 @@ Plan plan_forward(const Layer& layer, const Device& device) {
   return plan;
 }
 
-Plan plan_dgrad(const Layer& layer, const Device& device) {
+Plan new_dgrad_plan(const Layer& layer, const Device& device) {
   Plan plan;
   plan.tile = choose_dgrad(layer, device).tile;
   with_tile(DgradTiles{}, plan.tile, [&](auto tile) {
@@ -170,7 +170,7 @@ Plan plan_dgrad(const Layer& layer, const Device& device) {
   return plan;
 }
 
-Plan plan_wgrad(const Layer& layer, const Device& device) {
+Plan new_wgrad_plan(const Layer& layer, const Device& device) {
   Plan plan;
   plan.tile = choose_wgrad(layer, device).tile;
   with_tile(WgradTiles{}, plan.tile, [&](auto tile) {
@@ -181,6 +181,16 @@ Plan plan_wgrad(const Layer& layer, const Device& device) {
     return cudaSuccess;
   });
   return plan;
+}
+
+Plan plan_forward(const Layer& layer, const Device& device) {
+  return remembered(key_of(layer, device), [&] { return new_forward_plan(layer, device); });
+}
+Plan plan_dgrad(const Layer& layer, const Device& device) {
+  return remembered(key_of(layer, device), [&] { return new_dgrad_plan(layer, device); });
+}
+Plan plan_wgrad(const Layer& layer, const Device& device) {
+  return remembered(key_of(layer, device), [&] { return new_wgrad_plan(layer, device); });
 }
 
 const uint16_t* elements(const View& view) { return static_cast<const uint16_t*>(view.data); }

@@ -62,10 +62,14 @@ template <class List> Plan plan_product(List tiles, const Layer& layer, const De
   });
   return plan;
 }
-Plan plan_forward(const Layer& layer, const Device& device) { return plan_product(ForwardTiles{}, layer, device, true); }
-Plan plan_dgrad(const Layer& layer, const Device& device) { return plan_product(DgradTiles{}, layer, device, false); }
+Plan plan_forward(const Layer& layer, const Device& device) {
+  return remembered(key_of(layer, device), [&] { return plan_product(ForwardTiles{}, layer, device, true); });
+}
+Plan plan_dgrad(const Layer& layer, const Device& device) {
+  return remembered(key_of(layer, device), [&] { return plan_product(DgradTiles{}, layer, device, false); });
+}
 
-Plan plan_wgrad(const Layer& layer, const Device& device) {
+Plan new_wgrad_plan(const Layer& layer, const Device& device) {
   Plan plan;
   plan.tile = cheapest(WgradTiles{}, [&](auto tile) -> int64_t {  // products, h once more for each block of columns
     using C = decltype(tile);
@@ -80,6 +84,10 @@ Plan plan_wgrad(const Layer& layer, const Device& device) {
     return cudaSuccess;
   });
   return plan;
+}
+
+Plan plan_wgrad(const Layer& layer, const Device& device) {
+  return remembered(key_of(layer, device), [&] { return new_wgrad_plan(layer, device); });
 }
 
 const float* floats_of(const View& view) { return static_cast<const float*>(view.data); }

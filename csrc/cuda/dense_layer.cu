@@ -89,7 +89,7 @@ template <class C> void consider_cuts(DensePlan& plan, int tile, const DenseLaye
 }
 
 // The cut and the tile of least cost.
-DensePlan plan_dense_layer(const DenseLayer& layer, const Device& device) {
+DensePlan new_dense_layer_plan(const DenseLayer& layer, const Device& device) {
   DensePlan plan;
   int index = 0;
   each_tile(AllDenseTiles{}, [&](auto tile) {
@@ -97,6 +97,12 @@ DensePlan plan_dense_layer(const DenseLayer& layer, const Device& device) {
     index++;
   });
   return plan;
+}
+
+DensePlan plan_dense_layer(const DenseLayer& layer, const Device& device) {
+  Key key = key_of({layer.type, layer.images, layer.bottleneck, layer.growth}, device);
+  key.back() = layer.entering;
+  return remembered(key, [&] { return new_dense_layer_plan(layer, device); });
 }
 
 int64_t first_weight_bytes(const DenseLayer& layer) {

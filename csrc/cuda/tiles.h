@@ -1,5 +1,7 @@
 // What the launchers share: lists of tiles, the choice of one, how images are cut into strips.
 #pragma once
+#include <array>
+#include <map>
 #include "dense_block.h"
 #include "device/tile.cuh"
 
@@ -36,6 +38,21 @@ template <class F, class... C> Choice cheapest(Tiles<C...> tiles, F cost, int sp
   int i = 0;
   each_tile(tiles, [&](auto tile) { best.take({i++, splits, cost(tile)}); });
   return best;
+}
+
+using Key = std::array<int64_t, 10>;
+inline Key key_of(const Layer& layer, const Device& device) {
+  const Images& i = layer.images;
+  return {int64_t(layer.type), i.n, i.h, i.w, layer.bottleneck, layer.growth, device.multiprocessors, device.shared_bytes, device.launch_ns};
+}
+// make() where a thread asks for a key the first time: a plan takes tens of microseconds, longer than a small kernel.
+template <class F> auto remembered(const Key& key, F make) {
+  constexpr size_t MOST = 4096;  // shapes, then from the beginning
+  static thread_local std::map<Key, decltype(make())> known;
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  if (known.size() >= MOST) known.clear();
+  return known.emplace(key, make()).first->second;
 }
 
 template <class C> Map map_of(const Images& images) {
