@@ -4,7 +4,8 @@ The library has no Python API and no pybind: one file serves every Python and ev
 csrc/cpu/*.cpp is compiled once per instruction set; the library picks one when it loads. csrc/cuda/*.cu is compiled
 where nvcc is found; the library then still loads on machines and with torch builds without CUDA.
 
-Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CSP_KERNELS_NATIVE=0 leaves the library out.
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CSP_KERNELS_NATIVE=0 leaves the library out; CSP_KERNELS_ISAS="v3" names
+the instruction sets to compile for (default: all that the compiler knows; a name is an error where it does not).
 CUDA: the compiler is NVCC, else nvcc of CUDA_HOME or on PATH (NVCC_CCBIN and NVCC_APPEND_FLAGS are its own);
 CSP_KERNELS_CUDA=0 leaves CUDA out, 1 fails without it; CSP_KERNELS_CUDA_ARCHS="80,90" names compute capabilities
 (default: those of 80, 90 and 100 that this nvcc knows).
@@ -134,6 +135,18 @@ def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def instruction_sets(compiler: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> flags of the instruction sets to build: CSP_KERNELS_ISAS, or all that this compiler targets here."""
+    usable = usable_instruction_sets(compiler)
+    named = os.environ.get("CSP_KERNELS_ISAS", "").replace(",", " ").split()
+    if missing := sorted({*named} - {*usable}):
+        raise SystemExit(
+            f"csp_kernels: CSP_KERNELS_ISAS: got {', '.join(missing)}, expected some of {', '.join(usable)}, "
+            "which this compiler can build here. Name these, or leave it empty for all."
+        )
+    return {name: flags for name, flags in usable.items() if not named or name in named}
+
+
+def usable_instruction_sets(compiler: Sequence[str]) -> dict[str, list[str]]:
     """Name -> flags of the instruction sets this compiler can target on this machine."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         say(f"skips instruction sets v3, v4, v4bf16: x86 only, this machine is {platform.machine()}")
@@ -209,7 +222,7 @@ def plan(compiler: Sequence[str], isas: dict[str, list[str]], torch_include: Pat
     target = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{CSRC}", "-isystem", str(torch_include)]
     common = [*CXX_FLAGS, *target, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     known = [f"-DCSP_HAVE_{name.upper()}" for name in isas]
-    if len(isas) > 1:
+    if {*isas} - {"baseline"}:
         known.append("-DCSP_ISAS_X86")
     if cuda:
         known.append(f'-DCSP_CUDA_ARCHITECTURES="{",".join(cuda.architectures)}"')

@@ -16,7 +16,9 @@ namespace csp {
   extern const PartialTransitionKernels partial_transition_kernels; \
   extern const PostDenseBlockKernels post_dense_block_kernels;     \
   }
+#if defined(CSP_HAVE_BASELINE)
 CSP_KERNELS_OF(baseline)
+#endif
 #if defined(CSP_HAVE_V3)
 CSP_KERNELS_OF(v3)
 #endif
@@ -54,7 +56,9 @@ inline const Isa* isas(int* count) {
 #if defined(CSP_HAVE_V3)
       {"v3", &v3::dense_block_kernels, &v3::concat_conv_kernels, &v3::partial_transition_kernels, &v3::post_dense_block_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")},
 #endif
+#if defined(CSP_HAVE_BASELINE)
       {"baseline", &baseline::dense_block_kernels, &baseline::concat_conv_kernels, &baseline::partial_transition_kernels, &baseline::post_dense_block_kernels, true},
+#endif
   };
   *count = int(sizeof(all) / sizeof(all[0]));
   return all;
@@ -72,18 +76,22 @@ inline const Isa* chosen_isa() {
   }();
   return chosen;
 }
-inline const char* isas_compiled() {
-  return ""
+inline const char* isas_compiled() {  // "v3,baseline"
+  static const char all[] = ""
 #if defined(CSP_HAVE_V4BF16)
-         "v4bf16,"
+                            ",v4bf16"
 #endif
 #if defined(CSP_HAVE_V4)
-         "v4,"
+                            ",v4"
 #endif
 #if defined(CSP_HAVE_V3)
-         "v3,"
+                            ",v3"
 #endif
-         "baseline";
+#if defined(CSP_HAVE_BASELINE)
+                            ",baseline"
+#endif
+      ;
+  return all + 1;
 }
 
 }  // namespace csp
