@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f)
 ARGS ?=
 TARGET ?= sm_90
 # Tests run in a process for each core, at most 8, of one thread each: pytest-xdist.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 8 --dist loadfile
 BUDGET ?= 120
 
 .PHONY: demo test verify bench gpu lint build cuda mutate clean distclean help

@@ -12,8 +12,8 @@ from typing import TypeVar
 import pytest
 
 T = TypeVar("T")
-# Folder of tests -> cases of a test function that are enough for each change; others are marked "verify".
-SAMPLES = {"kernels": 1, "cuda": 2}
+# Part of folder/file::function -> cases of a function that are enough for each change; others are marked "verify".
+SAMPLES = {"kernels/": 1, "cuda/": 2, "ops/test_schemas": 3, "::test_opcheck": 2, "::test_compiled": 2}
 
 
 def spread(count: int, enough: int) -> set[int]:
@@ -27,10 +27,11 @@ def mark_the_many(items: Iterable[pytest.Item], tests: Path) -> None:
     """Mark what `make test` leaves out: of each function in SAMPLES all but a few cases."""
     functions: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
-        if item.path.parent.parent == tests and item.path.parent.name in SAMPLES:
-            functions.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
-    for (path, _), cases in functions.items():
-        kept = spread(len(cases), SAMPLES[path.parent.name])
+        functions.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    for (path, function), cases in functions.items():
+        place = f"{path.relative_to(tests)}::{function}" if tests in path.parents else ""
+        enough = next((n for part, n in SAMPLES.items() if part in place), len(cases))
+        kept = spread(len(cases), enough)
         for i, item in enumerate(cases):
             if i not in kept:
                 item.add_marker("verify")
