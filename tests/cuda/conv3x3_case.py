@@ -103,7 +103,7 @@ class Problem:
             self.plant()
 
     def plant(self) -> None:
-        """In z: an image and a channel each. In the gradient: also in front of a ReLU that is not active. In features that
+        """In z: an image and a channel each. In the gradient: also where a ReLU is not active. In features that
         owe nothing."""
         n, h, w = self.case.images
         for channel, value in enumerate((math.nan, math.inf, -math.inf)):
