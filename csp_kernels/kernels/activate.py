@@ -40,10 +40,23 @@ def _gate(x):
 
 
 @triton.jit
+def relu(x):
+    """NaN stays NaN: what tl.maximum does by itself would turn it into 0."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu_gradient(d, x):
+    """As PyTorch's: NaN in x passes d, NaN in d is 0 where x is not active."""
+    return tl.where(x <= 0.0, 0.0, d)
+
+
+@triton.jit
 def value(x, ACT: tl.constexpr, NEGATIVE: tl.constexpr):
     """The activation; NaN stays NaN."""
+    tl.static_assert(ACT >= 0 and ACT <= 5, "unknown activation code: 0 to 5 are known")
     if ACT == 1:
-        return tl.where(x <= 0.0, 0.0, x)
+        return relu(x)
     elif ACT == 2:
         return tl.where(x <= 0.0, x * NEGATIVE, x)
     elif ACT == 3:
@@ -58,22 +71,23 @@ def value(x, ACT: tl.constexpr, NEGATIVE: tl.constexpr):
 
 
 @triton.jit
-def slope(x, ACT: tl.constexpr, NEGATIVE: tl.constexpr):
-    """The derivative."""
+def gradient(d, x, ACT: tl.constexpr, NEGATIVE: tl.constexpr):
+    """d times the derivative at x. Where the activation is constant that is 0, whatever d is, as PyTorch's."""
+    tl.static_assert(ACT >= 0 and ACT <= 5, "unknown activation code: 0 to 5 are known")
     if ACT == 0:
-        return tl.full(x.shape, 1.0, x.dtype)
+        return d
     elif ACT == 1:
-        return tl.where(x > 0.0, tl.full(x.shape, 1.0, x.dtype), 0.0)
+        return relu_gradient(d, x)
     elif ACT == 2:
-        return tl.where(x > 0.0, tl.full(x.shape, 1.0, x.dtype), NEGATIVE)
+        return tl.where(x > 0.0, d, d * NEGATIVE)
     elif ACT == 3:
         s = _sigmoid(x)
-        return s * (1.0 + x * (1.0 - s))
+        return d * (s * (1.0 + x * (1.0 - s)))
     elif ACT == 4:
         t = _gate(x)
-        return t + x * (1.0 - t * t) * _sigmoid(x)
+        return d * (t + x * (1.0 - t * t) * _sigmoid(x))
     else:
-        return tl.where(x < -3.0, 0.0, tl.where(x > 3.0, 1.0, x * (1.0 / 3) + 0.5))
+        return tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, d, d * (x * (1.0 / 3) + 0.5)))
 
 
 @triton.jit
@@ -139,7 +153,7 @@ def _backward(
             if mean is not None:
                 centred = pre - m
                 pre = centred * s + t
-            value = tl.where(wanted, value * slope(pre, ACT, NEGATIVE), 0.0)
+            value = tl.where(wanted, gradient(value, pre, ACT, NEGATIVE), 0.0)
             if mean is not None:
                 dbeta += tl.sum(value, 0)
                 dgamma += tl.sum(value * centred, 0)

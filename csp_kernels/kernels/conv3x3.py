@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csp_kernels.kernels import cuda, launch, tune
+from csp_kernels.kernels import activate, cuda, launch, tune
 from csp_kernels.kernels.launch import Correction, Geometry, Norm, Tile, blocks, power
 from csp_kernels.kernels.statistics import check_statistics, merge, store_tile_statistics, total
 
@@ -65,7 +65,7 @@ def _activation(rows, ok, k, K, mean, scale, shift, ACC: tl.constexpr):  # type:
     m = tl.load(mean + k, mask=k < K, other=0.0)
     s = tl.load(scale + k, mask=k < K, other=0.0)
     t = tl.load(shift + k, mask=k < K, other=0.0)
-    return tl.where(ok[:, None], tl.maximum((z - m[None, :]) * s[None, :] + t[None, :], 0.0), 0.0)
+    return tl.where(ok[:, None], activate.relu((z - m[None, :]) * s[None, :] + t[None, :]), 0.0)
 
 
 @triton.jit
@@ -80,7 +80,8 @@ def _slice_gradient(  # type: ignore[no-untyped-def]
     m = tl.load(mean + n, mask=n < N, other=0.0)
     s = tl.load(slope + n, mask=n < N, other=0.0)
     t = tl.load(offset + n, mask=n < N, other=0.0)
-    d = d - ((f - m[None, :]) * s[None, :] + t[None, :])
+    owed = (f - m[None, :]) * s[None, :] + t[None, :]
+    d = d - tl.where((s == 0.0)[None, :], t[None, :], owed)  # where nothing is owed, NaN in F is not seen
     if seed is not None:
         d = _drop(d, pixel, n, seed, layer, THRESHOLD, SCALE)
     return tl.where(ok[:, None], d, 0.0)
@@ -118,7 +119,7 @@ def _forward(  # type: ignore[no-untyped-def]
     ok = (p < P)[:, None] & (n < N)[None, :]
     tl.store(out + p.to(tl.int64)[:, None] * out_pitch + n[None, :], y, mask=ok)
     if partials is not None:  # of what was stored
-        store_tile_statistics(y.to(ACC), ok, tl.minimum(P - tile * BP, BP).to(ACC), partials, tile, tiles, n, N, 0)
+        store_tile_statistics(y, ok, tl.minimum(P - tile * BP, BP), partials, tile, tiles, n, N, 0, ACC)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -158,7 +159,7 @@ def _dgrad(  # type: ignore[no-untyped-def]
     t = tl.load(shift + k, mask=k < K, other=0.0)[:, None]
     ok = (k < K)[:, None] & (p < P)[None, :]
     centred = tl.load(z + q[None, :] * z_pitch + k[:, None], mask=ok, other=0.0).to(ACC) - m
-    dn = tl.where(ok & (centred * s + t > 0), dh, 0.0)
+    dn = tl.where(ok, activate.relu_gradient(dh, centred * s + t), 0.0)
     tl.store(out + q[None, :] * out_pitch + k[:, None], (dn * s).to(out.dtype.element_ty), mask=ok)
     to = sums + tile.to(tl.int64) * 2 * K + k
     tl.store(to, tl.sum(dn, 1), mask=k < K)

@@ -75,7 +75,7 @@ def _read(x, pitch, row, row_ok, k, K, mean, scale, shift, W, POOL: tl.constexpr
             m = tl.load(mean + k, mask=k < K, other=0.0)
             s = tl.load(scale + k, mask=k < K, other=0.0)
             t = tl.load(shift + k, mask=k < K, other=0.0)
-            a = tl.maximum((a - m[None, :]) * s[None, :] + t[None, :], 0.0)
+            a = activate.relu((a - m[None, :]) * s[None, :] + t[None, :])
         total += a
     return total * 0.25 if POOL else total
 
@@ -131,8 +131,7 @@ def _forward(
     z = acc.to(out.dtype.element_ty)
     tl.store(out + p.to(tl.int64)[None, :] * (out_pitch * UNIT) + n[:, None], z, mask=ok)
     if partials is not None:  # of what was stored
-        count = tl.minimum(P - tile * BP, BP).to(ACC)
-        store_tile_statistics(z.to(ACC), ok, count, partials, tile, tiles, n, N, 1)
+        store_tile_statistics(z, ok, tl.minimum(P - tile * BP, BP), partials, tile, tiles, n, N, 1, ACC)
 
 
 @triton.jit
@@ -153,7 +152,7 @@ def _output_gradient(
         centred = tl.load(z + q * z_pitch + n[None, :], mask=ok, other=0.0).to(ACC) - _row(mean, n, N)
         if scale is not None:
             s = _row(scale, n, N)
-            value *= activate.slope(centred * s + _row(shift, n, N), ACT, NEGATIVE) * s
+            value = activate.gradient(value, centred * s + _row(shift, n, N), ACT, NEGATIVE) * s
         if slope is not None:
             value = tl.where(p_ok[:, None], value + (centred * _row(slope, n, N) + _row(offset, n, N)), 0.0)
     return value
@@ -199,7 +198,7 @@ def _dgrad(
             s = tl.load(scale + k, mask=k < K, other=0.0)[:, None]
             t = tl.load(shift + k, mask=k < K, other=0.0)[:, None]
             centred = tl.load(x + at[None, :] * (pitch * UNIT) + k[:, None], mask=ok, other=0.0).to(ACC) - m
-            dn = tl.where(ok & (centred * s + t > 0), da, 0.0)
+            dn = tl.where(ok, activate.relu_gradient(da, centred * s + t), 0.0)
             dbeta += tl.sum(dn, 1)
             dgamma += tl.sum(dn * centred, 1)
             dx = dn * s
@@ -282,11 +281,11 @@ def _one_pass(
         if mean is not None:
             centred = a.to(ACC) - m
             pre = centred * s + t
-            dn = tl.where(pre > 0, dx, 0.0)
+            dn = activate.relu_gradient(dx, pre)
             dbeta += tl.sum(dn, 1)
             dgamma += tl.sum(dn * centred, 1)
             dx = dn * s
-            a = tl.maximum(pre, 0.0).to(element)
+            a = activate.relu(pre).to(element)
         acc = tl.dot(a, dz, acc, input_precision=PRECISION, out_dtype=ACC)
         if g is not None:
             if source is not None:

@@ -18,6 +18,13 @@ BLOCK = 128  # channels a program: with 256, sm_100 spills
 
 
 @triton.jit
+def _lost(mean, low):
+    """What low, the mean as its dtype has it, lacks: nothing of an infinite one."""
+    wide = low.to(tl.float64)
+    return tl.where(mean == wide, 0.0, mean - wide)
+
+
+@triton.jit
 def _affine_kernel(mean, var, gamma, beta, out, pitch, n, EPS: tl.constexpr, BLOCK: tl.constexpr):
     """out [3, n]: mean, scale and shift of `Norm`; shift holds what the dtype of out loses of the mean."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -26,7 +33,7 @@ def _affine_kernel(mean, var, gamma, beta, out, pitch, n, EPS: tl.constexpr, BLO
     v = tl.load(var + c, inside, 1.0).to(tl.float64)
     s = tl.load(gamma + c, inside, 0.0).to(tl.float64) / tl.sqrt(v + EPS)
     low = m.to(out.dtype.element_ty)
-    shift = tl.load(beta + c, inside, 0.0).to(tl.float64) - (m - low.to(tl.float64)) * s
+    shift = tl.load(beta + c, inside, 0.0).to(tl.float64) - _lost(m, low) * s
     tl.store(out + c, low, inside)
     tl.store(out + pitch + c, s.to(out.dtype.element_ty), inside)
     tl.store(out + 2 * pitch + c, shift.to(out.dtype.element_ty), inside)
@@ -56,7 +63,7 @@ def _settle_kernel(
     m = tl.load(mean + c, inside, 0.0).to(tl.float64)
     r = 1.0 / tl.sqrt(tl.load(var + c, inside, 1.0).to(tl.float64) + EPS)
     low = m.to(dgamma.dtype.element_ty)
-    lost = m - low.to(tl.float64)
+    lost = _lost(m, low)
     bias = tl.load(sums + c, inside, 0.0).to(tl.float64)
     weight = r * (tl.load(sums + sums_pitch + c, inside, 0.0).to(tl.float64) - lost * bias)
     tl.store(dbeta + c, bias.to(dbeta.dtype.element_ty), inside)
@@ -81,7 +88,7 @@ def _owed_kernel(owed, owed_pitch, mean, out, n, BLOCK: tl.constexpr):
     m = tl.load(mean + c, inside, 0.0)
     slope = tl.load(owed + owed_pitch + c, inside, 0.0)
     low = m.to(out.dtype.element_ty)
-    offset = tl.load(owed + c, inside, 0.0) - slope * (m - low.to(tl.float64))
+    offset = tl.load(owed + c, inside, 0.0) - tl.where(slope == 0.0, 0.0, slope * _lost(m.to(tl.float64), low))
     tl.store(out + c, low, inside)
     tl.store(out + n + c, slope.to(out.dtype.element_ty), inside)
     tl.store(out + 2 * n + c, offset.to(out.dtype.element_ty), inside)
@@ -99,7 +106,8 @@ def _pay_kernel(
     m, s, t = tl.load(mean + n, n < N, 0.0), tl.load(slope + n, n < N, 0.0), tl.load(offset + n, n < N, 0.0)
     f = tl.load(x + p * (x_pitch * UNIT) + n, ok, 0.0).to(mean.dtype.element_ty)
     g = tl.load(grad + p * (grad_pitch * UNIT) + n, ok, 0.0).to(mean.dtype.element_ty)
-    tl.store(out + p * (out_pitch * UNIT) + n, (g - ((f - m) * s + t)).to(out.dtype.element_ty), ok)
+    taken = tl.where(s == 0.0, t, (f - m) * s + t)  # where nothing is owed, NaN in x is not seen
+    tl.store(out + p * (out_pitch * UNIT) + n, (g - taken).to(out.dtype.element_ty), ok)
 
 
 class BatchNorm(NamedTuple):

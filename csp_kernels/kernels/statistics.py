@@ -12,16 +12,22 @@ from csp_kernels.kernels import launch
 
 
 @triton.jit
-def store_tile_statistics(x, ok, count, partials, tile, tiles, n, N, AXIS: tl.constexpr):
-    """Mean and M2 along AXIS (pixels) of a tile x -> partials [2, tiles, N] float64; n: its channels. The mean in two
-    steps, the second relative to the first: nothing is lost when it is large."""
-    rough = tl.sum(tl.where(ok, x, 0.0), AXIS) / count
+def store_tile_statistics(stored, ok, count, partials, tile, tiles, n, N, AXIS: tl.constexpr, ACC: tl.constexpr):
+    """Mean and M2 along AXIS (pixels) of a tile as it was stored -> partials [2, tiles, N] float64; n: its channels.
+    The mean in two steps, the second relative to the first: nothing is lost when it is large."""
+    x, count = stored.to(ACC), count.to(ACC)
+    rough = tl.sum(tl.where(ok, x * 0.00390625, 0.0), AXIS) / (count * 0.00390625)  # 2^-8: the sum stays finite
     d = tl.where(ok, x - tl.expand_dims(rough, AXIS), 0.0)
-    rest = tl.sum(d, AXIS) / count
-    m2 = tl.sum(d * d, AXIS) - count * rest * rest
+    rest = (tl.sum(d, AXIS) / count).to(tl.float64)
+    m2 = tl.sum(d * d, AXIS).to(tl.float64)
+    if x.dtype == tl.float32 and stored.dtype != tl.float16:  # squares that float32 cannot hold, in units of 2^144
+        e = d * 2.117582368135751e-22  # 2^-72
+        units = tl.sum(e * e, AXIS).to(tl.float64)
+        units = tl.where(units == float("inf"), float("nan"), units)  # nor a deviation
+        m2 = tl.where(m2 == float("inf"), units * 2.2300745198530623e43, m2)
     to = partials + tile.to(tl.int64) * N + n
-    tl.store(to, rough.to(tl.float64) + rest.to(tl.float64), mask=n < N)
-    tl.store(to + tl.cast(tiles, tl.int64) * N, m2.to(tl.float64), mask=n < N)
+    tl.store(to, rough.to(tl.float64) + rest, mask=n < N)
+    tl.store(to + tl.cast(tiles, tl.int64) * N, m2 - count * rest * rest, mask=n < N)
 
 
 @triton.jit
@@ -47,7 +53,8 @@ def _merge(partials, out, out_pitch, P, tiles, N, SIZE: tl.constexpr, BT: tl.con
         squares = tl.load(at + tl.cast(tiles, tl.int64) * N, mask=inside, other=0.0)
         m2 += tl.sum(squares + d * d * count.to(tl.float64)[:, None], 0)
     tl.store(out + n, centre, mask=ok)
-    tl.store(out + tl.cast(out_pitch, tl.int64) + n, tl.maximum(m2 / P, 0.0), mask=ok)
+    var = tl.where(m2 <= 0.0, 0.0, m2 / P)  # NaN stays NaN
+    tl.store(out + tl.cast(out_pitch, tl.int64) + n, var, mask=ok)
 
 
 def merge(partials: Tensor, pixels: int, size: int, statistics: Tensor) -> None:
@@ -81,7 +88,7 @@ def _copy_split(
     if out is not None:
         tl.store(out + row * (out_pitch * UNIT) + n[None, :], value, mask=ok)
     if partials is not None:
-        store_tile_statistics(value.to(ACC), ok, tl.minimum(P - tile * BP, BP).to(ACC), partials, tile, tiles, n, N, 0)
+        store_tile_statistics(value, ok, tl.minimum(P - tile * BP, BP), partials, tile, tiles, n, N, 0, ACC)
 
 
 def copy_split(x: Tensor, out: Tensor | None, statistics: Tensor | None) -> None:

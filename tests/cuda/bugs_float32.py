@@ -49,7 +49,11 @@ OTHERS = (
     bug("wgrad: no activation", STAGE, "n < 0 ? 0 : n", "n"),
     bug("forward: TF32 is cut, not rounded", LOOP, "return to_tf32(x);", "return x;"),
     bug("dgrad: dropout of one channel for four", STAGE, "pixel, channel + i);", "pixel, channel);"),
-    bug("dgrad: no mask", DGRAD_FILE, "on && norm.affine(z, i) > 0", "on"),
+    bug("dgrad: no mask", DGRAD_FILE, "on && !(norm.affine(z, i) <= 0)", "on"),
+    bug("dgrad: NaN is masked", DGRAD_FILE, "!(norm.affine(z, i) <= 0)", "norm.affine(z, i) > 0"),
+    bug("dgrad: a mask that multiplies", DGRAD_FILE, "dn = keep ? gradient : 0", "dn = keep * gradient"),
+    bug("forward: NaN is not kept", STAGE, "n < 0 ? 0 : n", "n > 0 ? n : 0"),
+    bug("wgrad: NaN where nothing is owed", STAGE, "quad.scale[i] == 0 ? quad.shift[i] : quad", "quad"),
     bug(
         "forward: statistics count what is outside", FORWARD_FILE, "(first ? 0 : count) + on", "(first ? 0 : count) + 1"
     ),
@@ -73,6 +77,7 @@ def cases(kernel: int) -> list[Case]:
         replace(base, images=(5, 7, 7), multiprocessors=3),
         replace(base, dropout=0.2),
         replace(base, mean=100.0),
+        replace(base, not_finite=True),
     ]
     every = [replace(base, schedule=s, tf32=s % 2 == 1) for s in range(5)]
     return every + [replace(case, tf32=tf32) for case in other for tf32 in (False, True)]

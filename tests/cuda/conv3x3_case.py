@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class Case:
     channels_last_weight: bool = False
     statistics: bool = True
     mean: float = 0.0  # of z
+    not_finite: bool = False  # NaN and infinity among z, its gradient and the features
+    factor: float = 1.0  # of z
 
     @property
     def pixels(self) -> int:
@@ -95,6 +98,20 @@ class Problem:
         weight = normal(g, b, 3, 3, scale=0.05)
         self.weight = weight if case.float32_weight else weight.to(case.dtype)
         self.seed = torch.randint(1 << 62, (1,), generator=generator)
+        self.z *= case.factor
+        if case.not_finite:
+            self.plant()
+
+    def plant(self) -> None:
+        """In z: an image and a channel each. In the gradient: also where a ReLU is not active. In features that
+        owe nothing."""
+        n, h, w = self.case.images
+        for channel, value in enumerate((math.nan, math.inf, -math.inf)):
+            self.z[(channel % n * h + h // 2) * w + w // 2, channel] = value
+            self.features[channel, 0] = value
+        self.correction[1][0] = 0.0
+        self.norm[2][4] = -100.0
+        self.gradient[w + 1, -1] = math.nan
 
     def image(self, x: Tensor) -> Tensor:
         n, h, w = self.case.images
@@ -121,7 +138,8 @@ class Problem:
     def dy(self) -> Tensor:
         mean, slope, offset = (v.double() for v in self.correction)
         constant = (offset - mean * slope).float().double()
-        exact = (self.gradient.double() - constant).float().double() - self.features.double() * slope
+        owed = torch.where(slope == 0, 0.0, self.features.double() * slope)
+        exact = (self.gradient.double() - constant).float().double() - owed
         return self.dropped(exact.float().double()).to(self.case.dtype).double()
 
     def weight_as_multiplied(self) -> Tensor:
@@ -132,7 +150,7 @@ class Problem:
 
     def dn(self) -> Tensor:
         dh = self.rows(F.conv_transpose2d(self.image(self.dy()), self.weight_as_multiplied(), padding=1))
-        return torch.where(self.pre_activation() > 0, dh, 0.0)
+        return torch.where(self.pre_activation() <= 0, 0.0, dh)
 
     def dweight(self, absolute: bool = False) -> Tensor:
         h, dy = self.h(), self.dy()
@@ -192,8 +210,15 @@ def laid_out(problem: Problem) -> Tensor:
 
 def rounding_error(got: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
     """At most 1: half a unit of the last place, and a tenth of one of the largest value for the float32 sums."""
+    got, exact = finite_alike(got, exact)
     allowed = EPSILON[dtype] * (exact.abs() + 0.1 * exact.abs().max())
     return nan_is_infinite((got - exact).abs() / allowed.clamp_min(1e-30))
+
+
+def finite_alike(got: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """What is NaN or infinite in both, as zeros; a NaN that only one has stays."""
+    both = ~got.isfinite() & ~exact.isfinite()
+    return torch.where(both, 0.0, got), torch.where(both, 0.0, exact)
 
 
 def nan_is_infinite(ratio: Tensor) -> float:
@@ -211,10 +236,8 @@ def forward(binary: Path, problem: Problem) -> Outcome:
     if not case.statistics:
         assert statistics.isnan().all()
         return Outcome(result, rounding_error(got, problem.forward(), case.dtype), 0)
-    mean, var = got.mean(0), got.var(0, correction=0)
-    error = torch.cat(
-        [(statistics[0] - mean).abs() / got.abs().max(), (statistics[1] - var).abs() / var.clamp_min(1e-9)]
-    )
+    (mean, m), (var, v) = map(finite_alike, (got.mean(0), got.var(0, correction=0)), statistics)
+    error = torch.cat([(m - mean).abs() / got[got.isfinite()].abs().max(), (v - var).abs() / var.clamp_min(1e-9)])
     return Outcome(result, rounding_error(got, problem.forward(), case.dtype), nan_is_infinite(error))
 
 
@@ -235,7 +258,8 @@ def dgrad(binary: Path, problem: Problem) -> Outcome:
     dn, centred = problem.dn(), problem.z.double() - problem.norm[0]
     error = rounding_error(out.read(case.dtype), dn * problem.norm[1], case.dtype)
     parts = torch.stack([dn, dn * centred])
-    sums_error = (sums - parts.sum(1)).abs() / parts.abs().sum(1).clamp_min(1e-9)
+    (got, expected), size = finite_alike(sums, parts.sum(1)), parts.abs().sum(1)
+    sums_error = (got - expected).abs() / torch.where(size.isfinite(), size, 1.0).clamp_min(1e-9)
     return Outcome(result, error, nan_is_infinite(sums_error))
 
 
@@ -249,5 +273,7 @@ def wgrad(binary: Path, problem: Problem) -> Outcome:
     buffers = [z.given(), *problem.norm, problem.seed, features.given(), gradient.given(), *problem.correction, dweight]
     result = emulator.run(binary, numbers, buffers)
     got = dweight.permute(0, 3, 1, 2) if case.channels_last_weight else dweight
-    error = (got - problem.dweight()).abs() / problem.dweight(absolute=True).clamp_min(1e-9)
+    got, exact = finite_alike(got, problem.dweight())
+    size = problem.dweight(absolute=True)
+    error = (got - exact).abs() / torch.where(size.isfinite(), size, 1.0).clamp_min(1e-9)
     return Outcome(result, nan_is_infinite(error) / 2e-6, 0)

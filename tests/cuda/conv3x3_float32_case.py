@@ -10,7 +10,7 @@ import conv3x3_case
 import emulator
 import torch
 import torch.nn.functional as F
-from conv3x3_case import LAYER, Outcome, dropout_bits, laid_out, nan_is_infinite, weight_strides
+from conv3x3_case import LAYER, Outcome, dropout_bits, finite_alike, laid_out, nan_is_infinite, weight_strides
 from emulator import Result, Spread
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
@@ -92,7 +92,8 @@ class Problem(conv3x3_case.Problem):
 
     def dy(self) -> Tensor:
         mean, slope, offset = self.correction
-        return self.multiplied(self.dropped(self.gradient - fma(self.features - mean, slope, offset)))
+        owed = torch.where(slope == 0, offset, fma(self.features - mean, slope, offset))
+        return self.multiplied(self.dropped(self.gradient - owed))
 
     def weight_as_multiplied(self) -> Tensor:
         return self.multiplied(self.weight)
@@ -104,7 +105,7 @@ class Problem(conv3x3_case.Problem):
     def dn(self, absolute: bool = False) -> Tensor:
         dy, weight = absolute_if(absolute, self.dy(), self.weight_as_multiplied())
         dh = self.rows(F.conv_transpose2d(self.image(dy), weight, padding=1))
-        return torch.where(self.pre_activation() > 0, dh, 0.0)
+        return torch.where(self.pre_activation() <= 0, 0.0, dh)
 
     def dweight(self, absolute: bool = False) -> Tensor:
         h, dy = absolute_if(absolute, self.h(), self.dy())
@@ -117,7 +118,8 @@ def absolute_if(absolute: bool, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def rounding_error(got: Tensor, exact: Tensor, absolute: Tensor, terms: int) -> float:
     """At most 1: what float32 may lose in a sum of so many terms, whose absolute values have that sum."""
-    allowed = UNIT * (2 * exact.abs() + (8 + terms**0.5 / 16) * absolute)
+    got, exact = finite_alike(got, exact)
+    allowed = UNIT * (2 * exact.abs() + (8 + terms**0.5 / 16) * torch.where(absolute.isfinite(), absolute, 1.0))
     return nan_is_infinite((got - exact).abs() / allowed.clamp_min(1e-30))
 
 
@@ -162,8 +164,8 @@ def forward(binary: Path, problem: Problem) -> Outcome:
     if not case.statistics:
         assert statistics.isnan().all()
         return Outcome(result, error, 0)
-    mean, var = got.mean(0), got.var(0, correction=0)
-    lost = [(statistics[0] - mean).abs() / got.abs().max(), (statistics[1] - var).abs() / var.clamp_min(1e-9)]
+    (mean, m), (var, v) = map(finite_alike, (got.mean(0), got.var(0, correction=0)), statistics)
+    lost = [(m - mean).abs() / got[got.isfinite()].abs().max(), (v - var).abs() / var.clamp_min(1e-9)]
     return Outcome(result, error, nan_is_infinite(torch.cat(lost)))
 
 
@@ -184,9 +186,9 @@ def dgrad(binary: Path, problem: Problem) -> Outcome:
     mean, scale = problem.norm[:2]
     dn, absolute, centred = problem.dn(), problem.dn(absolute=True), problem.z.double() - mean
     error = rounding_error(out.read(), dn * scale, absolute * scale.abs(), 9 * case.growth)
-    exact = torch.stack([dn, dn * centred]).sum(1)
+    got, exact = finite_alike(sums, torch.stack([dn, dn * centred]).sum(1))
     terms = torch.stack([absolute, absolute * centred.abs()]).sum(1)
-    sums_error = (sums - exact).abs() / terms.clamp_min(1e-9)
+    sums_error = (got - exact).abs() / torch.where(terms.isfinite(), terms, 1.0).clamp_min(1e-9)
     return Outcome(result, error, nan_is_infinite(sums_error))
 
 

@@ -53,7 +53,8 @@ class Family:
 
 LOOP, FORWARD_FILE = "device/conv3x3.cuh", "device/conv3x3_forward.cuh"
 DGRAD_FILE, WGRAD_FILE = "device/conv3x3_dgrad.cuh", "device/conv3x3_wgrad.cuh"
-REDUCE_FILE = "device/reduce.cuh"
+REDUCE_FILE, PROLOGUE_FILE = "device/reduce.cuh", "device/prologue.cuh"
+PRE = "fmaf(z, scale[i], shift[i])"
 STEP_BARRIER = "      barrier();\n      uint32_t swap = halo;"
 LATE = "    wait_copies<{}>();\n    product"
 BARRIER_OF_EXCHANGE = "    barrier();\n    Results<C> results;"
@@ -90,7 +91,10 @@ SUMS = (
     Bug("forward: a half of the channels is dropped", FORWARD, LOOP, "acc[r][j][e] += f[e];", "(void)f;"),
     Bug("wgrad: a half of the rows is dropped", WGRAD, WGRAD_FILE, "acc[i / C::J][i % C::J][e] += f[e];", "(void)f;"),
     Bug("dgrad: taps are not reversed", DGRAD, REDUCE_FILE, "args.reversed ? 8 - tap : tap", "tap"),
-    Bug("dgrad: no mask", DGRAD, DGRAD_FILE, "on && fmaf(z, scale[i], shift[i]) > 0", "on"),
+    Bug("dgrad: no mask", DGRAD, DGRAD_FILE, f"on && !({PRE} <= 0)", "on"),
+    Bug("dgrad: NaN is masked", DGRAD, DGRAD_FILE, f"!({PRE} <= 0)", f"{PRE} > 0"),
+    Bug("dgrad: a mask that multiplies", DGRAD, DGRAD_FILE, "dn = keep ? gradient : 0", "dn = keep * gradient"),
+    Bug("wgrad: NaN where nothing is owed", WGRAD, PROLOGUE_FILE, "a == 0 ? rest : fmaf", "fmaf"),
     Bug("forward: statistics count what is outside", FORWARD, FORWARD_FILE, "count += on;", "count += 1;"),
     Bug(
         "wgrad: slabs are not all added", WGRAD, REDUCE_FILE, "row < Reduction::ROWS; row++) sum", "row < 2; row++) sum"
@@ -105,6 +109,7 @@ def cases(kernel: int) -> list[Case]:
         replace(base, bottleneck=40, growth=24),
         replace(base, images=(5, 7, 7), multiprocessors=3),
         replace(base, dropout=0.2),
+        replace(base, not_finite=True),
     ]
     return [replace(base, schedule=s) for s in range(5)] + other
 

@@ -93,6 +93,13 @@ def test_far_apart(runner: Path, kernel: int) -> None:
     check(runner, Case(kernel, (1, 3, 3), 32, 16, padding=0, guard=0, pitch=1 << 28))
 
 
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=name)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_not_finite(runner: Path, kernel: int, dtype: torch.dtype) -> None:
+    """NaN and infinity go where the convolution takes them; ReLU's masks are PyTorch's."""
+    check(runner, Case(kernel, SEVERAL_TILES, 64, 32, dtype, not_finite=True))
+
+
 def test_without_statistics(runner: Path) -> None:
     check(runner, Case(FORWARD, (2, 13, 9), statistics=False))
 

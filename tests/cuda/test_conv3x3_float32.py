@@ -121,6 +121,24 @@ def test_far_apart(runner: Path, kernel: int) -> None:
 
 
 @both_types
+@all_kernels
+def test_not_finite(runner: Path, kernel: int, tf32: bool) -> None:
+    """NaN and infinity go where the convolution takes them; ReLU's masks are PyTorch's."""
+    check(runner, Case(kernel, SEVERAL_TILES, 64, 32, not_finite=True, tf32=tf32))
+
+
+@pytest.mark.parametrize("factor", [1e16, 1e20, 1e30])
+def test_statistics_are_right_or_nan(runner: Path, factor: float) -> None:
+    """Squares that float32 cannot hold must not become an infinite variance, which makes outputs finite."""
+    _, got, (mean, var) = launch_forward(runner, Problem(Case(FORWARD, (2, 13, 9), factor=factor)))
+    assert got.isfinite().all() and (mean - got.mean(0)).abs().max() <= 1e-6 * got.abs().max()
+    if factor > 1e18:
+        assert var.isnan().all()
+    else:
+        torch.testing.assert_close(var, got.var(0, correction=0), rtol=1e-5, atol=0)
+
+
+@both_types
 def test_without_statistics(runner: Path, tf32: bool) -> None:
     check(runner, Case(FORWARD, (2, 13, 9), statistics=False, tf32=tf32))
 

@@ -61,6 +61,36 @@ def test_outlier_in_a_tile(buffers):
     assert (stats[1] / x.double().var(0, correction=0) - 1).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e17, 1e19, 1e25, 1e37])
+def test_squares_beyond_float32(buffers, dtype, size):
+    """As long as float32 holds the values and their deviations; a channel of ordinary values beside them."""
+    x = torch.randn(300, 16) * size
+    x[:, 3] = torch.randn(300)
+    x = buffers.put(x.to(dtype))
+    stats = buffers.empty(2, 16, torch.float64)
+    statistics.copy_split(x, None, stats)
+    close(stats, x)
+
+
+def test_deviations_beyond_float32():
+    """NaN: an infinite variance would make finite outputs of zeros."""
+    stats, x = torch.empty(2, 16, dtype=torch.float64), torch.full((200, 16), 3e38)
+    x[::2] *= -1
+    statistics.copy_split(x, None, stats)
+    assert (stats[0].abs() <= 1e31).all() and stats[1].isnan().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite(value):
+    """The variance of a channel that has one is no number: not 0, as the larger of NaN and 0 would be."""
+    stats, x = torch.empty(2, 16, dtype=torch.float64), torch.randn(200, 16)
+    x[150, 3] = value
+    statistics.copy_split(x, None, stats)
+    assert stats[1, 3].isnan() and not stats[0, 3].isfinite()
+    assert stats[:, :3].isfinite().all() and stats[:, 4:].isfinite().all()
+
+
 def test_constant_channel():
     stats = torch.empty(2, 16, dtype=torch.float64)
     statistics.copy_split(torch.full((200, 16), 0.1), None, stats)

@@ -33,8 +33,8 @@ template <class C> struct DgradEpilogue {
   DEVICE int column() const { return place.group * 8 * C::J + (place.lane & 3) * WIDTH; }
   // The masked gradient, added to the sums. The mask is forward's, bit for bit.
   DEVICE float element(bool on, float gradient, float z, const Quad& norm, int half, int i) {
-    const bool keep = on && norm.affine(z, i) > 0;
-    const float dn = keep ? gradient : 0, centred = keep ? z - norm.mean[i] : 0;
+    const bool keep = on && !(norm.affine(z, i) <= 0);  // NaN passes its gradient
+    const float dn = keep ? gradient : 0, centred = on ? z - norm.mean[i] : 0;
     sum[4 * half + i] += dn;
     sum_z[4 * half + i] = fmaf(dn, centred, sum_z[4 * half + i]);
     return dn * norm.scale[i];

@@ -140,7 +140,7 @@ template <class Round> struct SliceGradient {
     memcpy(x, &raw, 16), memcpy(f, &other, 16);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      float dy = x[i] - quad.affine(f[i], i);
+      float dy = x[i] - (quad.scale[i] == 0 ? quad.shift[i] : quad.affine(f[i], i));  // NaN in f is not seen then
       if (mask.active) dy = mask.apply(dy, pixel, channel + i);
       x[i] = Round::round(dy);
     }

@@ -74,7 +74,8 @@ static __global__ void __launch_bounds__(Reduction::THREADS) merge_statistics_ke
   for (int i = 1; i < Reduction::ROWS; i++)
     all.merge({load_shared8(r.place(0, i)), load_shared8(r.place(1, i)), load_shared8(r.place(2, i))});
   args.statistics.data[r.item] = all.mean;
-  args.statistics.data[args.statistics.pitch + r.item] = all.m2 / all.count;
+  const double overflow = all.m2 - all.m2;  // NaN where float32 had no number for squares: an infinite variance would pass unseen
+  args.statistics.data[args.statistics.pitch + r.item] = all.m2 / all.count + overflow;
 }
 
 // A block for each ITEMS of them.
