@@ -46,10 +46,20 @@ class DenseBlock(nn.Module):
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate: got {drop_rate}, expected 0 <= drop_rate < 1")
-        self.drop_rate = float(drop_rate)
         for i in range(num_layers):
-            layer = DenseLayer(in_channels + i * growth_rate, growth_rate, bn_size, self.drop_rate)
+            layer = DenseLayer(in_channels + i * growth_rate, growth_rate, bn_size, float(drop_rate))
             self.add_module(f"denselayer{i + 1}", layer)
+
+    @property
+    def drop_rate(self) -> float:
+        """That of the first layer; setting it sets that of all."""
+        return next((float(layer.drop_rate) for layer in self.children() if isinstance(layer, DenseLayer)), 0.0)
+
+    @drop_rate.setter
+    def drop_rate(self, rate: float) -> None:
+        for layer in self.children():
+            if isinstance(layer, DenseLayer):
+                layer.drop_rate = float(rate)
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
