@@ -61,7 +61,7 @@ def update_running(norms: Sequence[Any], columns: Sequence[tuple[int, int]], sta
             entry = mean, norm.running_var, counter, start, length
             groups.setdefault((norm.momentum, mean.dtype), []).append(entry)
     means = [mean for group in groups.values() for mean, *_ in group]
-    if len(set(counters)) < len(counters) or len(set(means)) < len(means):  # a norm in two places: one after the other
+    if any(len({id(t) for t in tensors}) < len(tensors) for tensors in (counters, means)):  # shared: one by one
         for norm, column in zip(norms, columns, strict=True):
             update_running([norm], [column], stats, count)
         return

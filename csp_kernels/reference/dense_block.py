@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks
 
 from csp_kernels.reference._norms import statistics, to
 
@@ -24,9 +25,15 @@ class DenseLayer(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.conv1(F.relu(self.norm1(x), inplace=True))  # [N, bn_size * growth_rate, H, W]
-        y = self.conv2(F.relu(self.norm2(z), inplace=True))
+        z = self.conv1(_activated(self.norm1, x))  # [N, bn_size * growth_rate, H, W]
+        y = self.conv2(_activated(self.norm2, z))
         return F.dropout(y, self.drop_rate, self.training) if self.drop_rate > 0 else y
+
+
+def _activated(norm: nn.Module, x: Tensor) -> Tensor:
+    """ReLU of the norm, in place as torchvision's; not where a backward hook forbids a change of the norm's output."""
+    hooks = norm._backward_hooks, norm._backward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks
+    return F.relu(norm(x), inplace=not any(hooks))
 
 
 class DenseBlock(nn.Module):
