@@ -6,9 +6,12 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
@@ -124,16 +127,31 @@ def _checked(name: str, argument: str) -> str:
     return name
 
 
-_selected = _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+_selected = _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)  # the process's choice
+# Plain calls that set it, in order. Every call looks like one until it is entered as a context, which takes it out
+# again; the first is the environment's, and what lies below one whose object is gone can never come back.
+_calls: list[tuple[Callable[[], use_backend | None], str]] = [(lambda: None, _selected)]
+_lock = threading.RLock()
+
+# Contexts of this thread or asyncio task, innermost last: (object, choice, entered); not entered: a plain call inside
+# the context below, which ends with it.
+_Context = tuple["use_backend", str, bool]
+_contexts: ContextVar[tuple[_Context, ...]] = ContextVar("csp_kernels_backend", default=())
+_traced = ""  # the choice of a context inside a compiled function, while Dynamo traces it: it cannot set a ContextVar
+_latest = _selected  # of any thread, for compiled functions where Dynamo cannot read a ContextVar either
 
 
 class use_backend:
     """Choose the backend of every operator: "auto", "native", "triton" or "reference".
 
-    A plain call sets it for the process; as a context manager it restores the previous choice on exit:
+    A plain call sets it for the process; a context for its thread or asyncio task, until it ends:
 
         csp.use_backend("reference")
         with csp.use_backend("native"): ...
+
+    Other threads do not see a context, and a thread started inside one does not inherit it; an asyncio task does.
+    Inside a context a plain call holds until that context ends and does not reach the process. Backward passes run as
+    their forward passes did, in whatever thread.
 
     "auto" (the default, or the environment variable CSP_KERNELS_BACKEND) takes "native" for tensors on the CPU if the
     library is loaded, otherwise "reference". On a GPU, "native" (CUDA C++ for the 3x3 of the layers it takes, Triton
@@ -142,23 +160,64 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _selected
+        global _selected, _latest
         _require(_checked(name, "name"))
-        self._previous, _selected = _selected, name
+        self.name = name
+        if torch.compiler.is_compiling():
+            self._outside, _selected = _selected, name
+            return
+        _latest = name
+        contexts = _contexts.get()
+        if contexts:
+            _contexts.set((*(contexts if contexts[-1][2] else contexts[:-1]), (self, name, False)))
+            return
+        with _lock:
+            settled = max((i for i, (call, _) in enumerate(_calls) if call() is None), default=0)
+            _calls[:settled] = []
+            _calls.append((weakref.ref(self), name))
+            _selected = name
 
     def __enter__(self) -> use_backend:
+        global _selected, _traced, _latest
+        if torch.compiler.is_compiling():
+            _selected, self._around, _traced = self._outside, _traced, self.name
+            return self
+        with _lock:
+            _calls[:] = [entry for entry in _calls if entry[0]() is not self]
+            _selected = _calls[-1][1]
+        contexts = tuple(c for c in _contexts.get() if c[0] is not self or c[2])
+        _contexts.set((*contexts, (self, self.name, True)))
+        _latest = self.name
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _selected
-        _selected = self._previous
+        global _traced, _latest
+        if torch.compiler.is_compiling():
+            _traced = self._around
+            return
+        contexts = _contexts.get()
+        mine = [i for i, (owner, _, entered) in enumerate(contexts) if owner is self and entered]
+        if mine:  # none: left in another thread or task than it was entered in
+            after = contexts[mine[-1] + 1 :]
+            plain = next((i for i, (_, _, entered) in enumerate(after) if entered), len(after))
+            _contexts.set((*contexts[: mine[-1]], *after[plain:]))
+        _latest = selected()
 
 
 def selected() -> str:
     """The current choice, "auto" included."""
-    return _selected
+    if torch.compiler.is_compiling() and not _dynamo_reads_contexts():
+        return _traced or _latest
+    contexts = _contexts.get()
+    return _traced or (contexts[-1][1] if contexts else _selected)
+
+
+@torch.compiler.assume_constant_result
+def _dynamo_reads_contexts() -> bool:
+    """Since some release after torch 2.11, with a guard that is checked in the calling thread."""
+    return hasattr(sys.modules.get("torch._dynamo.source"), "ContextVarGetSource")
 
 
 class _Running(threading.local):
@@ -180,7 +239,7 @@ def running_as(name: str) -> Iterator[None]:
 
 def running() -> str:
     """The choice that the operator which runs now was called with."""
-    return _running.name or _selected
+    return _running.name or selected()
 
 
 def _require(name: str) -> None:
@@ -195,15 +254,16 @@ def resolve(device_type: str) -> str:
 
     Raises RuntimeError if the chosen backend is not available or does not run on that device.
     """
-    if _selected == "auto":
+    choice = selected()
+    if choice == "auto":
         return "native" if device_type == "cpu" and native.available() else "reference"
-    _require(_selected)
-    if device_type not in _DEVICES.get(_selected, (device_type,)):
-        expected = " or ".join(repr(name) for name in _DEVICES[_selected])
+    _require(choice)
+    if device_type not in _DEVICES.get(choice, (device_type,)):
+        expected = " or ".join(repr(name) for name in _DEVICES[choice])
         raise RuntimeError(
-            f"backend {_selected!r}: got tensors on {device_type!r}, expected {expected}; "
+            f"backend {choice!r}: got tensors on {device_type!r}, expected {expected}; "
             "choose backend 'auto' or 'reference'"
         )
-    if _selected == "native" and device_type == "cuda" and why_not_cuda():
+    if choice == "native" and device_type == "cuda" and why_not_cuda():
         raise RuntimeError(f"backend 'native' is not available on 'cuda': {why_not_cuda()}")
-    return _selected
+    return choice

@@ -2,72 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from csp_kernels.backends import selected
-
-
-def is_plain_norm(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.BatchNorm2d.forward
-
-
-def is_plain_conv(conv: nn.Module, size: int) -> bool:
-    """A convolution without bias that keeps H and W, size x size."""
-    if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward or conv.bias is not None:
-        return False
-    place = (conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-    return place == ((1, 1), (size // 2, size // 2), (1, 1), "zeros")
-
-
-def not_plain(name: str, child: nn.Module, size: int = 0) -> str:
-    """Why an operator cannot stand for this norm (size 0) or convolution; "" if it can."""
-    if is_plain_conv(child, size) if size else is_plain_norm(child):
-        return ""
-    if not size:
-        return f"{name} is a {type(child).__name__}, not an nn.BatchNorm2d"
-    pad = (size // 2, size // 2)
-    return f"{name} is not a plain nn.Conv2d with stride 1, padding {pad} and no bias"
-
-
-# where the convolutions and norms of a layer are, in the order of the operator's parameters
-PATHS = {
-    "pre": ("norm1", "conv1", "norm2", "conv2"),
-    "post": ("conv1", "norm1", "conv2", "norm2"),
-    "two_way": tuple(f"branch{b}.{kind}{i}" for b in (1, 2) for i in range(1, b + 2) for kind in ("conv", "norm")),
-}
-_SIZES = {  # of each kernel, 0 for a norm
-    kind: [0 if "norm" in path else 1 if path.endswith("conv1") else 3 for path in paths]
-    for kind, paths in PATHS.items()
-}
-_SPLIT = {kind: [path.split(".") for path in paths] for kind, paths in PATHS.items()}
-
-
-def layer_children(block: nn.Module, kind: str) -> list[Any]:
-    """PATHS of every layer; past nn.Module.__getattr__, which costs as much as a small operator."""
-    children = []
-    for layer in block._modules.values():
-        for path in _SPLIT[kind]:
-            child: Any = layer
-            for name in path:
-                child = child._modules[name]
-            children.append(child)
-    return children
-
-
-def not_plain_layers(children: Sequence[Any], kind: str, prefix: str = "") -> str:
-    """Which of layer_children the operator cannot stand for, and why; "" if there is none."""
-    sizes = _SIZES[kind]
-    for i, child in enumerate(children):
-        layer, position = divmod(i, len(sizes))
-        size = sizes[position]
-        if not (is_plain_conv(child, size) if size else is_plain_norm(child)):
-            return not_plain(f"{prefix}denselayer{layer + 1}.{PATHS[kind][position]}", child, size)
-    return ""
 
 
 def parameters(children: Sequence[Any]) -> list[Tensor | None]:
@@ -77,16 +16,6 @@ def parameters(children: Sequence[Any]) -> list[Tensor | None]:
 
 def only_norms(children: Sequence[Any]) -> list[Any]:
     return [m for m in children if isinstance(m, nn.BatchNorm2d)]
-
-
-def warn_once(module: Any, reason: str) -> None:
-    """Say that the module runs as its reference does, the first time; RuntimeError if "native" was chosen."""
-    if selected() == "native":
-        raise RuntimeError(f"backend 'native': {reason}; choose use_backend('auto') or 'reference'")
-    if not module._warned:
-        module._warned = True
-        name = f"csp.{type(module).__name__}"
-        warnings.warn(f"{name} runs its plain PyTorch reference: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def frozen_norms(norms: Sequence[Any]) -> tuple[list[bool], list[Tensor]]:
@@ -131,6 +60,11 @@ def update_running(norms: Sequence[Any], columns: Sequence[tuple[int, int]], sta
         if mean is not None:
             entry = mean, norm.running_var, counter, start, length
             groups.setdefault((norm.momentum, mean.dtype), []).append(entry)
+    means = [mean for group in groups.values() for mean, *_ in group]
+    if any(len({id(t) for t in tensors}) < len(tensors) for tensors in (counters, means)):  # shared: one by one
+        for norm, column in zip(norms, columns, strict=True):
+            update_running([norm], [column], stats, count)
+        return
     if counters:
         torch._foreach_add_(counters, 1)
     if count == 0:  # an empty batch counts as one and changes nothing else

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from csp_kernels import ops, reference
-from csp_kernels.layers._norms import frozen_norms, not_plain, update_running, warn_once
+from csp_kernels.layers._children import Fused, hooked_globally, not_plain, recorded, warn_once
+from csp_kernels.layers._norms import frozen_norms, update_running
 
 
-class ConcatConv(reference.ConcatConv):
+class ConcatConv(Fused, reference.ConcatConv):
     """act(BN(conv1x1(cat(inputs)))), nothing concatenated: [N, in_channels[i], H, W] each -> [N, out_channels, H, W].
 
     The joins of cross stage partial networks and, with two outputs, their splits (CSPNet, arXiv 1911.11929, Fig. 5).
@@ -21,14 +22,14 @@ class ConcatConv(reference.ConcatConv):
     with one warning; RuntimeError if "native" was chosen. dtypes, memory formats and errors: `csp.ops.concat_conv`.
     """
 
-    _warned = False
-
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        if recorded(inputs[0] if isinstance(inputs, (list, tuple)) and inputs else inputs):
+            return super().forward(inputs)
         inputs = [inputs] if isinstance(inputs, Tensor) else inputs
         self._check(inputs)
         modules: dict[str, Any] = self._modules
         conv, norm = modules["conv"], modules["norm"]
-        reason = not_plain("norm", norm) or not_plain("conv", conv, 1)
+        reason = hooked_globally() or not_plain("norm", norm, 0, self.act) or not_plain("conv", conv, 1)
         if reason:
             warn_once(self, reason)
             return super().forward(inputs)
@@ -53,7 +54,9 @@ class ConcatConv(reference.ConcatConv):
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
         """The number and channels of the inputs; the operator sees to everything else."""
-        if not isinstance(inputs, Sequence) or any(not isinstance(t, Tensor) or t.dim() != 4 for t in inputs):
+        if not isinstance(inputs, Sequence):
+            return
+        if any(not isinstance(t, Tensor) or t.is_nested or t.dim() != 4 for t in inputs):
             return
         channels = tuple(t.shape[1] for t in inputs)
         if channels != self.in_channels:

@@ -8,24 +8,24 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from csp_kernels import ops, reference
+from csp_kernels.layers._children import Fused, fits, layer_children, not_a, recorded, warn_once
 from csp_kernels.layers._norms import (
     consecutive,
     frozen_norms,
-    layer_children,
-    not_plain_layers,
     only_norms,
     parameters,
     prefixes,
     update_running,
-    warn_once,
 )
-from csp_kernels.layers.dense_block import DenseBlock
+from csp_kernels.layers.dense_block import DenseBlock, dropped
 from csp_kernels.layers.partial_transition import PartialTransition
 from csp_kernels.layers.post_dense_block import PostDenseBlock
 from csp_kernels.layers.two_way_dense_block import TwoWayDenseBlock
 
+_BLOCKS: dict[str, type[nn.Module]] = {"pre": DenseBlock, "post": PostDenseBlock, "two_way": TwoWayDenseBlock}
 
-class CSPDenseStage(reference.CSPDenseStage):
+
+class CSPDenseStage(Fused, reference.CSPDenseStage):
     """A dense stage of which part_ratio bypasses the block, nothing concatenated: [N, in_channels, H, W] -> y.
 
     CSPNet (arXiv 1911.11929, Eq. 4, Fig. 2b and 3). Arguments, children (dense, transition) and sizes:
@@ -38,29 +38,28 @@ class CSPDenseStage(reference.CSPDenseStage):
     runs split, block and transition one after the other, with one warning; RuntimeError if "native" was chosen.
     """
 
-    blocks: ClassVar[dict[str, Callable[..., nn.Module]]] = {
-        "pre": DenseBlock,
-        "post": PostDenseBlock,
-        "two_way": TwoWayDenseBlock,
-    }
+    blocks: ClassVar[dict[str, Callable[..., nn.Module]]] = dict(_BLOCKS)
     joint: ClassVar[Callable[..., nn.Module]] = PartialTransition
-    _warned = False
 
     def _block(self, *arguments: Any) -> nn.Module:
         options = {"recompute": self.recompute} if self.layer == "pre" else {}
         return self.blocks[self.layer](*arguments, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] != self.in_channels:
+        if recorded(x):
+            return super().forward(x)
+        if not fits(x, self.in_channels):
             raise ValueError(f"x: got {x.shape[1]} channels {list(x.shape)}, expected {self.in_channels}")
         modules: dict[str, Any] = self._modules
         dense, transition = modules["dense"], modules["transition"]
-        layers, units = layer_children(dense, self.layer), transition.units()
-        reason = not_plain_layers(layers, self.layer, "dense.") or transition.not_plain("transition.")
+        layers, reason = self._layers(dense, transition)
         if reason:
             warn_once(self, reason)
-            dense._warned = transition._warned = True  # once is enough
+            for child in (dense, transition):  # once is enough
+                if isinstance(child, Fused):
+                    child._warned = True
             return super().forward(x)
+        units = transition.units()
         norms = only_norms([*layers, *units])
         frozen, running = frozen_norms(norms)
         y, stats = ops.csp_stage(
@@ -78,6 +77,16 @@ class CSPDenseStage(reference.CSPDenseStage):
         if not all(frozen):
             self._update(norms[: len(norms) - len(units) // 2], stats, x)
         return y
+
+    def _layers(self, dense: Any, transition: Any) -> tuple[list[Any], str]:
+        """Convolutions and norms of the dense layers, and why the operator cannot stand for all children, if so."""
+        reason = not_a("dense", dense, _BLOCKS[self.layer]) or not_a("transition", transition, PartialTransition)
+        if reason:
+            return [], reason
+        layers, reason = layer_children(dense, self.layer, "dense.")
+        if not reason and self.layer == "pre" and any(dropped(dense)):
+            reason = "dense has dropout"
+        return layers, reason or transition.not_plain("transition.")
 
     def _update(self, norms: list[Any], stats: Tensor, x: Tensor) -> None:
         """norms: those of the dense layers."""

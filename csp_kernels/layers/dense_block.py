@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 
 from csp_kernels import ops, reference
+from csp_kernels.layers._children import Fused, layer_children, recorded, warn_once
 from csp_kernels.layers._norms import (
     frozen_norms,
-    layer_children,
-    not_plain_layers,
     parameters,
     prefixes,
     update_running,
-    warn_once,
 )
 from csp_kernels.ops._checks import RECOMPUTE
 
 
-class DenseBlock(reference.DenseBlock):
+class DenseBlock(Fused, reference.DenseBlock):
     """Dense block, nothing concatenated: [N, in_channels, H, W] -> [N, in_channels + num_layers * growth_rate, H, W].
 
     Each layer is batch norm, ReLU, 1x1 to bn_size * growth_rate, batch norm, ReLU, 3x3 to growth_rate, dropout
@@ -45,13 +45,17 @@ class DenseBlock(reference.DenseBlock):
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(RECOMPUTE)}")
         self.recompute = recompute
-        self._warned = False
 
     def forward(self, x: Tensor) -> Tensor:
-        children = layer_children(self, "pre")
-        reason = not_plain_layers(children, "pre")
+        if recorded(x):
+            return super().forward(x)
+        children, reason = layer_children(self, "pre")
         if reason:
             warn_once(self, reason)
+            return super().forward(x)
+        rates = set(dropped(self))
+        if len(rates) > 1:
+            warn_once(self, f"its layers drop at different rates: {', '.join(map(str, sorted(rates)))}")
             return super().forward(x)
         norms = children[::2]
         frozen, running = frozen_norms(norms)
@@ -61,7 +65,7 @@ class DenseBlock(reference.DenseBlock):
             running,
             frozen=frozen,
             eps=[norm.eps for norm in norms],
-            drop_rate=self.drop_rate if self.training else 0.0,
+            drop_rate=rates.pop(),
             recompute=self.recompute,
         )
         if not all(frozen):
@@ -70,3 +74,9 @@ class DenseBlock(reference.DenseBlock):
 
     def extra_repr(self) -> str:
         return f"drop_rate={self.drop_rate}, recompute={self.recompute!r}"
+
+
+def dropped(block: nn.Module) -> list[float]:
+    """The rate at which each layer drops, by its own drop_rate and mode."""
+    layers: Any = block._modules.values()
+    return [layer.drop_rate if layer.training else 0.0 for layer in layers if layer is not None]

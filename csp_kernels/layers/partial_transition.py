@@ -7,18 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from csp_kernels import ops, reference
-from csp_kernels.layers._norms import (
-    consecutive,
-    frozen_norms,
-    not_plain,
-    parameters,
-    update_running,
-    warn_once,
-)
+from csp_kernels.layers._children import Fused, fits, hooked_globally, not_plain_unit, recorded, warn_once
+from csp_kernels.layers._norms import consecutive, frozen_norms, parameters, update_running
 from csp_kernels.ops.partial_transition import pools_first
 
 
-class PartialTransition(reference.PartialTransition):
+class PartialTransition(Fused, reference.PartialTransition):
     """Joins the bypass and the dense part of a stage, nothing concatenated (CSPNet, arXiv 1911.11929, Eq. 4, Fig. 3).
 
     forward(part [N, part_channels, H, W] or None, dense [N, dense_channels, H, W]) -> [N, out_channels, H', W'].
@@ -29,15 +23,15 @@ class PartialTransition(reference.PartialTransition):
     RuntimeError if "native" was chosen. dtypes, memory formats and errors: `csp.ops.partial_transition`.
     """
 
-    _warned = False
-
     def forward(self, part: Tensor | None, dense: Tensor) -> Tensor:
+        if recorded(dense):
+            return super().forward(part, dense)
         self._check(part, dense)
-        children = self.units()
-        reason = self.not_plain()
+        reason = hooked_globally() or self.not_plain()
         if reason:
             warn_once(self, reason)
             return super().forward(part, dense)
+        children = self.units()
         norms = children[::2]
         frozen, running = frozen_norms(norms)
         y, stats = ops.partial_transition(
@@ -62,13 +56,9 @@ class PartialTransition(reference.PartialTransition):
 
     def not_plain(self, prefix: str = "") -> str:
         """Which child the operator cannot stand for, and why; "" if there is none."""
-        names = [name for name in ("t", "u") if name in self._modules]
-        units = self.units()
-        for name, norm, conv in zip(names, units[::2], units[1::2], strict=True):
-            reason = not_plain(f"{prefix}{name}.norm", norm) or not_plain(f"{prefix}{name}.conv", conv, 1)
-            if reason:
-                return reason
-        return ""
+        modules = self._modules
+        reasons = (not_plain_unit(f"{prefix}{name}", modules[name]) for name in ("t", "u") if name in modules)
+        return next(filter(None, reasons), "")
 
     def update(self, stats: Tensor, start: int, x: Tensor) -> None:
         """Running statistics from stats, whose columns from start are this module's; x has the unpooled N, H, W."""
@@ -85,6 +75,6 @@ class PartialTransition(reference.PartialTransition):
         if part is None and self.part_channels:
             raise ValueError(f"part: got None, expected a Tensor [N, {self.part_channels}, H, W]")
         for name, t, channels in (("part", part, self.part_channels), ("dense", dense, self.dense_channels)):
-            if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] != channels:
+            if isinstance(t, Tensor) and not fits(t, channels):
                 expected = channels if channels else "None: part_channels is 0"
                 raise ValueError(f"{name}: got {t.shape[1]} channels {list(t.shape)}, expected {expected}")

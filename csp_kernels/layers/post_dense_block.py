@@ -5,18 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from csp_kernels import ops, reference
+from csp_kernels.layers._children import Fused, layer_children, recorded, warn_once
 from csp_kernels.layers._norms import (
     consecutive,
     frozen_norms,
-    layer_children,
-    not_plain_layers,
     parameters,
     update_running,
-    warn_once,
 )
 
 
-class PostDenseBlock(reference.PostDenseBlock):
+class PostDenseBlock(Fused, reference.PostDenseBlock):
     """Post-activation dense block, nothing concatenated: [N, c, H, W] -> [N, c + num_layers * growth_rate, H, W].
 
     Each layer is 1x1 to bn_size * growth_rate, batch norm, ReLU, 3x3 to growth_rate, batch norm, ReLU. Arguments and
@@ -27,11 +25,10 @@ class PostDenseBlock(reference.PostDenseBlock):
     dtypes, memory formats and errors: `csp.ops.post_dense_block`.
     """
 
-    _warned = False
-
     def forward(self, x: Tensor) -> Tensor:
-        children = layer_children(self, "post")
-        reason = not_plain_layers(children, "post")
+        if recorded(x):
+            return super().forward(x)
+        children, reason = layer_children(self, "post")
         if reason:
             warn_once(self, reason)
             return super().forward(x)

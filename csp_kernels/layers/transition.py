@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csp_kernels import reference
+from csp_kernels.layers._children import Fused, hooked_globally, not_pointwise, recorded, warn_once
 
 
-class Transition(reference.Transition):
+class Transition(Fused, reference.Transition):
     """Batch norm, ReLU, 2x2 average pooling, 1x1 convolution: [N, in_channels, H, W] -> [N, out_channels, H//2, W//2].
 
     Average pooling and a bias-free 1x1 convolution commute, so this equals the paper's order (arXiv 1608.06993,
@@ -18,6 +19,12 @@ class Transition(reference.Transition):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if recorded(x):
+            return super().forward(x)
+        reason = (hooked_globally() or not_pointwise("conv", self.conv)) if self.pool else ""
+        if reason:
+            warn_once(self, reason)
+            return super().forward(x)
         self._check(x)
         a = F.relu(self.norm(x))  # [N, in_channels, H, W]
         return self.conv(F.avg_pool2d(a, 2, 2) if self.pool else a)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from csp_kernels import ops, reference
+from csp_kernels.layers._children import Fused, layer_children, recorded, warn_once
 from csp_kernels.layers._norms import (
     consecutive,
     frozen_norms,
-    layer_children,
-    not_plain_layers,
     parameters,
     update_running,
-    warn_once,
 )
 
 
-class TwoWayDenseBlock(reference.TwoWayDenseBlock):
+class TwoWayDenseBlock(Fused, reference.TwoWayDenseBlock):
     """PeleeNet's dense block, nothing concatenated: [N, c, H, W] -> [N, c + num_layers * growth_rate, H, W].
 
     Arguments, layers and children denselayer{i}.branch1.{conv1,norm1,conv2,norm2}, denselayer{i}.branch2.{..., conv3,
@@ -26,11 +24,10 @@ class TwoWayDenseBlock(reference.TwoWayDenseBlock):
     one warning; RuntimeError if "native" was chosen. dtypes, memory formats and errors: `csp.ops.two_way_dense_block`.
     """
 
-    _warned = False
-
     def forward(self, x: Tensor) -> Tensor:
-        children = layer_children(self, "two_way")
-        reason = not_plain_layers(children, "two_way")
+        if recorded(x):
+            return super().forward(x)
+        children, reason = layer_children(self, "two_way")
         if reason:
             warn_once(self, reason)
             return super().forward(x)

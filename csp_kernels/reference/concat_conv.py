@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from csp_kernels.reference._norms import Norms, conv
 
@@ -53,7 +54,9 @@ class ConcatConv(nn.Module):
         self.norm = nn.BatchNorm2d(sum(self.splits))
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
-        x = inputs if isinstance(inputs, Tensor) else torch.cat(list(inputs), 1)
+        if isinstance(inputs, Proxy):  # of torch.fx: a tensor, or a sequence of unknown length
+            inputs = inputs if len(self.in_channels) == 1 else [inputs[i] for i in range(len(self.in_channels))]
+        x = inputs if isinstance(inputs, (Tensor, Proxy)) else torch.cat(list(inputs), 1)
         y = ACTIVATIONS[self.act](self.norm(self.conv(x)), self.negative_slope)
         return y if isinstance(self.out_channels, int) else torch.split(y, list(self.splits), 1)
 

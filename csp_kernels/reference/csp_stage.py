@@ -79,7 +79,7 @@ class CSPDenseStage(nn.Module):
         return self.blocks[self.layer](*arguments)
 
     def forward(self, x: Tensor) -> Tensor:
-        part, rest = torch.split(x, [self.part_channels, x.shape[1] - self.part_channels], 1)
+        part, rest = torch.split(x, [self.part_channels, self.in_channels - self.part_channels], 1)
         return self.transition(part if self.part_channels else None, self.dense(rest))
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks
 
 from csp_kernels.reference._norms import statistics, to
 
@@ -24,9 +25,15 @@ class DenseLayer(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.conv1(F.relu(self.norm1(x), inplace=True))  # [N, bn_size * growth_rate, H, W]
-        y = self.conv2(F.relu(self.norm2(z), inplace=True))
+        z = self.conv1(_activated(self.norm1, x))  # [N, bn_size * growth_rate, H, W]
+        y = self.conv2(_activated(self.norm2, z))
         return F.dropout(y, self.drop_rate, self.training) if self.drop_rate > 0 else y
+
+
+def _activated(norm: nn.Module, x: Tensor) -> Tensor:
+    """ReLU of the norm, in place as torchvision's; not where a backward hook forbids a change of the norm's output."""
+    hooks = norm._backward_hooks, norm._backward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks
+    return F.relu(norm(x), inplace=not any(hooks))
 
 
 class DenseBlock(nn.Module):
@@ -46,10 +53,20 @@ class DenseBlock(nn.Module):
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate: got {drop_rate}, expected 0 <= drop_rate < 1")
-        self.drop_rate = float(drop_rate)
         for i in range(num_layers):
-            layer = DenseLayer(in_channels + i * growth_rate, growth_rate, bn_size, self.drop_rate)
+            layer = DenseLayer(in_channels + i * growth_rate, growth_rate, bn_size, float(drop_rate))
             self.add_module(f"denselayer{i + 1}", layer)
+
+    @property
+    def drop_rate(self) -> float:
+        """That of the first layer; setting it sets that of all."""
+        return next((float(layer.drop_rate) for layer in self.children() if isinstance(layer, DenseLayer)), 0.0)
+
+    @drop_rate.setter
+    def drop_rate(self, rate: float) -> None:
+        for layer in self.children():
+            if isinstance(layer, DenseLayer):
+                layer.drop_rate = float(rate)
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class Branch(nn.Module):
             self.add_module(f"norm{i}", nn.BatchNorm2d(target))
 
     def forward(self, x: Tensor) -> Tensor:
-        children = list(self.children())
+        children: list[Any] = list(self._modules.values())  # children() would leave out what is there twice
         for convolution, norm in zip(children[::2], children[1::2], strict=True):
             x = F.relu(norm(convolution(x)))
         return x
