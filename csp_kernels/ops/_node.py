@@ -12,7 +12,7 @@ from torch import Tensor
 from csp_kernels import native
 from csp_kernels.backends import running_as, selected, why_not_triton
 from csp_kernels.ops._checks import converted, dense
-from csp_kernels.ops._transforms import transformed
+from csp_kernels.ops._transforms import batched, transformed
 
 
 class Saved(NamedTuple):
@@ -161,9 +161,9 @@ def _beyond_kernels(ctx: Any, saved: Saved, grad: Any) -> Sequence[Tensor | None
     given = grad if isinstance(grad, list) else [grad]
     if all(g is None for g in given):
         return []
-    if not torch.is_grad_enabled() and not transformed(given):
-        return None
     differentiable = torch.is_grad_enabled()
+    if not differentiable and not transformed(given) and not batched(given):
+        return None
     device = next(g for g in given if g is not None).device.type
     with torch.enable_grad(), torch.autocast(device, enabled=False):  # forward has settled the dtypes
         arguments, reference = ctx.formula.twin(saved)

@@ -25,6 +25,13 @@ def transformed(tensors: Iterable[Tensor | None]) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def batched(tensors: Iterable[Tensor | None]) -> bool:
+    """Gradients of torch.autograd.grad(is_grads_batched=True), which come in an older kind of batch than vmap's."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
 def uses_reference(x: Tensor, *tensors: Tensor | None) -> bool:
     """Whether this call is the reference's: chosen, an empty batch, or transformed (RuntimeError if the choice was a
     backend that has first derivatives alone)."""

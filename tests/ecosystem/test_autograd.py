@@ -1,15 +1,16 @@
-"""What autograd offers beyond one backward: checkpoints, hooks on saved tensors, second derivatives, in-place changes."""
+"""Autograd beyond one backward: checkpoints, hooks on saved tensors, second derivatives, changes in place."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ecosystem_layers import CHANNELS, LAYERS, WHERE, Fused, assert_same, every_layer, image, pair
 from modes import norms
 from torch import Tensor, nn
 from torch.utils import checkpoint as ckpt
@@ -17,71 +18,6 @@ from torch.utils import checkpoint as ckpt
 import csp_kernels as csp
 
 pytestmark = pytest.mark.usefixtures("native")
-CHANNELS = 6
-
-
-class Fused(nn.Module):
-    """One layer on [N, CHANNELS, H, W], whatever it takes and gives."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        if "PartialTransition" in type(self.layer).__name__:
-            return self.layer(x[:, :2] if self.layer.part_channels else None, x[:, 2:])
-        if "ConcatConv" in type(self.layer).__name__:
-            y = self.layer([x[:, :2], x[:, 2:]])
-            return y if isinstance(y, Tensor) else torch.cat([y[0] * 2, y[1]], 1)
-        return self.layer(x)
-
-
-def stage(where: Any, layer: str, **options: Any) -> nn.Module:
-    return where.CSPDenseStage(CHANNELS, 4, 2, 2, 2, layer=layer, part_ratio=1 / 3, **options)
-
-
-LAYERS: dict[str, Callable[[Any], nn.Module]] = {
-    "dense": lambda where: where.DenseBlock(2, CHANNELS, 3, 2),
-    "dense, bottleneck": lambda where: where.DenseBlock(
-        2, CHANNELS, 3, 2, **({"recompute": "bottleneck"} if where is csp else {})
-    ),
-    "post": lambda where: where.PostDenseBlock(2, CHANNELS, 3, 2),
-    "two_way": lambda where: where.TwoWayDenseBlock(2, CHANNELS, 4),
-    "transition": lambda where: where.Transition(CHANNELS, 4),
-    "join": lambda where: where.ConcatConv([2, 4], 5, act="silu"),
-    "fork": lambda where: where.ConcatConv([2, 4], [2, 3], act="mish"),
-    "csp, post": lambda where: where.PartialTransition(2, 4, 3, 5),
-    "first, pre": lambda where: where.PartialTransition(2, 4, 3, 5, fusion="first", order="pre"),
-    "last, pre": lambda where: where.PartialTransition(2, 4, 3, 5, fusion="last", order="pre", pool=None),
-    "stage pre": lambda where: stage(where, "pre"),
-    "stage pre, bottleneck": lambda where: stage(where, "pre", recompute="bottleneck"),
-    "stage post": lambda where: stage(where, "post", fusion="first"),
-    "stage two_way": lambda where: stage(where, "two_way", fusion="last", pool=None),
-}
-every_layer = pytest.mark.parametrize("name", LAYERS)
-
-
-def pair(name: str, change: Callable[[nn.Module], Any] = nn.Module.train) -> tuple[nn.Module, nn.Module]:
-    """The layer and its twin in float64 with the same random parameters."""
-    both = [nn.Sequential(nn.Conv2d(3, CHANNELS, 3, padding=1), Fused(LAYERS[name](where))) for where in WHERE]
-    ours, naive = (module.double() for module in both)
-    with torch.no_grad():
-        for norm in norms(ours):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0, 0.3)
-            norm.running_mean.normal_(0, 0.3)
-            norm.running_var.uniform_(0.5, 1.5)
-    naive.load_state_dict(ours.state_dict())
-    change(ours)
-    change(naive)
-    return ours, naive
-
-
-WHERE = (csp, csp.reference)
-
-
-def image(n: int = 2, channels: int = 3, size: int = 4) -> Tensor:
-    return torch.randn(n, channels, size, size, dtype=torch.float64)
 
 
 def step(module: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
@@ -89,12 +25,11 @@ def step(module: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor
     x = x.detach().requires_grad_()
     y = run(module, x)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    return [y.detach(), *torch.autograd.grad((y.sin() * weights).sum(), [x, *module.parameters()])]
-
-
-def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-9) -> None:
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    module.zero_grad()
+    (y.sin() * weights).sum().backward()  # not grad(): a reentrant checkpoint refuses it
+    leaves = [x, *module.parameters()]
+    assert all(t.grad is not None for t in leaves)
+    return [y.detach(), *(t.grad for t in leaves if t.grad is not None)]
 
 
 def plain(module: nn.Module, x: Tensor) -> Tensor:
@@ -152,6 +87,8 @@ CHECKPOINTS = {
 @every_layer
 @pytest.mark.parametrize("how", CHECKPOINTS)
 def test_checkpoints(name: str, how: str) -> None:
+    if (name, how) == ("transition", "save all"):
+        pytest.skip("torch refuses to save the outputs of plain norms, which change their running statistics")
     ours, _ = pair(name)
     x = image()
     expected = step(copy.deepcopy(ours), x, plain)
@@ -240,7 +177,11 @@ def partly_frozen(module: nn.Module) -> None:
         norm.train(bool(i % 2))
 
 
-MODES: dict[str, Callable[[nn.Module], Any]] = {"train": nn.Module.train, "eval": nn.Module.eval, "mixed": partly_frozen}
+MODES: dict[str, Callable[[nn.Module], Any]] = {
+    "train": nn.Module.train,
+    "eval": nn.Module.eval,
+    "mixed": partly_frozen,
+}
 
 
 def penalty(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -276,33 +217,18 @@ def test_second_derivatives_of_inputs_and_parameters(name: str) -> None:
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-def test_third_derivatives() -> None:
-    ours, naive = pair("post")
-    results = []
-    for module in (ours, naive):
-        x = image().requires_grad_()
-        (g,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)
-        (h,) = torch.autograd.grad(g.square().sum(), x, create_graph=True)
-        results.append(torch.autograd.grad(h.square().sum(), [x, *module.parameters()]))
-    assert_same(*results, 1e-8)
-
-
-def test_third_derivatives_of_a_dense_block() -> None:
-    ours, naive = pair("dense")
-    results = []
-    for module in (ours, naive):
-        x = image().requires_grad_()
-        (g,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)
-        (h,) = torch.autograd.grad(g.square().sum(), x, create_graph=True)
-        results.append(torch.autograd.grad(h.square().sum(), [x, *module.parameters()]))
-    assert_same(*results, 1e-8)
-
-
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_second_derivatives_drop_what_forward_dropped(recompute: str, dtype: torch.dtype) -> None:
     """The mask is read off the output: a 3x3 whose features are 1 everywhere."""
-    params = [torch.ones(4), torch.ones(4), torch.zeros(3, 4, 1, 1), torch.ones(3), torch.ones(3), torch.zeros(5, 3, 3, 3)]
+    params = [
+        torch.ones(4),
+        torch.ones(4),
+        torch.zeros(3, 4, 1, 1),
+        torch.ones(3),
+        torch.ones(3),
+        torch.zeros(5, 3, 3, 3),
+    ]
     params[5][:, 0, 1, 1] = 1.0  # features: relu(norm(0)) = the norm's bias, 1
     params = [p.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_() for p in params]
     x = torch.randn(3, 4, 7, 6, dtype=dtype, requires_grad=True)
