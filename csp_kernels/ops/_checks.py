@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csp_kernels.ops._transforms import transforming
+
 Shape = tuple[int, ...]
 Label = Callable[[int], str]  # index of a parameter or norm -> its name; called for errors only
 RECOMPUTE = ("none", "bottleneck")
@@ -53,11 +55,15 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def formatted(y: Tensor, channels_last: bool) -> Tensor:
+    if transforming():  # a batch dimension may lie anywhere
+        return y
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def sliced(y: Tensor, channels_last: bool) -> Tensor:
     """As formatted, but a channel slice of a tensor in that format stays where it is."""
+    if transforming():
+        return y
     rows = (y.shape[2] * y.shape[3], y.shape[3], 1)
     fits = is_channels_last(y) if channels_last else y.stride()[1:] == rows
     return y if fits else formatted(y, channels_last)
@@ -69,8 +75,11 @@ def pixels(x: Tensor) -> int:
 
 def converted(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in dtype, contiguous or channels_last."""
-    if t.dtype is not dtype:
-        t = t.to(dtype)
+    return dense(t if t.dtype is dtype else t.to(dtype))
+
+
+def dense(t: Tensor) -> Tensor:
+    """t contiguous or channels_last."""
     if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)):
         return t
     return t.contiguous()
@@ -92,17 +101,30 @@ def filled(params: Sequence[Tensor | None], shapes: Sequence[Shape], x: Tensor) 
 
 
 def check_image(x: Tensor, name: str = "x") -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor [N, channels, H, W]")
+    if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested or x.dtype not in ACCUMULATE:
+        raise TypeError(f"{name}: got {_unusable(x, name)}")
     if x.dim() != 4:
-        raise ValueError(f"{name}: got {x.dim()} dimensions {list(x.shape)}, expected 4 [N, channels, H, W]")
-    if x.dtype not in ACCUMULATE:
-        raise TypeError(
-            f"{name}: got {x.dtype}, expected float32, bfloat16, float16 or float64; convert with {name}.float()"
-        )
+        fix = f"; add a batch dimension with {name}.unsqueeze(0)" if x.dim() == 3 else ""
+        raise ValueError(f"{name}: got {x.dim()} dimensions {list(x.shape)}, expected 4 [N, channels, H, W]{fix}")
     if 0 in x.shape[1:]:
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected at least one channel, row and column")
     return x
+
+
+def _unusable(x: object, name: str) -> str:
+    """What is wrong with an input that is no dense tensor of floating-point numbers, and what helps."""
+    if not isinstance(x, Tensor):
+        fix = f"; convert with torch.as_tensor({name})" if hasattr(x, "__array__") else ""
+        return f"{type(x).__name__}, expected a Tensor [N, channels, H, W]{fix}"
+    if x.is_nested:
+        return f"a nested tensor, expected images of one size; pad with torch.nested.to_padded_tensor({name}, 0.0)"
+    if x.layout is not torch.strided:
+        kind = str(x.layout).removeprefix("torch.").removeprefix("_")
+        return f"a tensor of layout {kind}, expected a dense one; convert with {name}.to_dense()"
+    expected = f"{x.dtype}, expected float32, bfloat16, float16 or float64"
+    if x.is_complex():
+        return f"{expected}; pass real and imaginary parts as channels (torch.view_as_real)"
+    return f"{expected}; convert with {name}.{'dequantize' if x.is_quantized else 'float'}()"
 
 
 def check_beside(t: Tensor, name: str, x: Tensor, owner: str) -> None:
@@ -160,7 +182,13 @@ def check_tensors(
     for i, (t, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if t is None and optional and len(shape) == 1:
             continue
-        if not isinstance(t, Tensor) or t.shape != shape or t.dtype not in allowed or t.device != device:
+        if (
+            not isinstance(t, Tensor)
+            or t.shape != shape
+            or t.dtype not in allowed
+            or t.device != device
+            or t.layout is not torch.strided
+        ):
             _refuse(label(i), t, shape, x, owner)
 
 
@@ -175,6 +203,9 @@ def _refuse(name: str, t: object, shape: Shape, x: Tensor, owner: str) -> None:
         raise ValueError(
             f"{name}: got a tensor on {t.device}, expected {x.device}, where {owner} is; move one with .to()"
         )
+    if t.layout is not torch.strided:
+        kind = str(t.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"{name}: got a tensor of layout {kind}, expected a dense one; convert it with .to_dense()")
     names = " or ".join(str(d) for d in dtypes(x))
     raise TypeError(f"{name}: got {t.dtype}, expected {names} for {owner} of {x.dtype}; convert one with .to()")
 

@@ -1,19 +1,40 @@
-"""What the compiled operators share: tensors in their format, fake outputs, and one way into autograd."""
+"""What the compiled operators share: tensors in their format, fake outputs, and one way into autograd and beyond."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from csp_kernels import native
 from csp_kernels.backends import running_as, selected, why_not_triton
+from csp_kernels.ops._checks import converted, dense
+from csp_kernels.ops._transforms import batched, transformed
 
-Save = Callable[[Any, tuple[Any, ...], Any], None]  # ctx, arguments, outputs
-Gradients = Callable[..., tuple[Any, ...]]  # ctx, gradients of the outputs -> gradients of the arguments
+
+class Saved(NamedTuple):
+    """What backward needs."""
+
+    images: Sequence[Tensor | None]  # in the format of `in_place`
+    kept: Sequence[Any]  # tensors, None and lists of tensors, contiguous (weights: or channels_last)
+    rest: Sequence[Any]  # no tensors
+
+
+Twin = tuple[Sequence[Tensor | None], Callable[..., Sequence[Tensor]]]
+
+
+class Formula(NamedTuple):
+    """How an operator is differentiated; its first output, a tensor or a list of them, is its only differentiable one.
+
+    The arguments that have gradients, lists flat, are the schema's first ones.
+    """
+
+    save: Callable[[tuple[Any, ...], Any], Saved]  # of arguments and outputs
+    gradients: Callable[[Saved, Any], Sequence[Tensor | None]]  # of those arguments, from the first output's
+    twin: Callable[[Saved], Twin]  # those arguments, and the reference as a function of them
 
 
 def in_place(x: Tensor) -> Tensor:
@@ -38,6 +59,13 @@ def padded(channels: int) -> int:
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def fixed(running: Sequence[Tensor], dtype: torch.dtype, gradients: bool) -> list[Tensor]:
+    """Running statistics in dtype, contiguous; for backward copies, since later steps of training change them."""
+    if gradients:
+        return [r.to(dtype, memory_format=torch.contiguous_format, copy=True) for r in running]
+    return [converted(r, dtype) for r in running]
 
 
 def winograd(dtype: torch.dtype) -> int:
@@ -68,22 +96,28 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, op: Any, save: Save, gradients: Gradients, lengths: list[int], outputs: list[int], *flat: Any
+        ctx: Any, op: Any, formula: Formula, lengths: list[int], outputs: list[int], *flat: Any
     ) -> tuple[Any, ...]:
         arguments = _folded(flat, lengths)
         with torch._C._AutoDispatchBelowAutograd():  # past the other door, which would only pass the call on
             output = op(*arguments)
-        save(ctx, arguments, output)
+        _save(ctx, formula, arguments, output)
         outputs += _lengths(output)
-        ctx.gradients, ctx.outputs, ctx.backend = gradients, outputs, selected()
+        ctx.outputs, ctx.backend, ctx.watched = outputs, selected(), []
         return _flat(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # create_graph: the other door knows that there is no double backward
-            return *[None] * 5, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
-        with torch._C._AutoDispatchBelowAutograd(), running_as(ctx.backend):
-            return *[None] * 5, *_flat(ctx.gradients(ctx, *_folded(grads, ctx.outputs)))
+        saved = _saved(ctx)  # outside the guard: a checkpoint computes it now, with autograd
+        for watched in ctx.watched:
+            watched.check()
+        grad = _folded(grads, ctx.outputs)[0]
+        with running_as(ctx.backend):
+            found = _beyond_kernels(ctx, saved, grad)
+            if found is None:
+                with torch._C._AutoDispatchBelowAutograd():
+                    found = ctx.formula.gradients(saved, grad)
+        return *[None] * 4, *found, *[None] * (ctx.arguments - len(found))
 
 
 def _lengths(values: Sequence[Any]) -> list[int]:
@@ -104,42 +138,92 @@ def _folded(flat: Sequence[Any], lengths: list[int]) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def save_kept(ctx: Any, kept: Sequence[Any], x: Tensor, params: list[Tensor], running: list[Tensor]) -> None:
-    """What the operator returned beside y, without gradients, and its tensors."""
-    flat = _flat(kept)
+def _save(ctx: Any, formula: Formula, arguments: tuple[Any, ...], output: Any) -> None:
+    images, kept, ctx.rest = formula.save(arguments, output)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*flat)
-    ctx.kept, ctx.sizes = _lengths(kept), (len(flat), len(params))
-    ctx.save_for_backward(x, *flat, *params, *running)
+    ctx.mark_non_differentiable(*_flat(output[1:]))
+    ctx.save_for_backward(*images, *_flat(kept))
+    ctx.formula, ctx.images, ctx.kept = formula, len(images), _lengths(kept)
+    ctx.lengths = _lengths(arguments)
+    ctx.arguments = sum(map(abs, ctx.lengths))
 
 
-def saved(ctx: Any) -> tuple[Tensor, tuple[Any, ...], list[Tensor], list[Tensor]]:
-    """x, kept, params and running of save_kept."""
-    x, *tensors = ctx.saved_tensors
-    kept, params = ctx.sizes
-    return x, _folded(tensors[:kept], ctx.kept), tensors[kept : kept + params], tensors[kept + params :]
+def _saved(ctx: Any) -> Saved:
+    """As it was saved: hooks (disk, compression, pinned memory) may give back other strides."""
+    tensors = ctx.saved_tensors
+    images = [None if t is None else in_place(t) for t in tensors[: ctx.images]]
+    return Saved(images, _folded([t if t is None else dense(t) for t in tensors[ctx.images :]], ctx.kept), ctx.rest)
 
 
-def call(op: Any, save: Save, gradients: Gradients, arguments: tuple[Any, ...]) -> Any:
+def _beyond_kernels(ctx: Any, saved: Saved, grad: Any) -> Sequence[Tensor | None] | None:
+    """Gradients that the kernels cannot compute: none, and through the reference those to be differentiated again
+    (create_graph), batched (is_grads_batched) or with tangents. None where the kernels can."""
+    given = grad if isinstance(grad, list) else [grad]
+    if all(g is None for g in given):
+        return []
+    differentiable = torch.is_grad_enabled()
+    if not differentiable and not transformed(given) and not batched(given):
+        return None
+    device = next(g for g in given if g is not None).device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):  # forward has settled the dtypes
+        arguments, reference = ctx.formula.twin(saved)
+        # new tensors, so that an argument computed from another one counts as a variable of its own
+        leaves = [None if t is None else t.view_as(t) for t in arguments]
+        pairs = [(y, g) for y, g in zip(reference(*leaves), given, strict=True) if g is not None]
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        outputs, gradients = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=differentiable, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in leaves]
+
+
+class _Watched(NamedTuple):
+    """A tensor whose values were copied for backward, or from what backward needs: changing it in place is an error
+    as it would be without the copy, so that no program works in one memory format alone."""
+
+    name: str
+    alias: Tensor  # without its memory: autograd's version counter is all that they share
+    version: int
+
+    def check(self) -> None:
+        if self.alias._version != self.version:
+            raise RuntimeError(
+                f"{self.name} has been modified by an inplace operation, but backward needs it as it was: "
+                f"it is at version {self.alias._version}, expected version {self.version}; use the operation that "
+                "returns a new tensor (F.relu(y), y + 1), or clone() first"
+            )
+
+
+def watch(result: Tensor, name: str, original: Tensor, used: Tensor) -> None:
+    """Let the backward of `result` fail if `original` is changed meanwhile, though the operator works on a copy."""
+    if original is used or type(original) is not Tensor or torch.compiler.is_compiling():
+        return
+    watched = getattr(result.grad_fn, "watched", None)
+    if watched is not None:
+        alias = original.detach()
+        alias.data = original.new_empty(0)
+        watched.append(_Watched(name, alias, alias._version))
+
+
+def call(op: Any, formula: Formula, arguments: tuple[Any, ...]) -> Any:
     """op(*arguments) with the gradient formula that is registered for it."""
     if torch.compiler.is_compiling():
         return op(*arguments)
     lengths = _lengths(arguments)
     flat = [item for v, n in zip(arguments, lengths, strict=True) for item in (v if n >= 0 else [v])]
     outputs: list[int] = []
-    result = _Node.apply(op, save, gradients, lengths, outputs, *flat)
+    result = _Node.apply(op, formula, lengths, outputs, *flat)
     return _folded(result, outputs)
 
 
-def register(name: str, fakes: dict[str, Callable[..., Any]], save: Save, gradients: Gradients) -> None:
-    """Fake kernels ("" and suffixes of the name), Triton kernels and autograd of torch.ops.csp_kernels.<name>, once
-    differentiable."""
+def register(name: str, fakes: dict[str, Callable[..., Any]], formula: Formula) -> None:
+    """Fake kernels ("" and suffixes of the name), Triton kernels and autograd of torch.ops.csp_kernels.<name>."""
     if not native.available():
         return
 
     def refuse(ctx: Any, *_: Any) -> None:
         raise RuntimeError(
-            f"csp_kernels.{name} is differentiable once; for double backward choose csp.use_backend('reference')"
+            f"csp_kernels.{name}_backward is not differentiable; for second derivatives call csp.ops outside of "
+            "torch.compile, or choose csp.use_backend('reference')"
         )
 
     for suffix, fake in fakes.items():
@@ -147,9 +231,15 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], save: Save, gradie
     _register_triton(name, fakes)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # torch passes them by name
-        save(ctx, inputs, output)
+        _save(ctx, formula, inputs, output)
 
-    torch.library.register_autograd(f"csp_kernels::{name}", gradients, setup_context=setup_context)
+    def backward(ctx: Any, grad: Any, *_: Any) -> tuple[Any, ...]:
+        saved = _saved(ctx)
+        found = _beyond_kernels(ctx, saved, grad)
+        found = formula.gradients(saved, grad) if found is None else found
+        return _folded([*found, *[None] * (ctx.arguments - len(found))], ctx.lengths)
+
+    torch.library.register_autograd(f"csp_kernels::{name}", backward, setup_context=setup_context)
     torch.library.register_autograd(f"csp_kernels::{name}_backward", refuse)
 
 

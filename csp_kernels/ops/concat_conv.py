@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csp_kernels.backends import resolve
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops import _node as node
+from csp_kernels.ops._transforms import uses_reference
 from csp_kernels.reference import concat_conv as reference_concat_conv
 
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "mish", "hardswish", "identity")
@@ -67,15 +67,14 @@ def concat_conv(
     _check_splits(splits, out)
     checks.check_values(x, checks.pixels(x), [frozen], "inputs[0]")
     channels_last = checks.is_channels_last(x)
-    if resolve(x.device.type) == "reference" or x.numel() == 0:
+    if uses_reference(*inputs, *params, *running):
         y, stats = reference_concat_conv(
             inputs, *params, running, frozen=frozen, eps=eps, act=act, negative_slope=negative_slope, splits=splits
         )
     else:
-        fixed = [checks.converted(r, checks.ACCUMULATE[x.dtype]) for r in running]
         w, gamma, beta = checks.filled(params, shapes, x)
         sizes = [out] if splits is None else list(splits)
-        y, stats = _native(inputs, w, gamma, beta, fixed, frozen, float(eps), act, float(negative_slope), sizes)
+        y, stats = _native(inputs, w, gamma, beta, running, frozen, float(eps), act, float(negative_slope), sizes)
     return [checks.sliced(t, channels_last) for t in y], stats
 
 
@@ -120,20 +119,23 @@ def _native(
     weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    running: list[Tensor],
+    running: Sequence[Tensor],
     frozen: bool,
     eps: float,
     act: str,
     negative_slope: float,
     splits: list[int],
 ) -> tuple[list[Tensor], Tensor]:
-    """Parameters and running: contiguous, in the dtype of sums, none missing."""
+    """Parameters: contiguous, in the dtype of sums, none missing."""
     ops = torch.ops.csp_kernels
-    inputs = [node.in_place(t) for t in inputs]
-    mean, var = running if frozen else (None, None)
+    given, inputs = inputs, [node.in_place(t) for t in inputs]
+    gradients = node.wants_gradients(*inputs, weight, norm_weight, norm_bias)
+    mean, var = node.fixed(running, weight.dtype, gradients) if frozen else (None, None)
     arguments = inputs, weight, norm_weight, norm_bias, mean, var, eps, _CODES[act], negative_slope, splits
-    if node.wants_gradients(*inputs, weight, norm_weight, norm_bias):
-        y, _, stats = node.call(ops.concat_conv.default, _save, _gradients, arguments)
+    if gradients:
+        y, _, stats = node.call(ops.concat_conv.default, _FORMULA, arguments)
+        for i, (original, used) in enumerate(zip(given, inputs, strict=True)):
+            node.watch(y[0], f"inputs[{i}] of concat_conv", original, used)
         return y, stats
     if frozen:
         y = ops.concat_conv_inference.default(*arguments)
@@ -158,30 +160,38 @@ def _fake_backward(grads: list[Tensor], inputs: list[Tensor], *rest: Any) -> lis
     return [*images, *(torch.empty_like(p) for p in parameters)]
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
-    inputs, weight, gamma, beta, mean, var, *ctx.rest = arguments
-    _, raw, stats = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(raw, stats)
-    ctx.wanted = [int(t.requires_grad) for t in inputs]
-    ctx.save_for_backward(raw, stats, weight, gamma, beta, mean, var, *inputs)
+def _save(arguments: tuple[Any, ...], output: Any) -> node.Saved:
+    inputs, *parameters, eps, act, negative_slope, splits = arguments
+    wanted = [int(t.requires_grad) for t in inputs]
+    return node.Saved(inputs, (*output[1:], *parameters), (eps, act, negative_slope, splits, wanted))
 
 
-def _gradients(ctx: Any, grads: list[Tensor | None], *_: Tensor | None) -> tuple[Any, ...]:
-    """In the order of the schema: inputs, weight, gamma, beta, then none for the rest."""
-    raw, stats, weight, gamma, beta, mean, var, *inputs = ctx.saved_tensors
-    rest = [None] * 6
-    if all(g is None for g in grads):
-        return [None] * len(inputs), None, None, None, *rest
-    splits = ctx.rest[-1]
+def _gradients(saved: node.Saved, grads: list[Tensor | None]) -> list[Tensor | None]:
+    inputs, (raw, stats, *parameters), (*options, splits, wanted) = saved
+    assert inputs[0] is not None
     full = [
         node.fake_image(inputs[0], c).zero_() if g is None else node.in_place(g)
         for g, c in zip(grads, splits, strict=True)
     ]
     *images, dw, dgamma, dbeta = torch.ops.csp_kernels.concat_conv_backward.default(
-        full, inputs, weight, gamma, beta, mean, var, raw, stats, *ctx.rest, ctx.wanted
+        full, inputs, *parameters, raw, stats, *options, splits, wanted
     )
-    return [g if w else None for g, w in zip(images, ctx.wanted, strict=True)], dw, dgamma, dbeta, *rest
+    return [*(g if w else None for g, w in zip(images, wanted, strict=True)), dw, dgamma, dbeta]
 
 
-node.register("concat_conv", {"": _fake, "_backward": _fake_backward, "_inference": _fake_inference}, _save, _gradients)
+def _twin(saved: node.Saved) -> node.Twin:
+    inputs, (_, _, *parameters, mean, var), (eps, act, negative_slope, splits, _) = saved
+    names = {code: name for name, code in _CODES.items()}
+    running = [] if mean is None else [mean, var]
+
+    def reference(*leaves: Tensor) -> list[Tensor]:
+        *images, weight, gamma, beta = leaves
+        options: dict[str, Any] = {"act": names[act], "negative_slope": negative_slope, "splits": splits}
+        frozen = bool(running)
+        return reference_concat_conv(images, weight, gamma, beta, running, frozen=frozen, eps=eps, **options)[0]
+
+    return [*inputs, *parameters], reference
+
+
+_FORMULA = node.Formula(_save, _gradients, _twin)
+node.register("concat_conv", {"": _fake, "_backward": _fake_backward, "_inference": _fake_inference}, _FORMULA)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csp_kernels.backends import resolve
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops import _node as node
+from csp_kernels.ops._transforms import uses_reference
 from csp_kernels.ops.dense_block import LAYER as PRE
 from csp_kernels.ops.partial_transition import FUSIONS, check_options, check_values, output_size, raw_sizes
 from csp_kernels.ops.partial_transition import count as transition_count
@@ -72,7 +72,7 @@ def csp_stage(
     checks.check_values(x, checks.pixels(x), frozen[: len(norms) - last // 3])
     check_values(x, frozen[len(norms) - last // 3 :], fusion, order, pool)
     channels_last = checks.is_channels_last(x)
-    if resolve(x.device.type) == "reference" or x.numel() == 0:
+    if uses_reference(x, *params, *running):
         y, stats = reference_csp_stage(
             x,
             params,
@@ -85,9 +85,8 @@ def csp_stage(
             eps=eps,
         )
     else:
-        fixed = [checks.converted(r, checks.ACCUMULATE[x.dtype]) for r in running]
         full = checks.filled(params, shapes, x)
-        y, stats = _native(x, full, fixed, part_channels, layer, fusion, pool, frozen, eps, recompute)
+        y, stats = _native(x, full, running, part_channels, layer, fusion, pool, frozen, eps, recompute)
     return checks.formatted(y, channels_last), stats
 
 
@@ -135,7 +134,7 @@ def _norm_label(norms: int, layer: str, fusion: str) -> checks.Label:
 def _native(
     x: Tensor,
     params: list[Tensor],
-    running: list[Tensor],
+    running: Sequence[Tensor],
     part_channels: int,
     layer: str,
     fusion: str,
@@ -144,9 +143,9 @@ def _native(
     eps: list[float],
     recompute: str,
 ) -> tuple[Tensor, Tensor]:
-    """params and running: contiguous, in the dtype of sums, none missing."""
+    """params: contiguous, in the dtype of sums, none missing."""
     op = torch.ops.csp_kernels.csp_stage.default
-    x = node.in_place(x)
+    given, x = x, node.in_place(x)
     keep = node.wants_gradients(x, *params)
     kind = list(LAYERS).index(layer)
     flags = (
@@ -158,8 +157,10 @@ def _native(
         pool is not None,
         node.winograd(x.dtype),
     )
-    arguments = x, params, running, *flags, keep, keep and recompute == "none"
-    y, *_, stats = node.call(op, _save, _gradients, arguments) if keep else op(*arguments)
+    fixed = node.fixed(running, params[0].dtype, keep)
+    arguments = x, params, fixed, *flags, keep, keep and recompute == "none"
+    y, *_, stats = node.call(op, _FORMULA, arguments) if keep else op(*arguments)
+    node.watch(y, "x of csp_stage", given, x)
     return y, stats
 
 
@@ -223,21 +224,27 @@ def _fake_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     return [node.fake_image(x, x.shape[1]), *(torch.empty_like(p) for p in params)]
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
-    x, params, running, *ctx.rest, _, _ = arguments
-    node.save_kept(ctx, output[1:], x, params, running)
+def _save(arguments: tuple[Any, ...], output: Any) -> node.Saved:
+    x, params, running, *rest, _, _ = arguments
+    return node.Saved([x], (*output[1:], params, running), rest)
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    """In the order of the schema: x, params, then none for the rest."""
-    x, kept, params, running = node.saved(ctx)
-    rest = [[None] * len(running), *[None] * 9]
-    if grad_y is None:
-        return None, [None] * len(params), *rest
-    dx, *dparams = torch.ops.csp_kernels.csp_stage_backward.default(
-        node.in_place(grad_y), x, *kept, params, running, *ctx.rest
-    )
-    return dx, dparams, *rest
+def _gradients(saved: node.Saved, grad_y: Tensor) -> list[Tensor]:
+    (x,), kept, rest = saved
+    gradients: list[Tensor] = torch.ops.csp_kernels.csp_stage_backward.default(node.in_place(grad_y), x, *kept, *rest)
+    return gradients
 
 
-node.register("csp_stage", {"": _fake, "_backward": _fake_backward}, _save, _gradients)
+def _twin(saved: node.Saved) -> node.Twin:
+    (x,), (*_, params, running), (frozen, eps, part_channels, layer, fusion, pool, _) = saved
+
+    def reference(x: Tensor, *params: Tensor) -> list[Tensor]:
+        options: dict[str, Any] = {"layer": list(LAYERS)[layer], "fusion": FUSIONS[fusion]}
+        options |= {"pool": "avg" if pool else None, "part_channels": part_channels}
+        return [reference_csp_stage(x, params, running, frozen=frozen, eps=eps, **options)[0]]
+
+    return [x, *params], reference
+
+
+_FORMULA = node.Formula(_save, _gradients, _twin)
+node.register("csp_stage", {"": _fake, "_backward": _fake_backward}, _FORMULA)

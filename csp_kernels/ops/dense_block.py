@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csp_kernels.backends import resolve
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops import _node as node
+from csp_kernels.ops._transforms import uses_reference
 from csp_kernels.reference import dense_block as reference_dense_block
 
 NAMES = ("norm1.weight", "norm1.bias", "conv1.weight", "norm2.weight", "norm2.bias", "conv2.weight")  # of one layer
@@ -58,7 +58,8 @@ def dense_block(
     Returns y [N, C, H, W] in the dtype and memory format of x (its first c0 channels are x), and stats [2, C + L * b]
     float64, no gradient: batch mean and biased variance of the features, then of each layer's bottleneck; unspecified
     where no norm needs them. Running statistics are the caller's to update: `csp.DenseBlock` does.
-    Once differentiable on the native and Triton backends (RuntimeError beyond), any number of times on the reference.
+    Differentiable any number of times; second derivatives run on the reference, with the same dropout. y must not be
+    changed in place before backward, which raises RuntimeError then: it holds the features.
     Raises TypeError or ValueError for bad arguments before any work, RuntimeError if the chosen backend cannot run.
     """
     x = checks.autocast(checks.check_image(x))
@@ -67,13 +68,14 @@ def dense_block(
     eps = checks.epsilons(eps, frozen, "two a layer")
     _check_running(x, running, frozen, sizes)
     _check_options(x, frozen, drop_rate, recompute)
-    backend = resolve(x.device.type)
     channels_last = checks.is_channels_last(x)
-    if backend == "reference" or x.numel() == 0:
+    if uses_reference(x, *params, *running):
         y, stats = reference_dense_block(x, params, running, frozen=frozen, eps=eps, drop_rate=drop_rate)
-    else:
-        y, stats = _fused(x, params, running, sizes, frozen, eps, drop_rate, recompute)
-    return checks.formatted(y, channels_last), stats
+        return checks.formatted(y, channels_last), stats
+    features, stats = _fused(x, params, running, sizes, frozen, eps, drop_rate, recompute)
+    y = checks.formatted(features, channels_last)
+    node.watch(features, "the output of dense_block", y, features)
+    return y, stats
 
 
 def _fused(
@@ -89,10 +91,10 @@ def _fused(
     ops = torch.ops.csp_kernels
     dtype = checks.ACCUMULATE[x.dtype]
     full = [_filled(i, sizes, x) if p is None else checks.converted(p, dtype) for i, p in enumerate(params)]
-    fixed = [checks.converted(r, dtype) for r in running]
     x = node.in_place(x)
     winograd = node.winograd(x.dtype)
     gradients = node.wants_gradients(x, *full)
+    fixed = node.fixed(running, dtype, gradients)
     if all(frozen) and not gradients and drop_rate == 0:
         y = ops.dense_block_inference.default(x, full, fixed, eps, winograd)
         return y, x.new_zeros((2, sizes.columns), dtype=torch.float64)
@@ -100,7 +102,7 @@ def _fused(
     keep = gradients and recompute == "none"
     op = ops.dense_block.default
     arguments = x, full, fixed, [int(f) for f in frozen], eps, seed, float(drop_rate), keep, winograd
-    y, _, stats = node.call(op, _save, _gradients, arguments) if gradients else op(*arguments)
+    y, _, stats = node.call(op, _FORMULA, arguments) if gradients else op(*arguments)
     return y, stats
 
 
@@ -212,39 +214,46 @@ def _fake_inference(x: Tensor, params: list[Tensor], running: list[Tensor], eps:
 # --- autograd ---
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor], Tensor]) -> None:
-    x, params, running, ctx.frozen, ctx.eps, seed, ctx.drop_rate, _, ctx.winograd = inputs
+def _save(arguments: tuple[Any, ...], output: tuple[Tensor, list[Tensor], Tensor]) -> node.Saved:
+    x, params, running, frozen, eps, seed, drop_rate, _, winograd = arguments
     y, z, stats = output
-    ctx.channels, ctx.count, ctx.fixed = x.shape[1], len(params), len(running)
-    ctx.set_materialize_grads(False)
-    ctx.kept = len(z)
-    ctx.mark_non_differentiable(*z, stats)
-    ctx.save_for_backward(y, stats, seed, *z, *params, *running)
+    rest = frozen, eps, drop_rate, x.shape[1], winograd, x.requires_grad
+    return node.Saved([y], (z, stats, params, running, seed), rest)
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    """Gradients in the order of the schema: x, params, then none for the rest."""
-    none = [None] * ctx.fixed
-    if grad_y is None:
-        return None, [None] * ctx.count, none, None, None, None, None, None, None
-    y, stats, seed, *tensors = ctx.saved_tensors
-    z, tensors = tensors[: ctx.kept], tensors[ctx.kept :]
-    dx, *dparams = torch.ops.csp_kernels.dense_block_backward.default(
+def _gradients(saved: node.Saved, grad_y: Tensor) -> list[Tensor]:
+    (y,), (z, stats, params, running, seed), (frozen, eps, drop_rate, channels, winograd, _) = saved
+    assert y is not None
+    gradients: list[Tensor] = torch.ops.csp_kernels.dense_block_backward.default(
         node.packed(grad_y),
-        y,
+        node.packed(y),
         z,
         stats,
-        tensors[: ctx.count],
-        tensors[ctx.count :],
-        ctx.frozen,
-        ctx.eps,
+        params,
+        running,
+        frozen,
+        eps,
         seed,
-        ctx.drop_rate,
-        ctx.channels,
-        ctx.winograd,
+        drop_rate,
+        channels,
+        winograd,
     )
-    return dx, dparams, none, None, None, None, None, None, None
+    return gradients
 
 
+def _twin(saved: node.Saved) -> node.Twin:
+    """x is y's first channels: not only equal, but by way of y and this operator's gradients also differentiable."""
+    (y,), (_, _, params, running, seed), (frozen, eps, drop_rate, channels, _, differentiable) = saved
+    assert y is not None
+    x = y[:, :channels]
+
+    def reference(x: Tensor, *params: Tensor) -> list[Tensor]:
+        options = {"frozen": frozen, "eps": eps, "drop_rate": drop_rate, "seed": seed}
+        return [reference_dense_block(x, params, running, **options)[0]]
+
+    return [x if differentiable else x.detach(), *params], reference
+
+
+_FORMULA = node.Formula(_save, _gradients, _twin)
 _FAKES: dict[str, Callable[..., Any]] = {"": _fake_forward, "_backward": _fake_backward, "_inference": _fake_inference}
-node.register("dense_block", _FAKES, _save, _gradients)
+node.register("dense_block", _FAKES, _FORMULA)

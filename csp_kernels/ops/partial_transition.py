@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csp_kernels.backends import resolve
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops import _node as node
+from csp_kernels.ops._transforms import uses_reference
 from csp_kernels.reference import partial_transition as reference_partial_transition
 
 FUSIONS = ("csp", "first", "last")
@@ -70,14 +70,13 @@ def partial_transition(
     checks.check_running(dense, running, frozen, sizes, lambda i: norm_label(i, fusion), "dense")
     check_values(dense, frozen, fusion, order, pool, "dense")
     channels_last = checks.is_channels_last(dense if part is None else part)
-    if resolve(dense.device.type) == "reference" or dense.numel() == 0:
+    if uses_reference(dense, part, *params, *running):
         y, stats = reference_partial_transition(
             part, dense, params, running, fusion=fusion, order=order, pool=pool, frozen=frozen, eps=eps
         )
     else:
-        fixed = [checks.converted(r, checks.ACCUMULATE[dense.dtype]) for r in running]
         full = checks.filled(params, shapes, dense)
-        y, stats = _native(part, dense, full, fixed, fusion, order, pool, frozen, eps)
+        y, stats = _native(part, dense, full, running, fusion, order, pool, frozen, eps)
     return checks.formatted(y, channels_last), stats
 
 
@@ -171,21 +170,28 @@ def _native(
     part: Tensor | None,
     dense: Tensor,
     params: list[Tensor],
-    running: list[Tensor],
+    running: Sequence[Tensor],
     fusion: str,
     order: str,
     pool: str | None,
     frozen: list[bool],
     eps: list[float],
 ) -> tuple[Tensor, Tensor]:
-    """params and running: contiguous, in the dtype of sums, none missing."""
+    """params: contiguous, in the dtype of sums, none missing."""
     op = torch.ops.csp_kernels.partial_transition.default
+    given = {"part": part, "dense": dense}
     dense, part = node.in_place(dense), None if part is None else node.in_place(part)
+    gradients = node.wants_gradients(part, dense, *params)
+    fixed = node.fixed(running, params[0].dtype, gradients)
     flags = [int(f) for f in frozen], eps, FUSIONS.index(fusion), order == "post", pool is not None
-    if node.wants_gradients(part, dense, *params):
-        y, _, _, stats = node.call(op, _save, _gradients, (part, dense, params, running, *flags, True))
+    arguments = part, dense, params, fixed, *flags
+    if gradients:
+        y, _, _, stats = node.call(op, _FORMULA, (*arguments, True))
+        for (name, original), used in zip(given.items(), (part, dense), strict=True):
+            if original is not None and used is not None:
+                node.watch(y, f"{name} of partial_transition", original, used)
     else:
-        y, _, _, stats = op(part, dense, params, running, *flags, False)
+        y, _, _, stats = op(*arguments, False)
     return y, stats
 
 
@@ -229,26 +235,29 @@ def _fake_backward(grad_y: Tensor, part: Tensor | None, dense: Tensor, params: l
     return [first, node.fake_image(dense, dense.shape[1]), *(torch.empty_like(p) for p in params)]
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
-    part, dense, params, running, *ctx.rest, _ = arguments
-    _, raw_t, raw_u, stats = output
-    ctx.count = len(params)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(raw_t, raw_u, stats)
-    ctx.save_for_backward(raw_t, raw_u, stats, part, dense, *params, *running)
+def _save(arguments: tuple[Any, ...], output: Any) -> node.Saved:
+    part, dense, params, running, *rest, _ = arguments
+    return node.Saved([part, dense], (params, running, *output[1:]), rest)
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    """In the order of the schema: part, dense, params, then none for the rest."""
-    raw_t, raw_u, stats, part, dense, *tensors = ctx.saved_tensors
-    params, running = tensors[: ctx.count], tensors[ctx.count :]
-    rest = [[None] * len(running), *[None] * 6]
-    if grad_y is None:
-        return None, None, [None] * ctx.count, *rest
-    dpart, ddense, *dparams = torch.ops.csp_kernels.partial_transition_backward.default(
-        node.in_place(grad_y), part, dense, params, running, raw_t, raw_u, stats, *ctx.rest
+def _gradients(saved: node.Saved, grad_y: Tensor) -> list[Tensor | None]:
+    (part, dense), kept, rest = saved
+    dpart, *gradients = torch.ops.csp_kernels.partial_transition_backward.default(
+        node.in_place(grad_y), part, dense, *kept, *rest
     )
-    return None if part is None else dpart, ddense, dparams, *rest
+    return [None if part is None else dpart, *gradients]
 
 
-node.register("partial_transition", {"": _fake, "_backward": _fake_backward}, _save, _gradients)
+def _twin(saved: node.Saved) -> node.Twin:
+    images, (params, running, *_), (frozen, eps, fusion, post, pool) = saved
+
+    def reference(part: Tensor | None, dense: Tensor, *params: Tensor) -> list[Tensor]:
+        options: dict[str, Any] = {"fusion": FUSIONS[fusion], "order": "post" if post else "pre"}
+        options["pool"] = "avg" if pool else None
+        return [reference_partial_transition(part, dense, params, running, frozen=frozen, eps=eps, **options)[0]]
+
+    return [*images, *params], reference
+
+
+_FORMULA = node.Formula(_save, _gradients, _twin)
+node.register("partial_transition", {"": _fake, "_backward": _fake_backward}, _FORMULA)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csp_kernels.backends import resolve
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops import _node as node
+from csp_kernels.ops._transforms import uses_reference
 from csp_kernels.reference import post_dense_block as reference_post_dense_block
+from csp_kernels.reference import two_way_dense_block as reference_two_way_dense_block
 
 NAMES = ("conv1.weight", "norm1.weight", "norm1.bias", "conv2.weight", "norm2.weight", "norm2.bias")  # of one layer
 
@@ -52,11 +53,10 @@ def post_dense_block(
     checks.check_running(x, running, frozen, [shapes[i][0] for i in norms], _norm_label)
     checks.check_values(x, checks.pixels(x), frozen)
     channels_last = checks.is_channels_last(x)
-    if resolve(x.device.type) == "reference" or x.numel() == 0:
+    if uses_reference(x, *params, *running):
         y, stats = reference_post_dense_block(x, params, running, frozen=frozen, eps=eps)
     else:
-        fixed = [checks.converted(r, checks.ACCUMULATE[x.dtype]) for r in running]
-        y, stats = _native(x, checks.filled(params, shapes, x), fixed, frozen, eps)
+        y, stats = _native(x, checks.filled(params, shapes, x), running, frozen, eps)
     return checks.formatted(y, channels_last), stats
 
 
@@ -94,21 +94,24 @@ LAYER = checks.Layer(NAMES, _label, _norm_label, _check_channels, _expected_shap
 
 
 def _native(
-    x: Tensor, params: list[Tensor], running: list[Tensor], frozen: list[bool], eps: list[float]
+    x: Tensor, params: list[Tensor], running: Sequence[Tensor], frozen: list[bool], eps: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """params and running: contiguous, in the dtype of sums, none missing."""
+    """params: contiguous, in the dtype of sums, none missing."""
     return run(x, params, running, frozen, eps, two_way=False)
 
 
 def run(
-    x: Tensor, params: list[Tensor], running: list[Tensor], frozen: list[bool], eps: list[float], *, two_way: bool
+    x: Tensor, params: list[Tensor], running: Sequence[Tensor], frozen: list[bool], eps: list[float], *, two_way: bool
 ) -> tuple[Tensor, Tensor]:
     """The compiled operator of this block and of the two-way block."""
     op = torch.ops.csp_kernels.post_dense_block.default
-    x = node.in_place(x)
-    arguments = x, params, running, [int(f) for f in frozen], eps, two_way, node.winograd(x.dtype)
-    if node.wants_gradients(x, *params):
-        y, *_, stats = node.call(op, _save, _gradients, (*arguments, True))
+    given, x = x, node.in_place(x)
+    gradients = node.wants_gradients(x, *params)
+    fixed = node.fixed(running, params[0].dtype, gradients)
+    arguments = x, params, fixed, [int(f) for f in frozen], eps, two_way, node.winograd(x.dtype)
+    if gradients:
+        y, *_, stats = node.call(op, _FORMULA, (*arguments, True))
+        node.watch(y, f"x of {'two_way' if two_way else 'post'}_dense_block", given, x)
     else:
         y, *_, stats = op(*arguments, False)
     return y, stats
@@ -142,21 +145,24 @@ def _fake_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     return [node.fake_image(x, x.shape[1]), *(torch.empty_like(p) for p in rest[4])]
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
-    x, params, running, *ctx.rest, _ = arguments
-    node.save_kept(ctx, output[1:], x, params, running)
+def _save(arguments: tuple[Any, ...], output: Any) -> node.Saved:
+    x, params, running, *rest, _ = arguments
+    return node.Saved([x], (*output[1:], params, running), rest)
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    """In the order of the schema: x, params, then none for the rest."""
-    x, kept, params, running = node.saved(ctx)
-    rest = [[None] * len(running), *[None] * 5]
-    if grad_y is None:
-        return None, [None] * len(params), *rest
-    dx, *dparams = torch.ops.csp_kernels.post_dense_block_backward.default(
-        node.in_place(grad_y), x, *kept, params, running, *ctx.rest
+def _gradients(saved: node.Saved, grad_y: Tensor) -> list[Tensor]:
+    (x,), kept, rest = saved
+    gradients: list[Tensor] = torch.ops.csp_kernels.post_dense_block_backward.default(
+        node.in_place(grad_y), x, *kept, *rest
     )
-    return dx, dparams, *rest
+    return gradients
 
 
-node.register("post_dense_block", {"": _fake, "_backward": _fake_backward}, _save, _gradients)
+def _twin(saved: node.Saved) -> node.Twin:
+    (x,), (*_, params, running), (frozen, eps, two_way, _) = saved
+    block = reference_two_way_dense_block if two_way else reference_post_dense_block
+    return [x, *params], lambda x, *params: [block(x, params, running, frozen=frozen, eps=eps)[0]]
+
+
+_FORMULA = node.Formula(_save, _gradients, _twin)
+node.register("post_dense_block", {"": _fake, "_backward": _fake_backward}, _FORMULA)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from csp_kernels.backends import resolve
 from csp_kernels.ops import _checks as checks
+from csp_kernels.ops._transforms import uses_reference
 from csp_kernels.ops.post_dense_block import run
 from csp_kernels.reference import two_way_dense_block as reference_two_way_dense_block
 
@@ -53,11 +53,10 @@ def two_way_dense_block(
     checks.check_running(x, running, frozen, [shapes[i][0] for i in norms], _norm_label)
     checks.check_values(x, checks.pixels(x), frozen)
     channels_last = checks.is_channels_last(x)
-    if resolve(x.device.type) == "reference" or x.numel() == 0:
+    if uses_reference(x, *params, *running):
         y, stats = reference_two_way_dense_block(x, params, running, frozen=frozen, eps=eps)
     else:
-        fixed = [checks.converted(r, checks.ACCUMULATE[x.dtype]) for r in running]
-        y, stats = _native(x, checks.filled(params, shapes, x), fixed, frozen, eps)
+        y, stats = _native(x, checks.filled(params, shapes, x), running, frozen, eps)
     return checks.formatted(y, channels_last), stats
 
 
@@ -97,7 +96,7 @@ LAYER = checks.Layer(NAMES, _label, _norm_label, _check_channels, _expected_shap
 
 
 def _native(
-    x: Tensor, params: list[Tensor], running: list[Tensor], frozen: list[bool], eps: list[float]
+    x: Tensor, params: list[Tensor], running: Sequence[Tensor], frozen: list[bool], eps: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """params and running: contiguous, in the dtype of sums, none missing."""
+    """params: contiguous, in the dtype of sums, none missing."""
     return run(x, params, running, frozen, eps, two_way=True)

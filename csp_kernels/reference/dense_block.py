@@ -84,10 +84,12 @@ def dense_block(
     eps: float | Sequence[float] = 1e-5,
     drop_rate: float = 0.0,
     recompute: str = "none",
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The functional form, same arguments and results as `csp.ops.dense_block`, unchecked.
 
     Any floating dtype and device; differentiable any number of times. Stores everything: `recompute` does nothing.
+    seed: drop what the fused operator drops with it; None drops as F.dropout does.
     """
     norms = len(params) // 3
     frozen = [False] * norms if frozen is None else frozen
@@ -106,7 +108,26 @@ def dense_block(
         assert conv1 is not None and conv2 is not None
         z = F.conv2d(activate(torch.cat(features, 1), 2 * layer, weight1, bias1), conv1.to(x.dtype))
         y = F.conv2d(activate(z, 2 * layer + 1, weight2, bias2), conv2.to(x.dtype), padding=1)
-        features.append(F.dropout(y, drop_rate) if drop_rate > 0 else y)
+        features.append(_dropped(y, drop_rate, seed, layer) if drop_rate > 0 else y)
         widths.append(statistics(z, not frozen[2 * layer + 1]))
     y = torch.cat(features, 1)
     return y, torch.cat([statistics(y, not all(frozen[::2])), *widths], 1)
+
+
+def _dropped(y: Tensor, rate: float, seed: Tensor | None, layer: int) -> Tensor:
+    """y [N, g, H, W] with elements dropped: with a seed, by the kernels' hash of seed, layer, pixel and channel."""
+    if seed is None:
+        return F.dropout(y, rate)
+    n, g, h, w = y.shape
+    pixel, channel = torch.arange(n * h * w, device=y.device), torch.arange(g, device=y.device)
+    index = (pixel * 4096).view(n, 1, h, w) + channel.view(1, g, 1, 1)
+
+    def times(t: Tensor, factor: int) -> Tensor:  # unsigned, modulo 2^32; int64 products wrap
+        return (t * factor) & 0xFFFFFFFF
+
+    key = times((seed ^ (seed >> 32)) & 0xFFFFFFFF, 0x9E3779B9) + layer * 0x85EBCA6B
+    hashed = (index & 0xFFFFFFFF) ^ times(index >> 32, 0x27D4EB2F) ^ (key & 0xFFFFFFFF)
+    hashed = times(hashed ^ (hashed >> 16), 0x7FEB352D)
+    hashed = times(hashed ^ (hashed >> 15), 0x846CA68B)
+    hashed = hashed ^ (hashed >> 16)
+    return (y * (1 / (1 - rate))).masked_fill(hashed < int(rate * 4294967295.0), 0.0)
