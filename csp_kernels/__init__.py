@@ -14,6 +14,7 @@ from csp_kernels.layers import (
     Transition,
     TwoWayDenseBlock,
 )
+from csp_kernels.native import empty_cache
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "analysis",
     "backends",
+    "empty_cache",
     "layers",
     "models",
     "ops",

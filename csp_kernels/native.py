@@ -53,3 +53,16 @@ def cuda_architectures() -> list[int]:
 def cuda_error() -> str:
     """What keeps the library's CUDA runtime from running here, for example a driver older than it; "" if nothing."""
     return str(torch.ops.csp_kernels.cuda_error()) if cuda_architectures() else ""
+
+
+def scratch_bytes() -> int:
+    """Bytes of scratch memory that the CPU kernels hold, all threads together."""
+    return int(torch.ops.csp_kernels.scratch_bytes()) if available() else 0
+
+
+def empty_cache() -> int:
+    """Give the CPU kernels' scratch memory back to the system, of all threads that are in no call; how many bytes.
+
+    Without this, memory goes back some seconds after its last use, at the next call of any operator.
+    """
+    return int(torch.ops.csp_kernels.empty_cache()) if available() else 0

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "cpu/scratch.h"
 #include "tensors.h"
 
 #ifndef CSP_CUDA_ARCHITECTURES
@@ -23,6 +24,8 @@ STABLE_TORCH_LIBRARY(csp_kernels, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str");
   m.def("cuda_architectures() -> str");
+  m.def("scratch_bytes() -> int");
+  m.def("empty_cache() -> int");
   m.def("cuda_error() -> str");  // csrc/cuda/operators.cu, as all below
   // Parts of operators, on views [P, channels] of a GPU.
   m.def("conv3x3_unsupported(Tensor z, Tensor weight, Tensor slice, int[] images, bool tf32) -> str");
@@ -40,4 +43,6 @@ STABLE_TORCH_LIBRARY_IMPL(csp_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&csp::cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&csp::cpu_isas));
   m.impl("cuda_architectures", TORCH_BOX(&csp::cuda_architectures));
+  m.impl("scratch_bytes", TORCH_BOX(&csp::scratch_bytes));
+  m.impl("empty_cache", TORCH_BOX(&csp::give_back_scratch));
 }

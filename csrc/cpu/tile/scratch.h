@@ -1,77 +1,88 @@
-// Per-thread scratch memory with stack discipline, kept between calls; and the loop over tasks.
+// Scratch memory with stack discipline, and the loop over tasks.
 #pragma once
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-#include <cstdlib>
-#include <new>
+#include <atomic>
+#include <exception>
 #include "../dense_block.h"
+#include "../scratch.h"
 #include "vec.h"
 
 namespace csp::CSP_ISA {
 
-// A chain of blocks; a Frame gives back what was taken since it began. Once nothing is in use, a chain becomes one block.
-class Arena {
+// What is taken from a frame is given back when it ends. Its contents are whatever was there before.
+class Frame {
  public:
-  ~Arena() { release(); }
+  Frame() {
+    if (s_.frames++ == 0) enter_scratch(s_);
+    block_ = s_.block, at_ = s_.at;
+  }
+  Frame(const Frame&) = delete;
+  Frame& operator=(const Frame&) = delete;
+  ~Frame() {
+    if (s_.block) s_.peak = max64(s_.peak, s_.block->before + (s_.at - reinterpret_cast<char*>(s_.block)));
+    s_.block = block_, s_.at = at_, s_.end = block_ ? reinterpret_cast<char*>(block_) + block_->bytes : nullptr;
+    poison_free();
+    if (--s_.frames == 0) leave_scratch(s_);
+  }
   template <class T> T* take(int64_t n) {
-    int64_t bytes = round_up(n * int64_t(sizeof(T)) + 64, 64);
-    while (block_ < blocks_ && used_ + bytes > size_[block_]) block_++, used_ = 0;
-    if (block_ == blocks_) grow(bytes);
-    char* p = base_[block_] + used_;
-    used_ += bytes;
+    int64_t size = n * int64_t(sizeof(T)), bytes = round_up(size, 64) + RED_ZONE;
+    if (s_.end - s_.at < bytes) grow_scratch(s_, bytes);
+    char* p = s_.at + RED_ZONE - 64;
+    s_.at += bytes;
+#if defined(CSP_SANITIZE)  // nobody may count on what fresh memory holds
+    CSP_UNPOISON(p, size);
+    memset(p, 0xff, size_t(size));
+#endif
     return reinterpret_cast<T*>(p);
   }
-  void rewind(int block, int64_t used) {
-    block_ = block, used_ = used;
-    if (block == 0 && used == 0 && blocks_ > 1) release();
-  }
-  int block_ = 0;
-  int64_t used_ = 0;
-
- private:
-  static constexpr int MAX = 40;
-  static constexpr int64_t PAGE = int64_t(2) << 20;  // a huge page
-  int blocks_ = 0;
-  int64_t reserve_ = PAGE;
-  char* base_[MAX];
-  int64_t size_[MAX];
-
-  void grow(int64_t bytes) {
-    int64_t size = round_up(max64(bytes, blocks_ ? PAGE : reserve_), PAGE);
-    void* p = blocks_ < MAX ? aligned_alloc(size_t(PAGE), size_t(size)) : nullptr;
-    if (!p) throw std::bad_alloc();
-#if defined(__linux__)
-    madvise(p, size_t(size), MADV_HUGEPAGE);  // advice: failure changes nothing
-#endif
-    base_[blocks_] = static_cast<char*>(p), size_[blocks_] = size, blocks_++;
-    used_ = 0;
-  }
-  void release() {
-    reserve_ = 0;
-    for (int i = 0; i < blocks_; i++) reserve_ += size_[i], free(base_[i]);
-    blocks_ = 0;
-  }
-};
-
-inline Arena& arena() { static thread_local Arena a; return a; }
-
-struct Frame {
-  Arena& a = arena();
-  int block = a.block_;
-  int64_t used = a.used_;
-  template <class T> T* take(int64_t n) { return a.take<T>(n); }
   template <class T> T* zeroed(int64_t n) {
-    T* p = a.take<T>(n);
+    T* p = take<T>(n);
     memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T));
     return p;
   }
-  ~Frame() { a.rewind(block, used); }
+
+ private:
+#if defined(CSP_SANITIZE)
+  static constexpr int64_t RED_ZONE = 128;  // half before, half behind
+#else
+  static constexpr int64_t RED_ZONE = 64;   // behind: arrays of a power of two of bytes would share cache sets
+#endif
+  void poison_free() const {
+#if defined(CSP_SANITIZE)
+    if (block_) CSP_POISON(s_.at, s_.end - s_.at);
+    for (ScratchBlock* b = block_ ? block_->next : s_.first; b; b = b->next) CSP_POISON(b + 1, b->bytes - int64_t(sizeof(*b)));
+#endif
+  }
+  Scratch& s_ = scratch_of_thread();
+  ScratchBlock* block_;
+  char* at_;
+};
+
+// The first exception of the tasks, to be thrown where they were started: threads that run them know nothing of exceptions.
+class TaskError {
+ public:
+  bool happened() const { return happened_.load(std::memory_order_relaxed); }
+  void keep() noexcept {
+    if (!happened_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
+  }
+  void rethrow() const { if (error_) std::rethrow_exception(error_); }
+
+ private:
+  std::atomic<bool> happened_{false};
+  std::exception_ptr error_;
 };
 
 template <class F> inline void for_tasks(const Parallel& parallel, int tasks, F body) {
   if (tasks == 1) { body(0); return; }
-  parallel.run(tasks, [](void* f, int task) { (*static_cast<F*>(f))(task); }, &body);
+  struct Call {
+    F& body;
+    TaskError error;
+  } call{body, {}};
+  parallel.run(tasks, [](void* c, int task) {
+    Call& call = *static_cast<Call*>(c);
+    if (call.error.happened()) return;
+    try { call.body(task); } catch (...) { call.error.keep(); }
+  }, &call);
+  call.error.rethrow();
 }
 // As many tasks as threads, but each worth starting: about 20 microseconds of products.
 inline int choose_tasks(const Parallel& parallel, int64_t items, double flops) {
