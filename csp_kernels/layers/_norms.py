@@ -140,9 +140,11 @@ def update_running(norms: Sequence[Any], columns: Sequence[tuple[int, int]], sta
         old = [t for row in group for t in row[:2]]
         new = [t.narrow(0, start, length) for *_, start, length in group for t in (mean, var)]
         if momentum is not None:
-            torch._foreach_lerp_(old, new, momentum)
+            torch._foreach_mul_(old, 1 - momentum)  # not lerp, which makes NaN of an infinite old value
+            torch._foreach_add_(old, new, alpha=momentum)
         else:  # cumulative average
             counts = [counter for _, _, counter, _, _ in group for _ in range(2)]
             for buffer, value, counter in zip(old, new, counts, strict=True):
                 if counter is not None:
-                    buffer.lerp_(value, counter.to(dtype).reciprocal())
+                    part = counter.to(dtype).reciprocal()
+                    buffer.mul_(1 - part).add_(value * part)

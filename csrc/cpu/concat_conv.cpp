@@ -42,7 +42,7 @@ template <class S> struct Concat {
     bool collect = !a.norm.running_mean;
     Statistics<T>* stats = collect ? take_statistics<T>(frame, mix.tasks, mix.O) : nullptr;
     mix.forward_raw(mix.template packed<false>(frame, weight), raw, mix.O, mix.O, stats);
-    if (collect) mix.merge(stats, a.norm.mean, a.norm.var);
+    if (collect) mix.merge(stats, raw, mix.O, a.norm.mean, a.norm.var);
     Affine<T> norm = norm_in_columns();
     with_act([&](auto act) { activate(a.parallel, grid, raw, mix.O, norm, mix.out, outputs<S>(), act); });
   }

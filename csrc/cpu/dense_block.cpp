@@ -58,7 +58,7 @@ template <class S, int M> struct Block {
       }
       stats[task].count = seen;
     });
-    if (collect) merge(stats, tasks, c0, a.mean, a.var);
+    if (collect) merge(a.parallel, stats, tasks, x, a.x_pitch, P, c0, a.mean, a.var);
   }
 
   // Weights of one layer in the order the products read them, packed just before use so that they are in cache.
@@ -88,7 +88,7 @@ template <class S, int M> struct Block {
     moments1(l).fill(norm, weight(a.layers[l].gamma1), weight(a.layers[l].beta1), K);
     Statistics<T>* stats = collect ? take_statistics<T>(inner, tasks1, b) : nullptr;
     pointwise_forward<U>(a.parallel, tasks1, P, F, C, K, norm, w1, b, z, zp, stats);
-    if (collect) merge(stats, tasks1, b, a.mean + C + l * b, a.var + C + l * b);
+    if (collect) merge(a.parallel, stats, tasks1, z, zp, P, b, a.mean + C + l * b, a.var + C + l * b);
   }
 
   // z of a layer: kept, or in scratch memory for one.
@@ -117,12 +117,22 @@ template <class S, int M> struct Block {
       Statistics<T>* stats = collect ? take_statistics<T>(inner, tasks3, g) : nullptr;
       Conv3x3<S> conv{a.parallel, tasks3, a.N, a.H, a.W, b, zp, g, C, norm, dropout};
       conv3x3_forward<M>(conv, z, packed.w2, F + K, stats);
-      if (collect) merge(stats, tasks3, g, a.mean + K, a.var + K);
+      if (collect) merge(a.parallel, stats, tasks3, F + K, C, P, g, a.mean + K, a.var + K);
     }
   }
 
   // ---- backward
   double *owed_mean, *owed_slope;  // [C]: gradient = G - owed_mean - (F - mean) * owed_slope
+  // Of some channels, as a load-time affine; false: nothing, all their readers are frozen.
+  bool owed(const Affine<T>& to, int64_t at, int64_t count) const {
+    bool any = false;
+    for (int64_t c = 0; c < count; c++) {
+      double mean = a.mean[at + c], slope = owed_slope[at + c], offset = owed_mean[at + c];
+      any = any || slope != 0 || offset != 0;
+      to.mean[c] = T(mean), to.scale[c] = T(slope), to.shift[c] = T(offset - slope * (mean - double(T(mean))));
+    }
+    return any;
+  }
 
   void add_up(const PartialSums<T>* parts, int tasks, const Moments<T>& m, int64_t n, T* dgamma, T* dbeta) {
     for (int64_t c = 0; c < n; c++) {
@@ -136,15 +146,11 @@ template <class S, int M> struct Block {
     const DenseLayer& p = a.layers[l];
     Frame inner;
     int64_t K = a.prefix(l), gp = round_up(g, L);
-    Affine<T> owed(inner, g);
-    for (int64_t c = 0; c < g; c++) {
-      double mean = a.mean[K + c];
-      owed.mean[c] = T(mean), owed.scale[c] = T(owed_slope[K + c]);
-      owed.shift[c] = T(owed_mean[K + c] - owed_slope[K + c] * (mean - double(T(mean))));
-    }
+    Affine<T> slice(inner, g);
+    bool owes = owed(slice, K, g);
     Dropout<T> dropout(a.drop_rate, a.seed, l);
     Conv3x3<S> conv{a.parallel, tasks3, a.N, a.H, a.W, b, zp, g, C, norm, dropout};
-    Conv3x3Backward<M, S> backward{conv, F + K, G + K, {owed.mean, owed.scale, owed.shift}, z, U2, dn, gp, parts};
+    Conv3x3Backward<M, S> backward{conv, F + K, G + K, {slice.mean, slice.scale, slice.shift, owes}, z, U2, dn, gp, parts};
     backward.run();
     backward.finish(static_cast<T*>(p.dw2), weights3x3(l));
     add_up(parts, tasks3, moments2(l), b, static_cast<T*>(p.dgamma2), static_cast<T*>(p.dbeta2));
@@ -161,7 +167,7 @@ template <class S, int M> struct Block {
       double s = double(weight(p.gamma2)[c]) * m2.rstd(c), slope = -s * m2.rstd(c) * double(static_cast<T*>(p.dgamma2)[c]) / double(P);
       dz.mean[c] = T(slope), dz.shift[c] = T(-s * double(static_cast<T*>(p.dbeta2)[c]) / double(P) - slope * m2.lost(c));
     }
-    PointwiseBackward<U, S> backward{F, G_in, G, P, C, K, b, zp, norm1, dn, z, {norm2.mean, dz.mean, dz.shift}, w1, Kp, parts};
+    PointwiseBackward<U, S> backward{F, G_in, G, P, C, K, b, zp, norm1, dn, z, {norm2.mean, dz.mean, dz.shift, !m2.frozen()}, w1, Kp, parts};
     backward.run(a.parallel, tasks1);
     T *dgamma = static_cast<T*>(p.dgamma1), *dbeta = static_cast<T*>(p.dbeta1), *dw = static_cast<T*>(p.dw1);
     for_tasks(a.parallel, tasks1, [&](int task) {
@@ -185,19 +191,16 @@ template <class S, int M> struct Block {
     int64_t c0 = a.in_channels;
     S* dx = static_cast<S*>(a.dx);
     Frame inner;
-    Affine<T> owed(inner, c0);
-    for (int64_t c = 0; c < c0; c++) {
-      double mean = a.mean[c];
-      owed.mean[c] = T(mean), owed.scale[c] = T(owed_slope[c]);
-      owed.shift[c] = T(owed_mean[c] - owed_slope[c] * (mean - double(T(mean))));
-    }
+    Affine<T> input(inner, c0);
+    bool owes = owed(input, 0, c0);
     int tasks = choose_tasks(a.parallel, P, 16.0 * double(P * c0));
     for_tasks(a.parallel, tasks, [&](int task) {
       Range r = share(P, task, tasks);
       for (int64_t i = r.begin; i < r.end; i++)
         for (int64_t c = 0; c < c0; c += L) {
-          Vec<T> f = load(F + i * C + c, c0 - c) - load(owed.mean + c);
-          store(dx + i * a.dx_pitch + c, load(G + i * C + c, c0 - c) - (f * load(owed.scale + c) + load(owed.shift + c)), c0 - c);
+          Vec<T> d = load(G + i * C + c, c0 - c);
+          if (owes) d -= (load(F + i * C + c, c0 - c) - load(input.mean + c)) * load(input.scale + c) + load(input.shift + c);
+          store(dx + i * a.dx_pitch + c, d, c0 - c);
         }
     });
   }

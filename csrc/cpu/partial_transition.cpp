@@ -55,7 +55,7 @@ template <class S> struct Transition {
         stats[task].count += m;
       }
     });
-    merge(stats, tasks, s.channels, mean, var);
+    merge(a.parallel, stats, tasks, x, s.pitch, P, s.channels, mean, var);
   }
   // Of the dense part, where a norm reads it.
   void dense_statistics(const BatchNorm& n, int64_t at) {
@@ -105,7 +105,7 @@ template <class S> struct Transition {
     Frame inner;
     Statistics<T>* stats = mean ? take_statistics<T>(inner, mix.tasks, mix.O) : nullptr;
     mix.forward_raw(mix.template packed<false>(inner, weight(c)), z, pitch, channels, stats);
-    if (stats) mix.merge(stats, mean, var);
+    if (stats) mix.merge(stats, z, pitch, mean, var);
   }
   void activate_into(const Grid& grid, const BatchNorm& n, const int64_t& channels, const S* z, S* to) {
     Affine<T> norm = filled(n, 0, channels);
@@ -201,7 +201,7 @@ template <class S> struct Transition {
     return parts;
   }
   // Through ReLU and norm of the output: dn and, in `correction`, what turns it into dz.
-  S* through_norm(const TransitionConv& c, const Grid& grid, const S* z, const S* d, const Correction<T>& correction) {
+  S* through_norm(const TransitionConv& c, const Grid& grid, const S* z, const S* d, Correction<T>& correction) {
     int64_t pixels = grid.N * grid.H * grid.W, pitch = padded_channels(c.out);
     Affine<T> norm = filled(c.norm, 0, c.out);
     S* dn = frame.take<S>(pixels * pitch);

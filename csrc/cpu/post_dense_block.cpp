@@ -75,7 +75,7 @@ template <class S, int M> struct PostBlock {
     mix.forward_raw(mix.template packed<false>(inner, stacked(inner, l)), z_of(l), zp, mix.O, stats);
     if (!collect) return;
     double* both = inner.take<double>(4 * b);
-    mix.merge(stats, both, both + 2 * b);
+    mix.merge(stats, z_of(l), zp, both, both + 2 * b);
     for (int i = 0; i < a.branches; i++) {
       memcpy(p.reduce[i].norm.mean, both + i * b, size_t(b) * sizeof(double));
       memcpy(p.reduce[i].norm.var, both + (2 + i) * b, size_t(b) * sizeof(double));
@@ -89,7 +89,7 @@ template <class S, int M> struct PostBlock {
     Statistics<T>* stats = collect && !c.norm.running_mean ? take_statistics<T>(inner, tasks3, g) : nullptr;
     Conv3x3<S> shape{a.parallel, tasks3, a.N, a.H, a.W, channels, from_pitch, g, to_pitch, norm, no_dropout};
     conv3x3_forward<M>(shape, from, packed, to, stats);
-    if (stats) merge(stats, tasks3, g, c.norm.mean, c.norm.var);
+    if (stats) merge(a.parallel, stats, tasks3, to, to_pitch, P, g, c.norm.mean, c.norm.var);
   }
   template <bool TRANSPOSED> void pack(const ConvNorm& c, int64_t channels) {
     int64_t blocks = ceil_div(TRANSPOSED ? g : channels, L);
@@ -152,7 +152,7 @@ template <class S, int M> struct PostBlock {
     Vec<T> mean = load(features.mean + c), scale = load(features.scale + c), shift = load(features.shift + c), sum{}, sum_x{};
     int64_t n = C - c;
     for (int64_t i = begin; i < end; i++) {
-      Vec<T> centred = load(F + i * C + c, n) - mean, dn = mask_positive<T>(centred * scale + shift, load(dy + i * a.y.pitch, n));
+      Vec<T> centred = load(F + i * C + c, n) - mean, dn = act_gradient<T>(centred * scale + shift, load(dy + i * a.y.pitch, n));
       store(G + i * C + c, dn * scale, n);
       sum += dn, sum_x += dn * centred;
     }
@@ -173,7 +173,7 @@ template <class S, int M> struct PostBlock {
     int64_t gp = round_up(g, L);
     PartialSums<T>* parts = PartialSums<T>::take(inner, tasks3, E * from_pitch * gp, from_pitch + 2 * L);
     Conv3x3<S> shape{a.parallel, tasks3, a.N, a.H, a.W, channels, from_pitch, g, out_pitch, norm, no_dropout};
-    Conv3x3Backward<M, S> back{shape, out, dout, {owed.mean, owed.scale, owed.shift}, from, packed, dfrom, gp, parts};
+    Conv3x3Backward<M, S> back{shape, out, dout, {owed.mean, owed.scale, owed.shift, !after.frozen()}, from, packed, dfrom, gp, parts};
     back.run();
     back.finish(static_cast<T*>(c.dweight), {g, channels, c.channels_last});
     reads.add_up(parts, tasks3, 0, channels);

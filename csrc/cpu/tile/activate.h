@@ -7,7 +7,7 @@ namespace csp::CSP_ISA {
 
 template <class S> struct Output { S* y; int64_t pitch; };  // [P, pitch], a split each
 
-// y = average(activation(norm(z))); z [N*H*W][pitch] in columns.
+// y = average(activation(norm(z))); z [N*H*W][pitch] in columns; behind the last split nothing is read.
 template <class S, class A>
 void activate(const Parallel& parallel, const Grid& grid, const S* z, int64_t pitch, const Affine<typename Types<S>::T>& norm,
               const Splits& splits, const Output<S>* out, const A& activation) {
@@ -22,12 +22,12 @@ void activate(const Parallel& parallel, const Grid& grid, const S* z, int64_t pi
       splits.each([&](int64_t i, int64_t, int64_t column, int64_t size) {
         S* y = out[i].y + p * out[i].pitch;
         for (int64_t c = 0; c < size; c += L) {
-          int64_t k = column + c;
+          int64_t k = column + c, left = size - c;
           Vec<T> mean = load(norm.mean + k), scale = load(norm.scale + k), shift = load(norm.shift + k);
           auto at = [&](int64_t pixel) __attribute__((always_inline)) {
-            return activation.value((load(row + pixel * pitch + k) - mean) * scale + shift);
+            return activation.value((load(row + pixel * pitch + k, left) - mean) * scale + shift);
           };
-          store(y + c, grid.pool ? ((at(0) + at(1)) + (at(W) + at(W + 1))) * T(0.25) : at(0), size - c);
+          store(y + c, grid.pool ? ((at(0) + at(1)) + (at(W) + at(W + 1))) * T(0.25) : at(0), left);
         }
       });
     }
@@ -60,7 +60,7 @@ void activate_backward(const Parallel& parallel, const Grid& grid, const S* z, i
           T part = grid.pool ? T(0.25) : T(1);
           for (int64_t q = 0; q < m; q++) {
             Vec<T> dy = out[i].y && from[q] >= 0 ? load(out[i].y + from[q] * out[i].pitch + c, size - c) * part : Vec<T>{};
-            Vec<T> centred = load(z + (p0 + q) * pitch + k) - mean, d = dy * activation.slope(centred * scale + shift);
+            Vec<T> centred = load(z + (p0 + q) * pitch + k) - mean, d = activation.gradient(centred * scale + shift, dy);
             if (dn) store(dn + (p0 + q) * pitch + k, d);
             sum += d, sum_x += d * centred;
           }
@@ -100,8 +100,9 @@ template <class S, class A> struct ActivatedGradient final : Gradient<S> {
     pack_gradient<U>([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
       const auto& from = dy.at[n / LANES<T>];
       Vec<T> centred = load(z + pixel * pitch + n) - load(norm.mean + n), pre = centred * load(norm.scale + n) + load(norm.shift + n);
-      Vec<T> d = from.left > 0 ? load(from.y + pixel * from.pitch, from.left) * activation.slope(pre) : Vec<T>{};
-      return d * load(correction.scale + n) + (centred * load(correction.slope + n) + load(correction.offset + n));
+      Vec<T> d = from.left > 0 ? activation.gradient(pre, load(from.y + pixel * from.pitch, from.left)) : Vec<T>{};
+      d *= load(correction.scale + n);
+      return correction.owes ? d + (centred * load(correction.slope + n) + load(correction.offset + n)) : d;
     }, columns, p0, m, M, by_channel, by_pixel);
   }
 };

@@ -11,9 +11,9 @@ CSP_INLINE Vec<double> exponential(Vec<double> x) {
   for (int i = 0; i < LANES<double>; i++) y[i] = std::exp(x[i]);
   return y;
 }
-// 2^n * e^r, r = x - n log 2, by a polynomial of degree 6: within 2 units in the last place; clamped to normal numbers.
+// 2^n * e^r, r = x - n log 2, by a polynomial of degree 6: within 2 units in the last place; 0 and infinite beyond normal numbers.
 CSP_INLINE Vec<float> exponential(Vec<float> x) {
-  Vec<float> low = Vec<float>{} - 87.0f, high = Vec<float>{} + 88.0f, clamped = x < low ? low : x > high ? high : x;
+  Vec<float> low = Vec<float>{} - 88.0f, high = Vec<float>{} + 89.0f, clamped = x < low ? low : x > high ? high : x;
   constexpr float MAGIC = 12582912.0f;  // adding it rounds to an integer
   Vec<float> n = (clamped * 1.44269504f + MAGIC) - MAGIC, r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec<float> p = r * 1.3888889e-3f + 8.3333333e-3f;
@@ -22,28 +22,29 @@ CSP_INLINE Vec<float> exponential(Vec<float> x) {
   return x != x ? x : p * Vec<float>(bits);
 }
 
-// value(x) and slope(x), the derivative. COSTLY: dearer than the memory traffic of keeping it.
+// value(x), and gradient(x, g) of x from that of the value; NaN and infinities as in torch, so 0 whatever g is where the value is
+// constant. COSTLY: dearer than the memory traffic of keeping it.
 template <class T> struct Identity {
   static constexpr bool COSTLY = false;
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x; }
-  CSP_INLINE Vec<T> slope(Vec<T>) const { return Vec<T>{} + T(1); }
+  CSP_INLINE Vec<T> gradient(Vec<T>, Vec<T> g) const { return g; }
 };
 template <class T> struct LeakyRelu {  // negative = 0: ReLU
   static constexpr bool COSTLY = false;
   T negative;
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x <= 0 ? x * negative : x; }
-  CSP_INLINE Vec<T> slope(Vec<T> x) const { return x > 0 ? Vec<T>{} + T(1) : Vec<T>{} + negative; }
+  CSP_INLINE Vec<T> gradient(Vec<T> x, Vec<T> g) const { return x > 0 ? g : g * negative; }
 };
 template <class T> struct Relu {
   static constexpr bool COSTLY = false;
   CSP_INLINE Vec<T> value(Vec<T> x) const { return act<T>(x); }
-  CSP_INLINE Vec<T> slope(Vec<T> x) const { return mask_positive<T>(x, Vec<T>{} + T(1)); }
+  CSP_INLINE Vec<T> gradient(Vec<T> x, Vec<T> g) const { return act_gradient<T>(x, g); }
 };
 template <class T> CSP_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exponential(-x)); }
 template <class T> struct Silu {
   static constexpr bool COSTLY = true;
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x * sigmoid<T>(x); }
-  CSP_INLINE Vec<T> slope(Vec<T> x) const { Vec<T> s = sigmoid<T>(x); return s * (T(1) + x * (T(1) - s)); }
+  CSP_INLINE Vec<T> gradient(Vec<T> x, Vec<T> g) const { Vec<T> s = sigmoid<T>(x); return g * (s * (T(1) + x * (T(1) - s))); }
 };
 template <class T> struct Mish {  // x tanh(log(1 + e^x))
   static constexpr bool COSTLY = true;
@@ -52,14 +53,14 @@ template <class T> struct Mish {  // x tanh(log(1 + e^x))
     return w / (w + T(2));
   }
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x * gate(x); }
-  CSP_INLINE Vec<T> slope(Vec<T> x) const { Vec<T> t = gate(x); return t + x * (T(1) - t * t) * sigmoid<T>(x); }
+  CSP_INLINE Vec<T> gradient(Vec<T> x, Vec<T> g) const { Vec<T> t = gate(x); return g * (t + x * (T(1) - t * t) * sigmoid<T>(x)); }
 };
 template <class T> struct Hardswish {
   static constexpr bool COSTLY = false;
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x * clamp(x + T(3)) * T(1.0 / 6); }
-  CSP_INLINE Vec<T> slope(Vec<T> x) const {
-    Vec<T> inside = x * T(1.0 / 3) + T(0.5), one = Vec<T>{} + T(1);
-    return x < -3 ? Vec<T>{} : x > 3 ? one : inside;
+  CSP_INLINE Vec<T> gradient(Vec<T> x, Vec<T> g) const {
+    Vec<T> inside = g * (x * T(1.0 / 3) + T(0.5));
+    return x <= -3 ? Vec<T>{} : x < 3 ? inside : g;
   }
   static CSP_INLINE Vec<T> clamp(Vec<T> x) { Vec<T> six = Vec<T>{} + T(6); return x < 0 ? Vec<T>{} : x > 6 ? six : x; }
 };

@@ -190,8 +190,8 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
   });
 }
 
-// dY = dropout(G - (F - mean) * slope - offset): the slice's gradient with the deferred correction.
-template <class T> struct SliceGradient { const T *mean, *slope, *offset; };
+// dY = dropout(G - (F - mean) * slope - offset): the slice's gradient with the deferred correction. owes: else dropout(G).
+template <class T> struct SliceGradient { const T *mean, *slope, *offset; bool owes; };
 
 template <int M, class S> struct Conv3x3Backward {
   using T = decltype(widen(S{}));
@@ -208,8 +208,9 @@ template <int M, class S> struct Conv3x3Backward {
 
   CSP_INLINE Vec<T> dY(int64_t pixel, int64_t ch, Vec<T> mean, Vec<T> slope, Vec<T> offset) const {
     int64_t n = c.g - ch;
-    Vec<T> f = load(F + pixel * c.pitch + ch, n), g = load(G + pixel * c.pitch + ch, n);
-    return c.dropout(g - ((f - mean) * slope + offset), pixel, ch);
+    Vec<T> g = load(G + pixel * c.pitch + ch, n);
+    if (correction.owes) g -= (load(F + pixel * c.pitch + ch, n) - mean) * slope + offset;
+    return c.dropout(g, pixel, ch);
   }
 
   void dgrad(int64_t begin, int64_t end, int64_t batch, int64_t Tp, Vec<T>* columns, T* V, T* Mb, const PartialSums<T>& part) const {
@@ -245,7 +246,7 @@ template <int M, class S> struct Conv3x3Backward {
         untransform<T, M>(Mb + (q * tl.TW + tx) * t_step, e_step, y);
         auto put = [&](int u, int v) __attribute__((always_inline)) {
           int64_t at = o + (u * c.W + v) * c.zp;
-          Vec<T> centred = load(z + at) - mean, d = mask_positive<T>(centred * scale + shift, y[u][v]);
+          Vec<T> centred = load(z + at) - mean, d = act_gradient<T>(centred * scale + shift, y[u][v]);
           store(dn + at, d * scale);
           sum += d, sum_z += d * centred;
         };

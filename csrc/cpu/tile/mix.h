@@ -177,11 +177,11 @@ template <class S> struct Mix {
       else for (int j = 0; j < NV; j++) add_rows(stats[task], n + j * L, seen, m, [&](int64_t i) { return acc[i][j]; });
     });
   }
-  // The tasks' statistics in columns -> those of the channels.
-  void merge(const Statistics<T>* stats, double* mean, double* var) const {
+  // The tasks' statistics of z, in columns -> those of the channels.
+  void merge(const Statistics<T>* stats, const S* z, int64_t pitch, double* mean, double* var) const {
     Frame frame;
     double* both = frame.take<double>(2 * O);
-    csp::CSP_ISA::merge(stats, tasks, O, both, both + O);
+    csp::CSP_ISA::merge(parallel, stats, tasks, z, pitch, P, O, both, both + O);
     out.each([&](int64_t, int64_t channel, int64_t column, int64_t size) {
       memcpy(mean + channel, both + column, size_t(size) * sizeof(double)), memcpy(var + channel, both + O + column, size_t(size) * sizeof(double));
     });
@@ -200,18 +200,19 @@ template <class S> struct Gradient {
 template <class S> struct OutputGradient final : Gradient<S> {
   using typename Gradient<S>::T;
   using typename Gradient<S>::U;
-  const S *d, *z;  // z null: dz = d
+  const S *d, *z;  // z null: nothing of it is owed
   int64_t pitch, channels;
-  const Correction<T>* correction;
+  const Correction<T>* correction;  // null: dz = d
   OutputGradient(const S* d, const S* z, int64_t pitch, int64_t channels, const Correction<T>* correction)
-      : d(d), z(z), pitch(pitch), channels(channels), correction(correction) {}
+      : d(d), z(correction && correction->owes ? z : nullptr), pitch(pitch), channels(channels), correction(correction) {}
 
   void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const override {
     pack_gradient<U>([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
       int64_t o = pixel * pitch + n, left = channels - n;
       Vec<T> x = load(d + o, left);
-      if (!z) return x;
+      if (!correction) return x;
       const Correction<T>& c = *correction;
+      if (!z) return x * load(c.scale + n);
       return x * load(c.scale + n) + ((load(z + o, left) - load(c.mean + n)) * load(c.slope + n) + load(c.offset + n));
     }, columns, p0, m, M, by_channel, by_pixel);
   }
@@ -253,7 +254,7 @@ template <class S> struct MixBackward {
       Vec<T> x = load(s.x + pixel * s.pitch + c, n);
       if constexpr (ACT) {
         Vec<T> centred = x - mean, pre = centred * scale + shift;
-        d = mask_positive<T>(pre, d);
+        d = act_gradient<T>(pre, d);
         sum += d, sum_x += d * centred, d *= scale, x = act<T>(pre);
       }
       if (s.g) {
@@ -334,8 +335,9 @@ template <class S> struct MixBackward {
           for (int64_t k = k0; k < k1; k += 2 * L)
             for (int64_t q = 0; q < n; q++) {
               if (const Segment<S>* s = plain(k)) {
+                if (!s->g) continue;
                 S* g = s->g + (p0 + q * MR) * s->g_pitch + (k - s->column);
-                if (s->g) dgrad_plain(by_channel + q * MR * L, M * L, W + k / (2 * L) * blocks * L * 2 * L, blocks, g, s->g_pitch, mix.rows(t + q));
+                dgrad_plain(by_channel + q * MR * L, M * L, W + k / (2 * L) * blocks * L * 2 * L, blocks, g, s->g_pitch, mix.rows(t + q));
                 continue;
               }
               int nv = Kp - k > L ? 2 : 1;

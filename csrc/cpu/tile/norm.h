@@ -32,10 +32,11 @@ template <class T> struct Moments {
 template <class T> struct Norm {
   const BatchNorm& n;
   int64_t at = 0;
-  const T *gamma = static_cast<const T*>(n.gamma) + at, *beta = static_cast<const T*>(n.beta) + at;
-  T *dgamma = static_cast<T*>(n.dgamma) + at, *dbeta = static_cast<T*>(n.dbeta) + at;
-  const T *running_mean = static_cast<const T*>(n.running_mean), *running_var = static_cast<const T*>(n.running_var);
-  Moments<T> moments{n.mean + at, n.var + at, running_mean ? running_mean + at : nullptr, running_mean ? running_var + at : nullptr, n.eps};
+  const T *gamma = from<const T>(n.gamma), *beta = from<const T>(n.beta);
+  T *dgamma = from<T>(n.dgamma), *dbeta = from<T>(n.dbeta);
+  Moments<T> moments{from<const double>(n.mean), from<const double>(n.var), from<const T>(n.running_mean), from<const T>(n.running_var), n.eps};
+
+  template <class V, class P> V* from(P* p) const { return p ? static_cast<V*>(p) + at : nullptr; }
 
   bool frozen() const { return moments.frozen(); }
   void fill(const Affine<T>& a, int64_t count) const { moments.fill(a, gamma, beta, count); }
@@ -66,11 +67,13 @@ template <class T> struct Norm {
 // dz = scale * d + (z - mean) * slope + offset: the gradient of what a batch norm reads, from that of what it gives.
 template <class T> struct Correction {
   T *scale, *mean, *slope, *offset;
+  bool owes = false;  // else slope and offset are 0 and z, which may be NaN, does not count
   Correction(Frame& frame, int64_t n)
       : scale(frame.zeroed<T>(Affine<T>::padded(n))), mean(frame.zeroed<T>(Affine<T>::padded(n))),
         slope(frame.zeroed<T>(Affine<T>::padded(n))), offset(frame.zeroed<T>(Affine<T>::padded(n))) {}
   // scaled: d is G already.
-  void fill(const Norm<T>& norm, int64_t column, int64_t count, int64_t P, bool scaled) const {
+  void fill(const Norm<T>& norm, int64_t column, int64_t count, int64_t P, bool scaled) {
+    owes = owes || !norm.frozen();
     for (int64_t c = 0; c < count; c++) {
       double s = norm.owed_slope(c, P);
       scale[column + c] = scaled ? T(1) : T(double(norm.gamma[c]) * norm.moments.rstd(c));

@@ -135,8 +135,8 @@ CSP_INLINE void pack_gradient(const Value& value, int64_t columns, int64_t p0, i
     }
 }
 
-// dz = dn + (z - mean) * slope + offset, the gradient before the second normalisation; dn: times its scale.
-template <class T> struct BottleneckGradient { const T *mean, *slope, *offset; };
+// dz = dn + (z - mean) * slope + offset, the gradient before the second normalisation; dn: times its scale. owes: else dz = dn.
+template <class T> struct BottleneckGradient { const T *mean, *slope, *offset; bool owes; };
 
 template <class U, class S> struct PointwiseBackward {
   using T = Acc<U>;
@@ -156,6 +156,7 @@ template <class U, class S> struct PointwiseBackward {
   void pack_dz(int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const {
     auto value = [&](int64_t pixel, int64_t k) __attribute__((always_inline)) {
       int64_t o = pixel * zp + k;
+      if (!dz.owes) return load(dn + o);
       return load(dn + o) + ((load(z + o) - load(dz.mean + k)) * load(dz.slope + k) + load(dz.offset + k));
     };
     pack_gradient<U>(value, round_up(b, L), p0, m, M, by_channel, by_pixel);
@@ -181,7 +182,7 @@ template <class U, class S> struct PointwiseBackward {
       const S *f = f0 + j * L, *g = g0 + j * L;
       S* o = o0 + j * L;
       auto row = [&](Vec<T> x, Vec<T> gin, Vec<T> da, Vec<T>& s, Vec<T>& sx, Vec<T>& g_out) __attribute__((always_inline)) {
-        Vec<T> centred = x - mean, pre = centred * scale + shift, d = mask_positive<T>(pre, da);
+        Vec<T> centred = x - mean, pre = centred * scale + shift, d = act_gradient<T>(pre, da);
         s += d, sx += d * centred, g_out = gin + d * scale;
         return act<T>(pre);
       };

@@ -1,6 +1,7 @@
 // Mean and sum of squared deviations per channel: Chan's update per tile, relative to a pivot (the first row seen), so that
 // features with a large mean lose nothing. Merged over tasks in double, in task order.
 #pragma once
+#include <cmath>
 #include "scratch.h"
 
 namespace csp::CSP_ISA {
@@ -64,9 +65,38 @@ CSP_INLINE void add_tile(Statistics<T>& st, int64_t c, int64_t seen, const Vec<T
     add_rows(st, c + j * LANES<T>, seen, MR, [&](int64_t i) __attribute__((always_inline)) { return acc[i][j]; });
 }
 
-// mean[channels] and biased variance var[channels] of all tasks.
-template <class T>
-inline void merge(const Statistics<T>* parts, int tasks, int64_t channels, double* mean, double* var) {
+// Once more from x [P][pitch], in double, where float was too short for the squares: deviations above 1e19, or NaN.
+template <class S>
+CSP_NOINLINE void retake(const Parallel& parallel, const S* x, int64_t pitch, int64_t P, int64_t channels, double* mean, double* var) {
+  constexpr int64_t WIDTH = 16;
+  int64_t blocks = ceil_div(channels, WIDTH);
+  int tasks = choose_tasks(parallel, blocks, 8.0 * double(P * channels));
+  for_tasks(parallel, tasks, [&](int task) {
+    Range r = share(blocks, task, tasks);
+    for (int64_t c = r.begin * WIDTH; c < min64(channels, r.end * WIDTH); c += WIDTH) {
+      int64_t n = min64(WIDTH, channels - c);
+      bool finite = true;
+      for (int64_t i = 0; i < n; i++) finite = finite && std::isfinite(var[c + i]);
+      if (finite) continue;
+      double sum[WIDTH]{}, square[WIDTH]{};
+      for (int64_t p = 0; p < P; p++)
+        for (int64_t i = 0; i < n; i++) sum[i] += double(widen(x[p * pitch + c + i]));
+      for (int64_t i = 0; i < n; i++) sum[i] /= double(P);
+      for (int64_t p = 0; p < P; p++)
+        for (int64_t i = 0; i < n; i++) {
+          double d = double(widen(x[p * pitch + c + i])) - sum[i];
+          square[i] += d * d;
+        }
+      for (int64_t i = 0; i < n; i++)
+        if (!std::isfinite(var[c + i])) mean[c + i] = sum[i], var[c + i] = square[i] / double(P);
+    }
+  });
+}
+
+// mean[channels] and biased variance var[channels] of all tasks, which took them of x [P][pitch].
+template <class T, class S>
+inline void merge(const Parallel& parallel, const Statistics<T>* parts, int tasks, const S* x, int64_t pitch, int64_t P, int64_t channels,
+                  double* mean, double* var) {
   double n = 0;
   for (int64_t c = 0; c < channels; c++) mean[c] = var[c] = 0;
   for (int t = 0; t < tasks; t++) {
@@ -80,7 +110,9 @@ inline void merge(const Statistics<T>* parts, int tasks, int64_t channels, doubl
     }
     n += k;
   }
-  for (int64_t c = 0; c < channels; c++) var[c] /= n;
+  bool finite = true;
+  for (int64_t c = 0; c < channels; c++) var[c] /= n, finite &= std::isfinite(var[c]);
+  if (!finite) retake(parallel, x, pitch, P, channels, mean, var);
 }
 
 }  // namespace csp::CSP_ISA

@@ -46,8 +46,8 @@ CSP_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // ReLU as torch has it: NaN passes through.
 template <class T> CSP_INLINE Vec<T> act(Vec<T> x) { return x <= 0 ? Vec<T>{} : x; }
-// keep x where the activation passes gradients.
-template <class T> CSP_INLINE Vec<T> mask_positive(Vec<T> pre, Vec<T> x) { return pre > 0 ? x : Vec<T>{}; }
+// The gradient g where ReLU of x passes it, and where x is NaN, as in torch.
+template <class T> CSP_INLINE Vec<T> act_gradient(Vec<T> x, Vec<T> g) { return x <= 0 ? Vec<T>{} : g; }
 
 // ---- scalar conversions
 CSP_INLINE float widen(BFloat16 x) { uint32_t u = uint32_t(x.bits) << 16; float f; memcpy(&f, &u, 4); return f; }
