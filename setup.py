@@ -6,7 +6,8 @@ where there are a GPU and nvcc; the library then still loads on machines and wit
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CSP_KERNELS_NATIVE=0 leaves the library out; CSP_KERNELS_ISAS="v3" names
 the instruction sets to compile for (default: all that the compiler knows; a name is an error where it does not;
-"native" is the best that runs on this machine).
+"native" is the best that runs on this machine). CSP_KERNELS_SANITIZE=1 builds build/sanitize/_C.so instead, with
+AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 CUDA: the compiler is NVCC, else nvcc of CUDA_HOME or on PATH (NVCC_CCBIN and NVCC_APPEND_FLAGS are its own);
 CSP_KERNELS_CUDA=0 leaves CUDA out, 1 compiles it where torch finds no GPU too (for wheels) and fails without nvcc;
 CSP_KERNELS_CUDA_ARCHS="80,90" names compute capabilities (default: those of 80, 90 and 100 that this nvcc knows) and
@@ -42,8 +43,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-OBJECTS = ROOT / "build" / "native"
+SANITIZE = os.environ.get("CSP_KERNELS_SANITIZE", "0") == "1"
+OBJECTS = ROOT / "build" / ("sanitize" if SANITIZE else "native")
 LIBRARY = Path("csp_kernels", "_C.abi3.so")
+SANITIZED = OBJECTS / "_C.so"  # not where the package looks: CSP_KERNELS_LIBRARY names it
 TORCH_TARGET = "0x020b000000000000"  # stable ABI of torch 2.11
 
 # Order matters: the linker keeps the first copy of an inline function, so the weakest instruction set comes first.
@@ -63,7 +66,10 @@ CXX_FLAGS = [
     "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
 ]  # fmt: skip
-
+SANITIZERS = ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow",
+              "-fno-sanitize-recover=all"]  # fmt: skip
+if SANITIZE:  # checks as calls: inlined into unrolled loops they take minutes to compile
+    CXX_FLAGS += [*SANITIZERS, "--param=asan-instrumentation-with-call-threshold=0", "-O1", "-g1", "-DCSP_SANITIZE"]
 
 CUDA_ARCHITECTURES = ("80", "90", "100")
 SLOWEST = ("post_dense_block", "dense_block", "concat_conv")  # to compile
@@ -322,6 +328,8 @@ def link(objects: Sequence[Path], target: Path, compiler: Sequence[str], torch_l
         extra = ["-undefined", "dynamic_lookup"]
     else:
         extra = ["-Wl,-O1", "-Wl,--as-needed", f"-L{torch_lib}", "-ltorch_cpu", "-lc10"]
+    if SANITIZE:
+        extra += SANITIZERS
     if cuda:
         extra += [*cuda.libraries, "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -344,7 +352,7 @@ def build_library(target: Path) -> None:
     compiler, (version, include, lib) = find_compiler(), torch_paths()
     banner = run([*compiler, "--version"]).stdout.splitlines()[0]
     isas, cuda = instruction_sets(compiler), find_cuda()
-    say(f"builds {LIBRARY} with {banner}, torch {version}, instruction sets {', '.join(isas)}")
+    say(f"builds {SANITIZED if SANITIZE else LIBRARY} with {banner}, torch {version}, instruction sets {', '.join(isas)}")
     if cuda:
         targets = ", ".join(f"sm_{a}" for a in cuda.architectures)
         say(f"builds CUDA kernels for {targets} with {cuda.compiler}, {cuda.version}")
@@ -369,7 +377,7 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Builds the library where setuptools expects it."""
-        build_library(Path(self.get_ext_fullpath(ext.name)).resolve())
+        build_library(SANITIZED if SANITIZE else Path(self.get_ext_fullpath(ext.name)).resolve())
 
 
 class WheelTag(bdist_wheel):

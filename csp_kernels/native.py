@@ -1,17 +1,24 @@
-"""Loads the compiled operators (csp_kernels/_C*.so, libtorch stable ABI) and says what is missing when it cannot."""
+"""Loads the compiled operators (csp_kernels/_C*.so, libtorch stable ABI) and says what is missing when it cannot.
+
+CSP_KERNELS_LIBRARY names another build of them: one with sanitizers, or with a fault planted.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
+ENVIRONMENT = "CSP_KERNELS_LIBRARY"
 FIX = "build it with `pip install .` or `make build` in the source tree"
 
 
 def _load() -> str:
     """Load the library beside this file; return "" or the reason why it did not load."""
-    found = sorted(p for p in Path(__file__).parent.glob("_C*") if p.suffix in (".so", ".dylib", ".pyd"))
+    named = os.environ.get(ENVIRONMENT)
+    files = [Path(named)] if named else sorted(Path(__file__).parent.glob("_C*"))
+    found = [p for p in files if p.suffix in (".so", ".dylib", ".pyd")]
     if not found:
         return f"the compiled library csp_kernels/_C*.so is missing; {FIX}"
     try:
