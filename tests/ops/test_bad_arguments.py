@@ -491,17 +491,17 @@ def good_cases() -> Iterator[Case]:
 
 LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
     "ConcatConv": lambda: csp.ConcatConv([8], 6),
-    "DenseBlock": lambda: csp.DenseBlock(8, 2, growth_rate=4),
-    "PostDenseBlock": lambda: csp.PostDenseBlock(8, 2, growth_rate=4),
-    "TwoWayDenseBlock": lambda: csp.TwoWayDenseBlock(8, 2, growth_rate=4),
-    "CSPDenseStage": lambda: csp.CSPDenseStage(8, 2, growth_rate=4),
+    "DenseBlock": lambda: csp.DenseBlock(2, 8, growth_rate=4),
+    "PostDenseBlock": lambda: csp.PostDenseBlock(2, 8, growth_rate=4),
+    "TwoWayDenseBlock": lambda: csp.TwoWayDenseBlock(2, 8, growth_rate=4),
+    "CSPDenseStage": lambda: csp.CSPDenseStage(8, 8, 2, growth_rate=4),
 }
 
 
 def through(layer: str, tensor: str, train: bool, dtype: torch.dtype, x: Tensor) -> Any:
-    """The layer with this parameter, or its input, freed. In backward: after forward."""
+    """The layer with this parameter or buffer, or its input, freed. In backward: after forward."""
     module = LAYERS[layer]().train(train).to(dtype)
-    tensors = dict(module.named_parameters()) | {"input": x.to(dtype)}
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers()) | {"input": x.to(dtype)}
     when, _, name = tensor.rpartition(" ")
     given = tensors["input"]
     if not when:
@@ -514,10 +514,13 @@ def through(layer: str, tensor: str, train: bool, dtype: torch.dtype, x: Tensor)
 
 def layer_cases() -> Iterator[Case]:
     for layer, make in LAYERS.items():
-        names = ["input", *(name for name, _ in make().named_parameters())]
+        module = make()
+        statistics = [name for name, _ in module.named_buffers() if "running" in name]
+        names = ["input", *(name for name, _ in module.named_parameters()), *statistics]
         modes = (True, torch.float32, True), (False, torch.float32, False), (True, torch.bfloat16, False)
         for train, dtype, nhwc in modes:
-            for name in [*names, *(f"backward {name}" for name in names[1:] if "conv" in name and train)]:
+            kept = [name for name in names if "conv" in name and train and dtype == torch.float32]  # others are copies
+            for name in [*names, *(f"backward {name}" for name in kept)]:
                 x = image(8) if nhwc else image(8).contiguous()
                 run = partial(through, layer, name, train, dtype, x)
                 what = f"freed, {'train' if train else 'eval'} {dtype} {'NHWC' if nhwc else 'NCHW'}"
