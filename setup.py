@@ -265,7 +265,9 @@ def plan(compiler: Sequence[str], isas: dict[str, list[str]], torch_include: Pat
     """All translation units, in link order. What the library says of itself depends on what it holds."""
     target = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{CSRC}", "-isystem", str(torch_include)]
     common = [*CXX_FLAGS, *target, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    known = [f"-DCSP_HAVE_{name.upper()}" for name in isas]
+    # Messages of torch's headers name their file: without the folders of this machine.
+    short = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, torch_include, torch_include.resolve())]
+    known = [*short, *(f"-DCSP_HAVE_{name.upper()}" for name in isas)]
     if {*isas} - {"baseline"}:
         known.append("-DCSP_ISAS_X86")
     cxx, jobs, chosen = tuple(compiler), [], "+".join(isas)
@@ -280,9 +282,10 @@ def plan(compiler: Sequence[str], isas: dict[str, list[str]], torch_include: Pat
             object_file = OBJECTS / f"{source.stem}.{name}.o"
             jobs.append(Job(source, object_file, cxx, (*common, *flags, f"-DCSP_ISA={name}")))
     if cuda:
+        host = [part for flag in short for part in ("-Xcompiler", flag)]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             object_file = OBJECTS / f"{source.stem}.cuda.o"
-            jobs.append(Job(source, object_file, (cuda.compiler,), (*cuda_flags(cuda), *target)))
+            jobs.append(Job(source, object_file, (cuda.compiler,), (*cuda_flags(cuda), *target, *host)))
     return jobs
 
 

@@ -9,51 +9,51 @@
 namespace csp {
 namespace {
 
-constexpr const char* OP = "concat_conv";
-
 struct ConcatConvCall {
+  const char* op;
   ConcatConv conv{};
+  Shape first{};
   std::vector<Slice> inputs, outputs;
   const std::vector<int64_t>& splits;
   int64_t channels = 0;  // of all outputs
 
-  ConcatConvCall(const std::vector<Tensor>& in, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
+  ConcatConvCall(const char* op, const std::vector<Tensor>& in, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
                  const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var, double eps, int64_t act,
                  double negative_slope, const std::vector<int64_t>& splits)
-      : splits(splits) {
-    STD_TORCH_CHECK(!in.empty() && !splits.empty(), OP, ": needs at least one input and one output");
-    STD_TORCH_CHECK(act >= 0 && act <= int64_t(Activation::Hardswish), OP, ": unknown activation ", act);
-    const Tensor& x = in[0];
-    Shape first(OP, x);
+      : op(op), splits(splits) {
+    require(!in.empty(), {op, "inputs"}, "got no tensor, expected at least one");
+    check_range({op, "act"}, act, 0, int64_t(Activation::Hardswish));
+    require(std::isfinite(negative_slope), {op, "negative_slope"}, "got ", negative_slope, ", expected a finite number");
+    first = first_image({op, "inputs", 0}, in[0]);
     int64_t K = 0;
-    for (const Tensor& t : in) {
-      Shape s(OP, t);
-      s.same(OP, first);
-      STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.is_cpu(), OP, ": inputs of different dtype or device");
-      inputs.push_back({t.const_data_ptr(), s.pitch, s.C, nullptr, 0});
-      K += s.C;
+    for (size_t i = 0; i < in.size(); i++) {
+      inputs.push_back(slice_of(image({op, "inputs", int64_t(i)}, in[i], first.dtype, {first.N, ANY, first.H, first.W})));
+      K += inputs.back().channels;
     }
-    for (int64_t c : splits) {
-      STD_TORCH_CHECK(c > 0, OP, ": every output needs a channel");
-      channels += c;
-    }
-    conv.parallel = parallel(), conv.storage = storage_of(OP, x);
+    const int32_t dtype = CODES.accumulation(first.dtype);
+    conv.weight = checked({op, "weight"}, weight, dtype, {ANY, K, 1, 1});
+    channels = weight.size(0);
+    check_splits();
+    auto vector = [&](const char* name, const Tensor& t) { return checked({op, name}, t, dtype, {channels}); };
+    conv.norm.gamma = vector("gamma", gamma), conv.norm.beta = vector("beta", beta);
+    require(running_mean.has_value() == running_var.has_value(), {op, running_mean ? "running_var" : "running_mean"}, "got none, expected the mean and the variance, or neither");
+    if (running_mean) conv.norm.running_mean = vector("running_mean", *running_mean), conv.norm.running_var = vector("running_var", *running_var);
+    check_eps({op, "eps"}, eps, running_mean.has_value());
+    conv.parallel = parallel(), conv.storage = storage_of(first.dtype);
     conv.N = first.N, conv.H = first.H, conv.W = first.W;
     conv.inputs = inputs.data(), conv.count = int64_t(inputs.size());
-    conv.weight = parameter(OP, x, weight, channels * K, "weight");
-    conv.norm.gamma = parameter(OP, x, gamma, channels, "norm weight"), conv.norm.beta = parameter(OP, x, beta, channels, "norm bias");
-    STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(), OP, ": running mean without running variance");
-    if (running_mean) {
-      conv.norm.running_mean = parameter(OP, x, *running_mean, channels, "running_mean");
-      conv.norm.running_var = parameter(OP, x, *running_var, channels, "running_var");
-    }
     conv.norm.eps = eps, conv.activation = Activation(act), conv.negative_slope = negative_slope;
     conv.splits = splits.data(), conv.split_count = int64_t(splits.size());
   }
-  int64_t pixels() const { return conv.N * conv.H * conv.W; }
-  void statistics(const Tensor& stats) {
-    conv.norm.mean = const_cast<double*>(static_cast<const double*>(stats.const_data_ptr())), conv.norm.var = conv.norm.mean + channels;
+  void check_splits() const {
+    int64_t left = channels;
+    bool fits = true;
+    for (int64_t c : splits) fits = fits && c > 0 && c <= left, left -= fits ? c : 0;
+    require(fits && left == 0 && channels > 0, {op, "splits"}, "got ", list(splits), ", expected sizes of at least 1 that add up to ", channels, ", the rows of weight");
   }
+  int64_t pixels() const { return conv.N * conv.H * conv.W; }
+  int64_t raw_columns() const { return columns(splits.data(), int64_t(splits.size())); }
+  void statistics(double* mean) { conv.norm.mean = mean, conv.norm.var = mean + channels; }
   std::vector<Tensor> allocate_outputs(const Tensor& like) {
     std::vector<Tensor> y;
     for (int64_t c : splits) {
@@ -68,11 +68,11 @@ struct ConcatConvCall {
 std::tuple<std::vector<Tensor>, Tensor, Tensor> concat_conv(std::vector<Tensor> inputs, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
                                                             std::optional<Tensor> running_mean, std::optional<Tensor> running_var, double eps,
                                                             int64_t act, double negative_slope, std::vector<int64_t> splits) {
-  ConcatConvCall call(inputs, weight, gamma, beta, running_mean, running_var, eps, act, negative_slope, splits);
+  ConcatConvCall call("concat_conv", inputs, weight, gamma, beta, running_mean, running_var, eps, act, negative_slope, splits);
   std::vector<Tensor> y = call.allocate_outputs(inputs[0]);
-  Tensor raw = buffer(inputs[0], {call.pixels(), columns(splits.data(), int64_t(splits.size()))});
+  Tensor raw = buffer(inputs[0], {call.pixels(), call.raw_columns()});
   Tensor stats = statistics(inputs[0], call.channels);
-  call.statistics(stats);
+  call.statistics(static_cast<double*>(stats.mutable_data_ptr()));
   call.conv.raw = raw.mutable_data_ptr();
   if (call.pixels() > 0) isa().concat_conv->forward(call.conv);
   return {y, raw, stats};
@@ -83,18 +83,17 @@ std::vector<Tensor> concat_conv_backward(std::vector<Tensor> grads, std::vector<
                                          const Tensor& beta, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
                                          const Tensor& raw, const Tensor& stats, double eps, int64_t act, double negative_slope,
                                          std::vector<int64_t> splits, std::vector<int64_t> wanted) {
-  ConcatConvCall call(inputs, weight, gamma, beta, running_mean, running_var, eps, act, negative_slope, splits);
-  STD_TORCH_CHECK(grads.size() == splits.size() && wanted.size() == inputs.size(), OP, "_backward: a gradient for each output, a flag for each input");
+  constexpr const char* OP = "concat_conv_backward";
+  ConcatConvCall call(OP, inputs, weight, gamma, beta, running_mean, running_var, eps, act, negative_slope, splits);
+  check_count({OP, "grads"}, grads.size(), splits.size(), "a gradient for each output");
+  check_flags(OP, "wanted", wanted, inputs.size(), "a flag for each input");
   ConcatConv& a = call.conv;
-  Shape first(OP, inputs[0]);
-  for (size_t i = 0; i < grads.size(); i++) {
-    Shape s(OP, grads[i]);
-    s.same(OP, first);
-    STD_TORCH_CHECK(s.C == splits[i] && grads[i].scalar_type() == inputs[0].scalar_type(), OP, "_backward: gradients must have the shape and dtype of the outputs");
-    call.outputs.push_back({grads[i].const_data_ptr(), s.pitch, s.C, nullptr, 0});
-  }
+  const Shape& first = call.first;
+  for (size_t i = 0; i < grads.size(); i++)
+    call.outputs.push_back(slice_of(image({OP, "grads", int64_t(i)}, grads[i], first.dtype, {first.N, splits[i], first.H, first.W})));
   a.outputs = call.outputs.data();
-  STD_TORCH_CHECK(raw.numel() == call.pixels() * columns(splits.data(), int64_t(splits.size())), OP, "_backward: raw has the wrong size");
+  a.raw = kept({OP, "raw"}, raw, first.dtype, {call.pixels(), call.raw_columns()});
+  call.statistics(statistics_of(OP, stats, call.channels));
   std::vector<Tensor> result;
   for (size_t i = 0; i < inputs.size(); i++) {
     int64_t C = call.inputs[i].channels;
@@ -105,8 +104,6 @@ std::vector<Tensor> concat_conv_backward(std::vector<Tensor> grads, std::vector<
   append_gradients(result, {weight, gamma, beta}, empty);
   size_t n = inputs.size();
   a.dweight = result[n].mutable_data_ptr(), a.norm.dgamma = result[n + 1].mutable_data_ptr(), a.norm.dbeta = result[n + 2].mutable_data_ptr();
-  a.raw = const_cast<void*>(raw.const_data_ptr());
-  call.statistics(stats);
   if (!empty) isa().concat_conv->backward(a);
   return result;
 }
@@ -114,7 +111,7 @@ std::vector<Tensor> concat_conv_backward(std::vector<Tensor> grads, std::vector<
 std::vector<Tensor> concat_conv_inference(std::vector<Tensor> inputs, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
                                           const Tensor& running_mean, const Tensor& running_var, double eps, int64_t act,
                                           double negative_slope, std::vector<int64_t> splits) {
-  ConcatConvCall call(inputs, weight, gamma, beta, running_mean, running_var, eps, act, negative_slope, splits);
+  ConcatConvCall call("concat_conv_inference", inputs, weight, gamma, beta, running_mean, running_var, eps, act, negative_slope, splits);
   std::vector<Tensor> y = call.allocate_outputs(inputs[0]);
   if (call.pixels() > 0) isa().concat_conv->inference(call.conv);
   return y;

@@ -11,69 +11,50 @@
 namespace csp {
 namespace {
 
-constexpr const char* OP = "csp_stage";
-
 enum class Layer : int { Pre, Post, TwoWay };
 
-// The arguments of the dense layers and of the transition, apart.
-struct StageArguments {
-  std::vector<Tensor> params, running, transition_params, transition_running;
-  std::vector<int64_t> frozen, transition_frozen;
-  std::vector<double> eps, transition_eps;
-
-  StageArguments(const std::vector<Tensor>& all, const std::vector<Tensor>& all_running, const std::vector<int64_t>& all_frozen,
-                 const std::vector<double>& all_eps, int64_t fusion) {
-    STD_TORCH_CHECK(fusion >= 0 && fusion <= 2, OP, ": unknown fusion ", fusion);
-    int64_t last = Fusion(fusion) == Fusion::Csp ? 2 : 1, norms = int64_t(all_frozen.size()) - last;
-    STD_TORCH_CHECK(norms > 0 && all_eps.size() == all_frozen.size() && all.size() == 3 * all_frozen.size(), OP, ": 3 tensors, a flag and an eps for each norm");
-    auto split = [](const auto& from, int64_t n, auto& first, auto& second) { first.assign(from.begin(), from.begin() + n), second.assign(from.begin() + n, from.end()); };
-    split(all, 3 * norms, params, transition_params), split(all_frozen, norms, frozen, transition_frozen), split(all_eps, norms, eps, transition_eps);
-    int64_t n = 0;
-    for (int64_t f : frozen) n += f ? 2 : 0;
-    STD_TORCH_CHECK(size_t(n) <= all_running.size(), OP, ": running lacks statistics of a frozen norm");
-    split(all_running, n, running, transition_running);
-  }
-  bool all_frozen() const {
-    for (int64_t f : frozen) if (!f) return false;
-    return true;
-  }
-  bool collects() const {  // pre-activation layers take the features' statistics, for themselves or for the transition
-    if (!transition_frozen[0]) return true;
-    for (size_t i = 0; i < frozen.size(); i += 2) if (!frozen[i]) return true;
-    return false;
-  }
-};
-
 struct StageCall {
-  StageArguments arguments;
   Shape shape;
   int64_t part;
   Slice dense;  // what enters the layers, in x
+  bool collects = true;  // pre-activation layers take the features' statistics, for themselves or for the transition
+  bool all_frozen = true;  // the norms of the layers
   std::optional<DenseBlockCall> pre;
   std::optional<PostDenseBlockCall> post;
   std::optional<TransitionCall> transition;
 
-  StageCall(const Tensor& x, const std::vector<Tensor>& params, const std::vector<Tensor>& running, const std::vector<int64_t>& frozen,
+  StageCall(const char* op, const Tensor& x, const std::vector<Tensor>& params, const std::vector<Tensor>& running, const std::vector<int64_t>& frozen,
             const std::vector<double>& eps, int64_t part_channels, int64_t layer, int64_t fusion, bool pool, int64_t winograd)
-      : arguments(params, running, frozen, eps, fusion), shape(OP, x), part(part_channels) {
-    STD_TORCH_CHECK(part >= 0 && part < shape.C, OP, ": part_channels must leave a channel for the dense layers");
-    STD_TORCH_CHECK(layer >= 0 && layer <= 2, OP, ": unknown layer ", layer);
-    const StageArguments& a = arguments;
-    const char* begin = static_cast<const char*>(x.const_data_ptr());
-    dense = {begin + size_t(part) * size_t(x.element_size()), shape.pitch, shape.C - part, nullptr, 0};
-    Slice bypass{begin, shape.pitch, part, nullptr, 0}, features;
+      : shape(first_image({op, "x"}, x)), part(part_channels) {
+    check_range({op, "part_channels"}, part, 0, shape.C - 1);
+    check_range({op, "layer"}, layer, 0, 2);
+    check_fusion(op, fusion);
+    const bool two_way = Layer(layer) == Layer::TwoWay;
+    const size_t last = transition_params(fusion), each = Layer(layer) == Layer::Pre ? 6 : PostDenseBlockCall::params(two_way);
+    Parameters p(op, shape.dtype, params, running, &frozen, eps, each, last);
+    read_flags(frozen, frozen.size() - last / 3);
+    const char* begin = static_cast<const char*>(shape.data);
+    if (begin) begin += part * CODES.bytes(shape.dtype);
+    dense = {begin, shape.pitch, shape.C - part, nullptr, 0};
+    Slice bypass{shape.data, shape.pitch, part, nullptr, 0}, features;
     if (Layer(layer) == Layer::Pre) {
-      pre.emplace(OP, x, dense.channels, a.params, a.running, &a.frozen, a.eps, winograd);
-      pre->block.x = dense.x, pre->block.features_read = a.collects();
+      pre.emplace(shape, dense.channels, p, winograd);
+      pre->block.x = dense.x, pre->block.features_read = collects;
       features = {nullptr, channels(), channels(), nullptr, 0};
     } else {
-      post.emplace(OP, x, shape, dense, a.params, a.running, a.frozen.data(), a.eps.data(), Layer(layer) == Layer::TwoWay, winograd);
+      post.emplace(shape, dense, p, two_way, winograd);
       features = dense;
     }
     Slice grown = post ? Slice{nullptr, post->block.grown(), post->block.grown(), nullptr, 0} : Slice{};
-    transition.emplace(OP, x, bypass, features, shape, a.transition_params.data(), a.transition_params.size(), a.transition_running, 0,
-                       a.transition_frozen.data(), a.transition_eps.data(), fusion, post.has_value(), pool, grown);
+    transition.emplace(bypass, features, shape, p, fusion, post.has_value(), pool, grown);
     transition->link();
+  }
+  void read_flags(const std::vector<int64_t>& frozen, size_t norms) {
+    collects = !frozen[norms];  // the transition's first
+    for (size_t i = 0; i < norms; i++) {
+      if (!frozen[i]) all_frozen = false;
+      if (!frozen[i] && i % 2 == 0) collects = true;
+    }
   }
   int64_t pixels() const { return shape.pixels(); }
   int64_t channels() const { return pre->block.channels(); }
@@ -84,16 +65,15 @@ struct StageCall {
   int64_t z_pitch() const { return pre ? pre->block.z_pitch() : post->block.z_pitch(); }
   int64_t middle_pitch() const { return post ? post->block.middle_pitch() : 0; }
 
-  void bind(const Tensor& features, const Kept& z, const Kept& middle, const Tensor& raw_t, const Tensor& raw_u, const Tensor& stats) {
-    double *mean = const_cast<double*>(static_cast<const double*>(stats.const_data_ptr())), *var = mean + columns();
-    void* F = const_cast<void*>(features.const_data_ptr());
+  void bind(void* F, const Kept& z, const Kept& middle, void* raw_t, void* raw_u, double* mean) {
+    double* var = mean + columns();
     PartialTransition& t = transition->transition;
     transition->statistics(mean + dense_columns(), var + dense_columns());
-    transition->raw(pointer_or_null(raw_t), pointer_or_null(raw_u));
+    transition->raw(raw_t, raw_u);
     if (pre) {
       DenseBlock& a = pre->block;
       a.features = F, a.z = z.data(), a.mean = mean, a.var = var, t.dense.x = F;
-      if (arguments.collects()) t.dense_mean = mean, t.dense_var = var;
+      if (collects) t.dense_mean = mean, t.dense_var = var;
     } else {
       PostDenseBlock& a = post->block;
       post->statistics(mean, var);
@@ -134,7 +114,7 @@ using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tenso
 
 Result csp_stage(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor> running, std::vector<int64_t> frozen, std::vector<double> eps,
                  int64_t part_channels, int64_t layer, int64_t fusion, bool pool, int64_t winograd, bool keep, bool keep_bottleneck) {
-  StageCall call(x, params, running, frozen, eps, part_channels, layer, fusion, pool, winograd);
+  StageCall call("csp_stage", x, params, running, frozen, eps, part_channels, layer, fusion, pool, winograd);
   const Shape& s = call.shape;
   TransitionCall& t = *call.transition;
   auto kept = [&](bool wanted, int64_t n) { return buffer(x, {wanted ? n : 0}); };
@@ -144,10 +124,10 @@ Result csp_stage(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor
   Tensor raw_t = kept(keep, t.raw_t_size()), raw_u = kept(keep, t.raw_u_size());
   Tensor stats = statistics(x, call.columns());
   Tensor y = channels_last(x, s.N, t.channels(), t.height(), t.width());
-  call.bind(features, z, middle, raw_t, raw_u, stats);
+  call.bind(features.mutable_data_ptr(), z, middle, pointer_or_null(raw_t), pointer_or_null(raw_u), static_cast<double*>(stats.mutable_data_ptr()));
   call.bind_norms();
   t.transition.y = {nullptr, 0, t.channels(), y.mutable_data_ptr(), t.channels()};
-  if (y.numel() > 0) call.forward(call.arguments.all_frozen() && !call.arguments.collects() && !keep);
+  if (y.numel() > 0) call.forward(call.all_frozen && !call.collects && !keep);
   return {y, features, z.tensors, middle.tensors, raw_t, raw_u, stats};
 }
 
@@ -155,29 +135,31 @@ std::vector<Tensor> csp_stage_backward(const Tensor& grad_y, const Tensor& x, co
                                        const Tensor& raw_t, const Tensor& raw_u, const Tensor& stats, std::vector<Tensor> params,
                                        std::vector<Tensor> running, std::vector<int64_t> frozen, std::vector<double> eps, int64_t part_channels,
                                        int64_t layer, int64_t fusion, bool pool, int64_t winograd) {
-  StageCall call(x, params, running, frozen, eps, part_channels, layer, fusion, pool, winograd);
+  constexpr const char* OP = "csp_stage_backward";
+  StageCall call(OP, x, params, running, frozen, eps, part_channels, layer, fusion, pool, winograd);
   const Shape& s = call.shape;
   TransitionCall& t = *call.transition;
-  Shape grad(OP, grad_y);
-  STD_TORCH_CHECK(grad.N == s.N && grad.C == t.channels() && grad.H == t.height() && grad.W == t.width() && grad_y.scalar_type() == x.scalar_type(),
-                  OP, "_backward: grad_y must have the shape and dtype of y");
-  Kept z(OP, kept_z, call.num_layers(), call.pixels() * call.z_pitch()), middle(OP, kept_middle, call.num_layers(), call.pixels() * call.middle_pitch());
-  STD_TORCH_CHECK(features.numel() == call.pixels() * call.feature_channels() &&
-                      raw_t.numel() == t.raw_t_size() && raw_u.numel() == t.raw_u_size() && stats.numel() == 2 * call.columns(),
-                  OP, "_backward: what forward kept has the wrong size");
+  const Shape grad = image({OP, "grad_y"}, grad_y, s.dtype, {s.N, t.channels(), t.height(), t.width()});
+  void* F = kept({OP, "features"}, features, s.dtype, {call.pixels(), call.feature_channels()});
+  const Kept z({OP, "z"}, kept_z, s.dtype, call.num_layers(), {call.pixels(), call.z_pitch()}, true);
+  const int64_t middles = call.middle_pitch() ? int64_t(kept_z.size()) : 0;
+  const Kept middle({OP, "middle"}, kept_middle, s.dtype, middles, {call.pixels(), call.middle_pitch()});
+  void* T = kept({OP, "raw_t"}, raw_t, s.dtype, {t.raw_t_size()});
+  void* U = kept({OP, "raw_u"}, raw_u, s.dtype, {t.raw_u_size()});
+  double* mean = statistics_of(OP, stats, call.columns());
   bool empty = grad_y.numel() == 0;
   Tensor dx = channels_last(x, s.N, s.C, s.H, s.W);
   std::vector<Tensor> grads{dx};
   append_gradients(grads, params, empty);
   if (empty) return grads;
-  call.bind(features, z, middle, raw_t, raw_u, stats);
+  call.bind(F, z, middle, T, U, mean);
   if (call.pre) call.pre->gradients(grads, 1);
   else call.post->gradients(grads, 1);
-  t.gradients(grads, 1 + call.arguments.params.size());
+  t.gradients(grads, 1 + params.size() - transition_params(fusion));
   call.bind_norms();
   Tensor G = buffer(x, {call.pixels(), call.feature_channels()});
   std::vector<double> owed(size_t(2 * call.feature_channels()), 0.0);
-  t.transition.y = {grad_y.const_data_ptr(), grad.pitch, grad.C, nullptr, 0};
+  t.transition.y = slice_of(grad);
   call.backward(static_cast<char*>(dx.mutable_data_ptr()), size_t(x.element_size()), G.mutable_data_ptr(), owed.data());
   return grads;
 }

@@ -6,39 +6,33 @@ namespace csp {
 
 enum class Fusion : int { Csp, First, Last };  // transition-concat-transition, concat-transition, transition-concat
 
+inline void check_fusion(const char* op, int64_t fusion) { check_range({op, "fusion"}, fusion, 0, 2); }
+inline size_t transition_params(int64_t fusion) { return Fusion(fusion) == Fusion::Csp ? 6 : 3; }
+
 struct TransitionCall {
   PartialTransition transition{};
   TransitionConv t{}, u{};
   int64_t statistics_size = 0;
-  bool has_t, has_u;
+  const bool has_t, has_u;
 
-  // params: norm weight, norm bias, conv weight of T (unless first), then of U (unless last).
-  TransitionCall(const char* op, const Tensor& like, Slice part, Slice dense, const Shape& s, const Tensor* params, size_t count,
-                 const std::vector<Tensor>& running, size_t r, const int64_t* frozen, const double* eps, int64_t fusion, bool post, bool pool, Slice grown = {}) {
-    STD_TORCH_CHECK(fusion >= 0 && fusion <= 2, op, ": unknown fusion ", fusion);
-    Fusion f = Fusion(fusion);
-    STD_TORCH_CHECK(count == (f == Fusion::Csp ? 6u : 3u), op, ": params must hold 3 tensors a transition, got ", count);
+  // The last parameters of p: norm weight, norm bias, conv weight of T (unless first), then of U (unless last).
+  TransitionCall(Slice part, Slice dense, const Shape& s, Parameters& p, int64_t fusion, bool post, bool pool, Slice grown = {})
+      : has_t(Fusion(fusion) != Fusion::First), has_u(Fusion(fusion) != Fusion::Last) {
     PartialTransition& a = transition;
-    a.parallel = parallel(), a.storage = storage_of(op, like);
+    a.parallel = parallel(), a.storage = storage_of(s.dtype);
     a.N = s.N, a.H = s.H, a.W = s.W, a.post = post, a.pool = pool, a.part = part, a.dense = dense, a.grown = grown;
-    int64_t features = dense.channels + grown.channels;
-    auto fill = [&](TransitionConv& c, const Tensor* p, int64_t in, size_t index) {
-      c.out = p[2].size(0);
-      int64_t n = post ? c.out : in;
-      c.weight = parameter(op, like, p[2], c.out * in, "conv.weight");
-      c.norm.gamma = parameter(op, like, p[0], n, "norm.weight"), c.norm.beta = parameter(op, like, p[1], n, "norm.bias");
-      c.norm.eps = eps[index];
-      if (!frozen || frozen[index]) {
-        STD_TORCH_CHECK(r + 2 <= running.size(), op, ": running lacks statistics of a frozen norm");
-        c.norm.running_mean = parameter(op, like, running[r], n, "running_mean");
-        c.norm.running_var = parameter(op, like, running[r + 1], n, "running_var"), r += 2;
-      }
+    const int64_t features = dense.channels + grown.channels;
+    auto fill = [&](TransitionConv& c, int64_t in) {
+      c.out = p.rows(2, "conv.weight", in, 1);
+      const int64_t n = post ? c.out : in;
+      c.norm.gamma = p.next("norm.weight", {n}), c.norm.beta = p.next("norm.bias", {n});
+      c.weight = p.next("conv.weight", {c.out, in, 1, 1});
+      p.next_norm(n, c.norm.eps, c.norm.running_mean, c.norm.running_var);
       statistics_size += n;
     };
-    has_t = f != Fusion::First, has_u = f != Fusion::Last;
-    if (has_t) fill(t, params, features, 0);
-    if (has_u) fill(u, params + (has_t ? 3 : 0), part.channels + (has_t ? t.out : features), has_t ? 1 : 0);
-    STD_TORCH_CHECK(r == running.size(), op, ": running holds more statistics than there are frozen norms");
+    if (has_t) fill(t, features);
+    if (has_u) fill(u, part.channels + (has_t ? t.out : features));
+    p.end();
   }
   void link() { transition.t = has_t ? &t : nullptr, transition.u = has_u ? &u : nullptr; }  // once it no longer moves
   int64_t channels() const { return has_u ? u.out : transition.part.channels + t.out; }  // of the output
@@ -62,6 +56,6 @@ struct TransitionCall {
   }
 };
 
-inline void* pointer_or_null(const Tensor& t) { return t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr; }
+inline void* pointer_or_null(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 
 }  // namespace csp

@@ -10,21 +10,15 @@
 namespace csp {
 namespace {
 
-constexpr const char* OP = "post_dense_block";
-
-Slice slice_of(const Tensor& x, const Shape& s) { return {x.const_data_ptr(), s.pitch, s.C, nullptr, 0}; }
-
-void check_norms(const std::vector<Tensor>& params, const std::vector<int64_t>& frozen, const std::vector<double>& eps) {
-  STD_TORCH_CHECK(frozen.size() * 3 == params.size() && eps.size() == frozen.size(), OP, ": 3 tensors, a flag and an eps for each norm");
-}
-
 // y, and of what backward needs (keep: all but z and middle): raw features, bottlenecks, middles, statistics.
 std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> post_dense_block(const Tensor& x, std::vector<Tensor> params, std::vector<Tensor> running,
                                                                     std::vector<int64_t> frozen, std::vector<double> eps, bool two_way, int64_t winograd,
                                                                     bool keep) {
-  check_norms(params, frozen, eps);
-  Shape s(OP, x);
-  PostDenseBlockCall call(OP, x, s, slice_of(x, s), params, running, frozen.data(), eps.data(), two_way, winograd);
+  constexpr const char* OP = "post_dense_block";
+  const Shape s = first_image({OP, "x"}, x);
+  Parameters p(OP, s.dtype, params, running, &frozen, eps, PostDenseBlockCall::params(two_way));
+  PostDenseBlockCall call(s, slice_of(s), p, two_way, winograd);
+  p.end();
   PostDenseBlock& a = call.block;
   Tensor y = channels_last(x, a.N, a.channels(), a.H, a.W), features = buffer(x, {a.pixels(), a.grown()});
   Kept z(x, keep ? a.num_layers : 0, {a.pixels(), a.z_pitch()}), middle(x, keep && two_way ? a.num_layers : 0, {a.pixels(), a.middle_pitch()});
@@ -40,23 +34,26 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> pos
 std::vector<Tensor> post_dense_block_backward(const Tensor& grad_y, const Tensor& x, const Tensor& features, std::vector<Tensor> kept_z, std::vector<Tensor> kept_middle,
                                               const Tensor& stats, std::vector<Tensor> params, std::vector<Tensor> running, std::vector<int64_t> frozen,
                                               std::vector<double> eps, bool two_way, int64_t winograd) {
-  check_norms(params, frozen, eps);
-  Shape s(OP, x), grad(OP, grad_y);
-  PostDenseBlockCall call(OP, x, s, slice_of(x, s), params, running, frozen.data(), eps.data(), two_way, winograd);
+  constexpr const char* OP = "post_dense_block_backward";
+  const Shape s = first_image({OP, "x"}, x);
+  Parameters p(OP, s.dtype, params, running, &frozen, eps, PostDenseBlockCall::params(two_way));
+  PostDenseBlockCall call(s, slice_of(s), p, two_way, winograd);
+  p.end();
   PostDenseBlock& a = call.block;
-  grad.same(OP, s);
-  STD_TORCH_CHECK(grad.C == a.channels() && grad_y.scalar_type() == x.scalar_type(), OP, "_backward: grad_y must have the shape and dtype of y");
-  STD_TORCH_CHECK(features.numel() == a.pixels() * a.grown(), OP, "_backward: features have the wrong size");
-  Kept z(OP, kept_z, a.num_layers, a.pixels() * a.z_pitch()), middle(OP, kept_middle, a.num_layers, a.pixels() * a.middle_pitch());
+  const Shape grad = image({OP, "grad_y"}, grad_y, s.dtype, {a.N, a.channels(), a.H, a.W});
+  a.features = kept({OP, "features"}, features, s.dtype, {a.pixels(), a.grown()});
+  Kept z({OP, "z"}, kept_z, s.dtype, a.num_layers, {a.pixels(), a.z_pitch()}, true);
+  Kept middle({OP, "middle"}, kept_middle, s.dtype, two_way ? int64_t(z.tensors.size()) : 0, {a.pixels(), a.middle_pitch()});
+  double* mean = statistics_of(OP, stats, call.statistics_size);
+  call.statistics(mean, mean + call.statistics_size);
   bool empty = grad_y.numel() == 0;
   std::vector<Tensor> grads{channels_last(x, a.N, s.C, a.H, a.W)};
   append_gradients(grads, params, empty);
   if (empty) return grads;
-  double* mean = const_cast<double*>(static_cast<const double*>(stats.const_data_ptr()));
-  call.statistics(mean, mean + call.statistics_size), call.gradients(grads, 1);
+  call.gradients(grads, 1);
   Tensor G = buffer(x, {a.pixels(), a.grown()});
-  a.features = const_cast<void*>(features.const_data_ptr()), a.z = z.data(), a.middle = middle.data(), a.G = G.mutable_data_ptr();
-  a.y = {grad_y.const_data_ptr(), grad.pitch, grad.C, nullptr, 0};
+  a.z = z.data(), a.middle = middle.data(), a.G = G.mutable_data_ptr();
+  a.y = slice_of(grad);
   a.x.dx = grads[0].mutable_data_ptr(), a.x.dx_pitch = s.C;
   isa().post_dense_block->backward(a);
   return grads;

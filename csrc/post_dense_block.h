@@ -10,42 +10,31 @@ struct PostDenseBlockCall {
   std::vector<BatchNorm> slice_norms;  // once the layers are complete
   int64_t statistics_size = 0;
 
-  static int64_t convs(int branches) { return branches == 1 ? 2 : 5; }  // of a layer, 3 tensors each
+  static size_t params(bool two_way) { return two_way ? 15 : 6; }  // of a layer, 3 a convolution
 
-  // params: conv weight, norm weight, norm bias of each convolution, as run: branch 1, branch 2.
-  PostDenseBlockCall(const char* op, const Tensor& like, const Shape& s, Slice x, const std::vector<Tensor>& params, const std::vector<Tensor>& running,
-                     const int64_t* frozen, const double* eps, bool two_way, int64_t winograd) {
+  // p: conv weight, norm weight, norm bias of each convolution, as run: branch 1, branch 2. x: what enters, of the image s.
+  PostDenseBlockCall(const Shape& s, Slice x, Parameters& p, bool two_way, int64_t winograd) : layers(p.layers) {
     PostDenseBlock& a = block;
+    check_winograd(p.op, winograd);
     a.branches = two_way ? 2 : 1;
-    size_t each = size_t(3 * convs(a.branches));
-    STD_TORCH_CHECK(!params.empty() && params.size() % each == 0, op, ": params must hold ", each, " tensors a layer, got ", params.size());
-    STD_TORCH_CHECK(winograd == 2 || winograd == 4, op, ": winograd must be 2 or 4, got ", winograd);
-    a.parallel = parallel(), a.storage = storage_of(op, like), a.winograd = int(winograd);
+    a.parallel = parallel(), a.storage = storage_of(s.dtype), a.winograd = int(winograd);
     a.N = s.N, a.H = s.H, a.W = s.W, a.x = x;
-    a.growth = params[3].size(0), a.num_layers = int64_t(params.size() / each);
-    layers.resize(params.size() / each);
-    size_t at = 0, norm = 0, r = 0;
+    const int64_t g = a.growth = p.rows(3, "conv.weight", ANY, 3);
+    a.num_layers = int64_t(p.layers);
     auto fill = [&](ConvNorm& c, int64_t out, int64_t in, int64_t taps) {
-      c.channels_last = taps == 9 && is_channels_last(params[at]);
-      c.weight = parameter(op, like, params[at], out * in * taps, "conv.weight", c.channels_last);
-      c.norm.gamma = parameter(op, like, params[at + 1], out, "norm.weight"), c.norm.beta = parameter(op, like, params[at + 2], out, "norm.bias");
-      c.norm.eps = eps[norm];
-      if (frozen[norm++]) {
-        STD_TORCH_CHECK(r + 2 <= running.size(), op, ": running lacks statistics of a frozen norm");
-        c.norm.running_mean = parameter(op, like, running[r], out, "running_mean");
-        c.norm.running_var = parameter(op, like, running[r + 1], out, "running_var"), r += 2;
-      }
-      at += 3, statistics_size += out;
+      c.channels_last = false;
+      c.weight = taps == 3 ? p.next("conv.weight", out, in, c.channels_last) : p.next("conv.weight", {out, in, 1, 1});
+      c.norm.gamma = p.next("norm.weight", {out}), c.norm.beta = p.next("norm.bias", {out});
+      p.next_norm(out, c.norm.eps, c.norm.running_mean, c.norm.running_var);
+      statistics_size += out;
     };
-    int64_t g = a.growth;
     for (size_t l = 0; l < layers.size(); l++) {
-      int64_t b = layers[l].bottleneck = params[at].size(0);
+      const int64_t K = x.channels + int64_t(l) * a.branches * g;
+      const int64_t b = layers[l].bottleneck = p.rows(0, "conv.weight", K, 1);
       a.bottleneck = b > a.bottleneck ? b : a.bottleneck;
-      int64_t K = x.channels + int64_t(l) * a.branches * g;
-      fill(layers[l].reduce[0], b, K, 1), fill(layers[l].first[0], g, b, 9);
-      if (two_way) fill(layers[l].reduce[1], b, K, 1), fill(layers[l].first[1], g, b, 9), fill(layers[l].second, g, g, 9);
+      fill(layers[l].reduce[0], b, K, 1), fill(layers[l].first[0], g, b, 3);
+      if (two_way) fill(layers[l].reduce[1], b, K, 1), fill(layers[l].first[1], g, b, 3), fill(layers[l].second, g, g, 3);
     }
-    STD_TORCH_CHECK(r == running.size(), op, ": running holds more statistics than there are frozen norms");
     a.layers = layers.data();
   }
   template <class F> void each(F f) {  // f(convolution, its output channels), in the order of params

@@ -1,10 +1,7 @@
-// Tensors at the operators' door: what kernels need to know of them, checked.
+// What all operators on the CPU share: arguments, checked (checks.h), and fresh tensors.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -13,29 +10,23 @@
 #include <cstring>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/isa.h"
 
 namespace csp {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline Storage storage_of(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Storage::Float32;
-    case ScalarType::BFloat16: return Storage::BFloat16;
-    case ScalarType::Half: return Storage::Float16;
-    case ScalarType::Double: return Storage::Float64;
-    default: STD_TORCH_CHECK(false, op, ": x must be float32, bfloat16, float16 or float64"); return Storage::Float32;
-  }
+// Of an image's dtype, which was checked.
+inline Storage storage_of(int32_t dtype) {
+  return dtype == CODES.float32 ? Storage::Float32 : dtype == CODES.bfloat16 ? Storage::BFloat16 : dtype == CODES.float16 ? Storage::Float16 : Storage::Float64;
 }
-inline ScalarType accumulation_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
+inline Slice slice_of(const Shape& s) { return {s.data, s.pitch, s.C, nullptr, 0}; }
 
 inline const Isa& isa() {
   const Isa* chosen = chosen_isa();
-  STD_TORCH_CHECK(chosen, "csp_kernels: CSP_KERNELS_ISA must name an instruction set that is compiled in (", isas_compiled(), ") and runs on this machine; got ", std::getenv("CSP_KERNELS_ISA"));
+  if (!chosen) {
+    const char* named = std::getenv("CSP_KERNELS_ISA");
+    refuse({"csp_kernels", "CSP_KERNELS_ISA"}, "got ", named ? named : "nothing", ", expected an instruction set that is compiled in (", isas_compiled(), ") and runs on this machine");
+  }
   return *chosen;
 }
 
@@ -46,24 +37,6 @@ inline Parallel parallel() {
             });
           }};
 }
-
-// [N, C, H, W] in channels_last order; pixels may lie further apart than C elements (a channel slice of a larger tensor).
-struct Shape {
-  int64_t N, C, H, W, pitch;
-  Shape(const char* op, const Tensor& x) : N(0), C(0), H(0), W(0), pitch(0) {
-    STD_TORCH_CHECK(x.dim() == 4, op, ": expected a 4-D tensor [N, C, H, W], got ", x.dim(), "-D");
-    N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-    pitch = W > 1 ? x.stride(3) : H > 1 ? x.stride(2) : N > 1 ? x.stride(0) : C;
-    if (N * C * H * W == 0) pitch = C;
-    const int64_t want[4] = {H * W * pitch, 1, W * pitch, pitch}, size[4] = {N, C, H, W};
-    for (int i = 0; i < 4; i++)
-      STD_TORCH_CHECK(size[i] <= 1 || N * C * H * W == 0 || x.stride(i) == want[i], op, ": tensor is not channels_last, nor a channel slice of one");
-    STD_TORCH_CHECK(pitch >= C, op, ": pixels overlap");
-  }
-  int64_t pixels() const { return N * H * W; }
-  void dense(const char* op) const { STD_TORCH_CHECK(pitch == C, op, ": tensor is not channels_last contiguous"); }
-  void same(const char* op, const Shape& s) const { STD_TORCH_CHECK(N == s.N && H == s.H && W == s.W, op, ": inputs of different size"); }
-};
 
 // Asks for huge pages behind a fresh large tensor: a step touches it once, and page faults would cost as much as the work.
 inline Tensor large(Tensor t) {
@@ -88,11 +61,6 @@ inline Tensor empty_strided(const Tensor& like, int32_t dtype, const std::vector
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(flat, int64_t(size.size()), size.data(), stride.data(), 0, &made));
   return large(Tensor(made));
 }
-inline int32_t dtype_of(const Tensor& t) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
 inline Tensor contiguous(const Tensor& like, int32_t dtype, const std::vector<int64_t>& size) {
   std::vector<int64_t> stride(size.size(), 1);
   for (size_t i = size.size() - 1; i > 0; i--) stride[i - 1] = stride[i] * size[i];
@@ -112,10 +80,11 @@ struct Kept {
     for (int64_t i = 0; i < count; i++) tensors.push_back(buffer(like, size));
     point();
   }
-  Kept(const char* op, const std::vector<Tensor>& given, int64_t count, int64_t numel) : tensors(given) {  // none or all
-    STD_TORCH_CHECK(given.empty() || int64_t(given.size()) == count, op, "_backward: what forward kept has the wrong number of tensors");
-    for (const Tensor& t : given) STD_TORCH_CHECK(t.numel() == numel, op, "_backward: what forward kept has the wrong size");
-    point();
+  // What forward kept, `count` tensors; optional: or none.
+  Kept(const Argument& a, const std::vector<Tensor>& given, int32_t dtype, int64_t count, Sizes size, bool optional = false) : tensors(given) {
+    const bool none = optional && given.empty();
+    if (!none) check_count(a, given.size(), size_t(count), optional ? "one a layer, or none at all" : "as many as forward returned");
+    for (size_t i = 0; i < given.size(); i++) pointers.push_back(const_cast<void*>(checked({a.op, a.name, int64_t(i)}, given[i], dtype, size)));
   }
   void* const* data() const { return pointers.empty() ? nullptr : pointers.data(); }
 
@@ -127,6 +96,12 @@ inline Tensor statistics(const Tensor& like, int64_t columns) {
   memset(stats.mutable_data_ptr(), 0, size_t(stats.numel()) * sizeof(double));
   return stats;
 }
+// [2, columns] of a forward.
+inline double* statistics_of(const char* op, const Tensor& stats, int64_t columns) {
+  return const_cast<double*>(static_cast<const double*>(checked({op, "stats"}, stats, CODES.float64, {2, columns})));
+}
+// Something a forward kept for its backward.
+inline void* kept(const Argument& a, const Tensor& t, int32_t dtype, Sizes size) { return const_cast<void*>(checked(a, t, dtype, size)); }
 // Gradients of parameters, each as its parameter lies.
 inline void append_gradients(std::vector<Tensor>& grads, const std::vector<Tensor>& params, bool zero) {
   for (const Tensor& p : params) {
@@ -135,16 +110,70 @@ inline void append_gradients(std::vector<Tensor>& grads, const std::vector<Tenso
   }
 }
 
-// [g, b, 3, 3] that lies as [g, 3, 3, b] and not as contiguous too.
-inline bool is_channels_last(const Tensor& w) {
-  if (w.is_contiguous() || w.dim() != 4) return false;
-  int64_t b = w.size(1);
-  return (w.size(0) == 1 || w.stride(0) == 9 * b) && w.stride(1) == 1 && w.stride(2) == 3 * b && w.stride(3) == b;
-}
-// A parameter or statistic: contiguous (or known to be channels_last), in the accumulation type of x, with numel elements.
-inline const void* parameter(const char* op, const Tensor& x, const Tensor& t, int64_t numel, const char* name, bool channels_last = false) {
-  STD_TORCH_CHECK(t.numel() == numel && (channels_last || t.is_contiguous()) && t.scalar_type() == accumulation_type(x) && t.is_cpu(), op, ": ", name, " must be contiguous, in the accumulation type, with ", numel, " elements");
-  return t.const_data_ptr();
-}
+// The parameters and the norms of a call, in order, each checked when it is taken.
+class Parameters {
+  const int32_t dtype;
+  const std::vector<Tensor>&params, &running;
+  const std::vector<int64_t>* frozen;  // null: all are
+  const std::vector<double>& eps;
+  size_t at = 0, norm = 0, statistic = 0;
+
+  const Tensor& take(const char* name, const std::vector<Tensor>& from, size_t i, const char* what) const {
+    require(i < from.size(), {op, name}, "got ", from.size(), " tensors, expected more: ", what);
+    return from[i];
+  }
+  const void* running_statistic(int64_t channels, const char* role) {
+    const Tensor& t = take("running", running, statistic, "mean and variance of each frozen norm");
+    return checked({op, "running", int64_t(statistic++), role}, t, dtype, {channels});
+  }
+
+ public:
+  const char* const op;
+
+  size_t layers;
+
+  // image_dtype: of what they are applied to. each: tensors a layer, in front of `last` others.
+  Parameters(const char* op, int32_t image_dtype, const std::vector<Tensor>& params, const std::vector<Tensor>& running,
+             const std::vector<int64_t>* frozen, const std::vector<double>& eps, size_t each, size_t last = 0)
+      : dtype(CODES.accumulation(image_dtype)), params(params), running(running), frozen(frozen), eps(eps), op(op) {
+    const bool whole = params.size() > last && (params.size() - last) % each == 0;
+    if (last) require(whole, {op, "params"}, "got ", params.size(), " tensors, expected ", each, " a layer, at least one layer, and ", last, " for the transition");
+    require(whole, {op, "params"}, "got ", params.size(), " tensors, expected ", each, " a layer, at least one layer");
+    layers = (params.size() - last) / each;
+    const size_t norms = params.size() / 3;  // of 3 tensors each
+    if (frozen) check_flags(op, "frozen", *frozen, norms, "a flag for each norm");
+    check_count({op, "eps"}, eps.size(), norms, "a number for each norm");
+    for (size_t i = 0; i < norms; i++) check_eps({op, "eps", int64_t(i)}, eps[i], fixed(i));
+  }
+  bool fixed(size_t i) const { return !frozen || (*frozen)[i]; }
+
+  // The output channels of the convolution whose weight is `ahead` of the next parameter.
+  int64_t rows(size_t ahead, const char* role, int64_t in, int64_t taps) const {
+    const Argument a{op, "params", int64_t(at + ahead), role};
+    const Tensor& t = take("params", params, at + ahead, role);
+    checked(a, t, dtype, {ANY, in, taps, taps}, taps > 1 ? Lies::Either : Lies::Contiguous);
+    require(t.size(0) > 0, a, "got ", Shown{t}, ", expected at least one output channel");
+    return t.size(0);
+  }
+  const void* next(const char* role, Sizes size, Lies how = Lies::Contiguous) {
+    const void* data = checked({op, "params", int64_t(at), role}, take("params", params, at, role), dtype, size, how);
+    at++;
+    return data;
+  }
+  // A 3x3 weight, and whether it lies as [out, 3, 3, in] and not as contiguous too.
+  const void* next(const char* role, int64_t out, int64_t in, bool& channels_last) {
+    const void* data = next(role, {out, in, 3, 3}, Lies::Either);
+    channels_last = !Extent(params[at - 1]).contiguous();
+    return data;
+  }
+  // The eps of the next norm, and its running statistics if it is frozen, else null.
+  void next_norm(int64_t channels, double& epsilon, const void*& mean, const void*& var) {
+    epsilon = eps[norm], mean = var = nullptr;
+    if (fixed(norm++)) mean = running_statistic(channels, "mean"), var = running_statistic(channels, "variance");
+  }
+  void end() const {
+    check_count({op, "running"}, running.size(), statistic, "mean and variance of each frozen norm");
+  }
+};
 
 }  // namespace csp

@@ -43,12 +43,24 @@ def consecutive(norms: Sequence[Any], start: int = 0) -> list[tuple[int, int]]:
     return columns
 
 
+def _check_memory(norms: Sequence[Any]) -> None:
+    """PyTorch would write to freed running statistics, and end the process."""
+    if torch.compiler.is_compiling():
+        return
+    for norm in norms:
+        for name in ("running_mean", "running_var"):
+            t = getattr(norm, name)
+            if type(t) is Tensor and t.data_ptr() == 0 and t.numel() and not t.is_meta:
+                raise RuntimeError(f"{name} {list(t.shape)}: got a freed storage of 0 bytes, expected its values")
+
+
 @torch.no_grad()
 def update_running(norms: Sequence[Any], columns: Sequence[tuple[int, int]], stats: Tensor, count: int) -> None:
     """Advance the running statistics as nn.BatchNorm2d does, from batch means and variances over `count` values.
 
     stats [2, columns]: mean and biased variance; columns: (start, length) of each norm in it.
     """
+    _check_memory(norms)
     counters: list[Tensor] = []
     groups: dict[tuple[float | None, torch.dtype], list[tuple[Tensor, Tensor, Tensor | None, int, int]]] = {}
     for norm, (start, length) in zip(norms, columns, strict=True):

@@ -45,6 +45,7 @@ def autocast(x: Tensor) -> Tensor:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):  # autocast leaves float64 alone
         return x
     if torch.is_autocast_enabled(kind):
+        check_storage(x)
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
@@ -69,19 +70,36 @@ def sliced(y: Tensor, channels_last: bool) -> Tensor:
     return y if fits else formatted(y, channels_last)
 
 
+def check_storage(t: Tensor) -> None:
+    """In front of PyTorch's copies, which would end the process where the memory was freed. What is not copied the
+    operators check themselves."""
+    if torch.compiler.is_compiling() or not torch._C._has_storage(t):
+        return
+    held, last = t.untyped_storage().nbytes(), sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    if t.numel() and held < (needed := (t.storage_offset() + last + 1) * t.element_size()):
+        raise ValueError(
+            f"tensor {list(t.shape)} of {t.dtype}: got a storage of {held} bytes, expected at least {needed}: "
+            "it was freed or resized"
+        )
+
+
 def pixels(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 def converted(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in dtype, contiguous or channels_last."""
-    return dense(t if t.dtype is dtype else t.to(dtype))
+    if t.dtype is not dtype:
+        check_storage(t)
+        t = t.to(dtype)
+    return dense(t)
 
 
 def dense(t: Tensor) -> Tensor:
     """t contiguous or channels_last."""
     if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)):
-        return t
+        return t  # the operator checks its storage
+    check_storage(t)
     return t.contiguous()
 
 

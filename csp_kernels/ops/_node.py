@@ -11,7 +11,7 @@ from torch import Tensor
 
 from csp_kernels import native
 from csp_kernels.backends import running_as, selected, why_not_triton
-from csp_kernels.ops._checks import converted, dense
+from csp_kernels.ops._checks import check_storage, converted, dense
 from csp_kernels.ops._transforms import batched, transformed
 
 
@@ -45,10 +45,11 @@ def in_place(x: Tensor) -> Tensor:
     fits = pitch >= c and all(
         size == 1 or got == want for size, got, want in zip(x.shape, x.stride(), wanted, strict=True)
     )
-    return x if fits else x.contiguous(memory_format=torch.channels_last)
+    return x if fits else packed(x)
 
 
 def packed(x: Tensor) -> Tensor:
+    check_storage(x)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -227,7 +228,7 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], formula: Formula) 
         )
 
     for suffix, fake in fakes.items():
-        torch.library.register_fake(f"csp_kernels::{name}{suffix}", fake)
+        torch.library.register_fake(f"csp_kernels::{name}{suffix}", _on_one_device(name + suffix, fake))
     _register_triton(name, fakes)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # torch passes them by name
@@ -241,6 +242,27 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], formula: Formula) 
 
     torch.library.register_autograd(f"csp_kernels::{name}", backward, setup_context=setup_context)
     torch.library.register_autograd(f"csp_kernels::{name}_backward", refuse)
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake kernel, which refuses real tensors beside meta tensors: it would return memory that nobody wrote."""
+
+    def run(*arguments: Any) -> Any:
+        first: Tensor | None = None
+        schema = getattr(torch.ops.csp_kernels, name).default._schema
+        for argument, value in zip(schema.arguments, arguments, strict=True):
+            for t in value if isinstance(value, (list, tuple)) else [value]:
+                if not isinstance(t, Tensor):
+                    continue
+                first = t if first is None else first
+                if t.device != first.device:
+                    raise RuntimeError(
+                        f"{name}: {argument.name}: got a tensor on {t.device} beside one on {first.device}, "
+                        "expected all on one device; move them with .to()"
+                    )
+        return fake(*arguments)
+
+    return run
 
 
 def _register_triton(name: str, suffixes: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ struct Current {
 
 #else
 #include <dlfcn.h>
-#include <torch/headeronly/util/Exception.h>
+#include "../checks.h"
 #define CSP_DISPATCH_KEY CUDA
 
 namespace csp::cuda {
@@ -34,7 +34,7 @@ inline cudaStream_t current_stream(int index) {
     return torch ? reinterpret_cast<Get>(dlsym(torch, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
   void* stream = nullptr;
-  STD_TORCH_CHECK(get && get(index, &stream) == 0, "csp_kernels: torch's current CUDA stream cannot be found");
+  require(get && get(index, &stream) == 0, {"csp_kernels", "CUDA"}, "torch's current stream cannot be found");
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -47,7 +47,7 @@ class Current {
   int index, previous = 0;
 
   void check(cudaError_t error) const {
-    STD_TORCH_CHECK(taken(error) == cudaSuccess, "csp_kernels: CUDA device ", index, ": ", cudaGetErrorString(error));
+    if (taken(error) != cudaSuccess) refuse({"csp_kernels", "CUDA device", index}, cudaGetErrorString(error));
   }
 
  public:

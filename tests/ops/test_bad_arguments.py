@@ -1,0 +1,636 @@
+"""Operators called directly, torch.ops.csp_kernels.*, with one argument spoiled: each call must raise an error that
+names the operator and the argument. It may not end the process, and it may not read what is not there.
+
+One call is made right, then every argument is spoiled in every way that fits its type. All calls run in a process of
+their own, which says what it is about to do: a signal is a failure with a name, and the rest goes on in another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import csp_kernels as csp
+
+OPS = torch.ops.csp_kernels
+SIZE = (2, 4, 6)  # N, H, W
+Arguments = dict[str, Any]
+ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
+NAN, INF, HUGE = float("nan"), float("inf"), 2**40
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+class Case(NamedTuple):
+    operator: str  # or the layer
+    argument: str
+    what: str
+    call: Callable[[], Any]
+    blames: tuple[str, ...]  # of these the error names one; none: the call must work
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator}: {self.argument}: {self.what}"
+
+
+# --- right arguments ---
+
+
+def image(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    n, h, w = SIZE
+    return torch.randn(n, channels, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def norm(channels: int) -> list[Tensor]:
+    return [torch.rand(channels) + 0.5, torch.randn(channels)]
+
+
+def conv(out: int, inside: int, size: int = 1) -> Tensor:
+    return torch.randn(out, inside, size, size) / (inside * size * size) ** 0.5
+
+
+def statistics(channels: list[int]) -> list[Tensor]:
+    return [t for c in channels for t in (torch.randn(c), torch.rand(c) + 0.5)]
+
+
+def named(op: str, *values: Any) -> Arguments:
+    """By the names in the operator's schema."""
+    names = [a.name for a in getattr(OPS, op).default._schema.arguments]
+    return dict(zip(names, values, strict=True))
+
+
+def call(op: str, arguments: Arguments) -> Any:
+    return getattr(OPS, op).default(*arguments.values())
+
+
+def layers(kind: int, channels: int) -> list[Tensor]:
+    """Parameters of two dense layers that grow by 4."""
+    found: list[Tensor] = []
+    for k in (channels, channels + 4):
+        if kind == 0:
+            found += [*norm(k), conv(6, k), *norm(6), conv(4, 6, 3)]
+        elif kind == 1:
+            found += [conv(6, k), *norm(6), conv(4, 6, 3), *norm(4)]
+        else:
+            branch = [conv(6, k), *norm(6), conv(2, 6, 3), *norm(2)]
+            found += [*branch, conv(6, k), *norm(6), conv(2, 6, 3), *norm(2), conv(2, 2, 3), *norm(2)]
+    return found
+
+
+def transition(post: bool, fusion: int, part: int, dense: int) -> list[Tensor]:
+    sizes = {0: [(6, dense), (10, part + 6)], 1: [(10, part + dense)], 2: [(6, dense)]}[fusion]
+    return [t for out, inside in sizes for t in (*norm(out if post else inside), conv(out, inside))]
+
+
+def vectors(params: list[Tensor]) -> list[int]:
+    """Channels of the norms."""
+    return [p.shape[0] for p in params if p.dim() == 1][::2]
+
+
+def norms(params: list[Tensor], frozen: tuple[int, ...]) -> tuple[list[Tensor], list[int], list[float]]:
+    """running, flags and eps; frozen is repeated."""
+    channels = vectors(params)
+    flags = [frozen[i % len(frozen)] for i in range(len(channels))]
+    return statistics([c for c, f in zip(channels, flags, strict=True) if f]), flags, [1e-5] * len(flags)
+
+
+def concat_conv(frozen: bool) -> dict[str, Arguments]:
+    mean, var = statistics([12]) if frozen else (None, None)
+    given = [image(5), image(16)], conv(12, 21), *norm(12), mean, var, 1e-5, 2, 0.1, [4, 8]
+    calls = {"concat_conv": named("concat_conv", *given)}
+    _, raw, stats = call("concat_conv", calls["concat_conv"])
+    grads = [image(4), image(8)]
+    calls["concat_conv_backward"] = named(
+        "concat_conv_backward", grads, *given[:6], raw, stats, 1e-5, 2, 0.1, [4, 8], [1, 0]
+    )
+    if frozen:
+        calls["concat_conv_inference"] = named("concat_conv_inference", *given)
+    return calls
+
+
+def partial_transition(fusion: int, post: bool, frozen: tuple[int, ...], bypass: bool = True) -> dict[str, Arguments]:
+    part, dense = (image(3) if bypass else None), image(8)
+    params = transition(post, fusion, 3 if bypass else 0, 8)
+    running, flags, eps = norms(params, frozen)
+    given = part, dense, params, running, flags, eps, fusion, post, True
+    forward = named("partial_transition", *given, True)
+    y, raw_t, raw_u, stats = call("partial_transition", forward)
+    backward = torch.randn_like(y), part, dense, params, running, raw_t, raw_u, stats, flags, eps, fusion, post, True
+    return {
+        "partial_transition": forward,
+        "partial_transition_backward": named("partial_transition_backward", *backward),
+    }
+
+
+def dense_block(frozen: tuple[int, ...], drop_rate: float, keep: bool) -> dict[str, Arguments]:
+    x, params = image(5), layers(0, 5)
+    running, flags, eps = norms(params, frozen)
+    seed = torch.tensor([7]) if drop_rate else None
+    forward = named("dense_block", x, params, running, flags, eps, seed, drop_rate, keep, 2)
+    y, z, stats = call("dense_block", forward)
+    grad = torch.randn_like(y)
+    backward = grad, y, z, stats, params, running, flags, eps, seed, drop_rate, 5, 2
+    calls = {"dense_block": forward, "dense_block_backward": named("dense_block_backward", *backward)}
+    if frozen == (1,):
+        calls["dense_block_inference"] = named("dense_block_inference", x, params, running, eps, 2)
+    return calls
+
+
+def post_dense_block(two_way: bool, frozen: tuple[int, ...], keep: bool) -> dict[str, Arguments]:
+    x, params = image(5), layers(1 + two_way, 5)
+    running, flags, eps = norms(params, frozen)
+    forward = named("post_dense_block", x, params, running, flags, eps, two_way, 2, keep)
+    y, *kept = call("post_dense_block", forward)
+    backward = torch.randn_like(y), x, *kept, params, running, flags, eps, two_way, 2
+    return {"post_dense_block": forward, "post_dense_block_backward": named("post_dense_block_backward", *backward)}
+
+
+def csp_stage(layer: int, fusion: int, frozen: tuple[int, ...], keep: bool) -> dict[str, Arguments]:
+    x, params = image(8), [*layers(layer, 5), *transition(layer > 0, fusion, 3, 5 + 8)]
+    running, flags, eps = norms(params, frozen)
+    given = x, params, running, flags, eps, 3, layer, fusion, True, 2
+    forward = named("csp_stage", *given, True, keep)
+    y, *kept = call("csp_stage", forward)
+    backward = torch.randn_like(y), x, *kept, *given[1:]
+    return {"csp_stage": forward, "csp_stage_backward": named("csp_stage_backward", *backward)}
+
+
+RIGHT: dict[str, Callable[[], dict[str, Arguments]]] = {
+    "batch statistics": partial(concat_conv, False),
+    "running statistics": partial(concat_conv, True),
+    "csp, post": partial(partial_transition, 0, True, (0, 1)),
+    "first, pre": partial(partial_transition, 1, False, (0,)),
+    "last, post": partial(partial_transition, 2, True, (1,)),
+    "csp, no bypass": partial(partial_transition, 0, False, (1, 0), bypass=False),
+    "dropout": partial(dense_block, (0, 1), 0.5, True),
+    "frozen": partial(dense_block, (1,), 0.0, False),
+    "one way": partial(post_dense_block, False, (1, 0), True),
+    "two ways": partial(post_dense_block, True, (0,), True),
+    "two ways, recomputed": partial(post_dense_block, True, (1,), False),
+    "pre": partial(csp_stage, 0, 0, (0, 1), True),
+    "post": partial(csp_stage, 1, 1, (1, 0), False),
+    "two ways in a stage": partial(csp_stage, 2, 2, (0,), True),
+}
+
+# --- how arguments are spoiled ---
+
+
+def like(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Of another shape, in the same order of elements."""
+    new = torch.zeros(shape, dtype=t.dtype)
+    last = t.dim() == len(shape) == 4 and t.stride(1) == 1 and not t.is_contiguous()
+    return new.contiguous(memory_format=torch.channels_last) if last else new
+
+
+def shortened(t: Tensor, bytes_left: int) -> Tensor:
+    copy = t.detach().clone()
+    copy.untyped_storage().resize_(bytes_left)
+    return copy
+
+
+def spoiled_tensor(t: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """What is wrong, and the tensor."""
+    yield "other float", lambda: t.to(torch.float64 if t.dtype != torch.float64 else torch.float32)
+    yield "integers", lambda: t.to(torch.int32)
+    yield "complex", lambda: t.to(torch.complex64)
+    yield "meta", lambda: t.to("meta")
+    yield "sparse", lambda: t.to_sparse()
+    yield "no dimensions", lambda: torch.zeros((), dtype=t.dtype)
+    yield "a dimension more", lambda: t.unsqueeze(0)
+    if t.dim() > 1:
+        yield "flat", lambda: t.flatten()
+    for d in range(t.dim()):
+        for what, size in ("less", t.shape[d] - 1), ("more", t.shape[d] + 1), ("none", 0):
+            if size != t.shape[d] and size >= 0:
+                shape = (*t.shape[:d], size, *t.shape[d + 1 :])
+                yield f"size {d}: {what}", lambda shape=shape: like(t, shape)
+    if t.numel() == 0:
+        return
+    yield "freed", lambda: shortened(t, 0)
+    yield "storage short", lambda: shortened(t, t.untyped_storage().nbytes() - t.element_size())
+    if t.dim() == 4 and t.shape[2] * t.shape[3] > 1:
+        if t.stride(1) == 1:
+            yield "NCHW", lambda: t.contiguous() if not t.is_contiguous() else t.transpose(2, 3).contiguous()
+        yield "transposed", lambda: t.transpose(2, 3).contiguous(memory_format=torch.channels_last).transpose(2, 3)
+    elif t.numel() > 1:
+        yield "every second element", lambda: torch.stack([t.flatten(), t.flatten()], -1)[:, 0].as_strided(
+            t.shape, tuple(2 * s for s in t.stride())
+        )
+    wide = [d for d in range(t.dim()) if t.shape[d] > 1]
+    if wide:
+        yield "stride 0", lambda: t.narrow(wide[0], 0, 1).expand_as(t)
+
+
+def spoiled_value(value: Any, name: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    if isinstance(value, Tensor):
+        yield from spoiled_tensor(value)
+        yield "None", lambda: None
+    elif isinstance(value, list):
+        yield from spoiled_list(value, name)
+    elif isinstance(value, bool):
+        yield "a string", lambda: "yes"
+    elif isinstance(value, int):
+        for bad in (-1, -HUGE, HUGE, 2**63 - 1, -(2**63), 3 if name == "winograd" else 100):
+            yield str(bad), lambda bad=bad: bad
+    elif isinstance(value, float):
+        for bad in (NAN, INF, -INF, -1.0):
+            if (name, bad) != ("negative_slope", -1.0):
+                yield str(bad), lambda bad=bad: bad
+
+
+def spoiled_list(values: list[Any], name: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield "a tensor", lambda: torch.zeros(3, 3)
+    if values:
+        yield "one less", lambda: values[:-1]
+        if values[1:]:
+            yield "none", lambda: []
+        yield "one more", lambda: [*values, values[-1]]
+        yield "None in it", lambda: [*values[:-1], None]
+    else:
+        yield "one more", lambda: [torch.zeros(5)]
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            options = list(spoiled_tensor(value))
+        elif isinstance(value, float):
+            options = [(str(bad), lambda bad=bad: bad) for bad in (NAN, INF, -1e-5)]
+        else:
+            options = [(str(bad), lambda bad=bad: bad) for bad in (-1, 2, HUGE, 2**63 - 1)]
+        for what, make in options:
+            yield f"{i}: {what}", lambda i=i, make=make: [*values[:i], make(), *values[i + 1 :]]
+
+
+# The first image of a call may have any size, so that another is wrong, or none.
+FIRST = {
+    "concat_conv": "inputs",
+    "partial_transition": "dense",
+    "dense_block": "x",
+    "post_dense_block": "x",
+    "csp_stage": "x",
+}
+
+
+def harmless(op: str, name: str, what: str, arguments: Arguments) -> bool:
+    """Another right call: a forward's only image of another size, or one that nothing is asked of."""
+    kind = op.removesuffix("_inference")
+    if name == FIRST.get(kind) and name != "inputs" and arguments.get("part") is None:
+        return what in {f"size {d}: {how}" for d in (0, 2, 3) for how in ("less", "more", "none")}
+    if name == "params" and (arguments.get("layer") == 0 or arguments.get("post") is False) and op in FIRST:
+        last = len(arguments[name]) - 1  # its rows are channels of the output alone
+        return what in (f"{last}: size 0: less", f"{last}: size 0: more")
+    if op == "partial_transition" and name == "part" and arguments["fusion"] == 2:
+        return what in {"None", "size 1: less", "size 1: more"}
+    if name in ("z", "middle") and what == "none":
+        return name == "z" and not arguments.get("middle")  # computed again
+    return name == "seed" and what == "None" and arguments["drop_rate"] == 0
+
+
+def unambiguous(what: str) -> bool:
+    """The spoiled argument is to blame, whatever the others are."""
+    return bool(re.search(r"freed|short|stride|NCHW|transposed|second|integers|complex|None in it", what))
+
+
+def bad_cases() -> Iterator[Case]:
+    for variant, make in RIGHT.items():
+        for op, arguments in make().items():
+            for name, value in arguments.items():
+                for what, bad in spoiled_value(value, name):
+                    if harmless(op, name, what, arguments):
+                        continue
+                    blames = (name,) if unambiguous(what) else tuple(arguments)
+                    if "sparse" in what:
+                        blames = ("Sparse",)  # the dispatcher's own words
+                    spoil = partial(call_spoiled, op, arguments, name, bad)
+                    yield Case(op, name, f"{what} ({variant})", spoil, blames)
+            yield from specific_cases(variant, op, arguments)
+
+
+def call_spoiled(op: str, arguments: Arguments, name: str, bad: Callable[[], Any]) -> Any:
+    return call(op, {**arguments, name: bad()})
+
+
+def specific_cases(variant: str, op: str, arguments: Arguments) -> Iterator[Case]:
+    """What the argument's type does not say."""
+    values: list[tuple[str, Any]] = []
+    if "splits" in arguments:
+        values += [("splits", s) for s in ([12], [4, 9], [0, 12], [-4, 16], [2**62, 2**62, 12], [HUGE, 12 - HUGE], [])]
+        values.remove(("splits", [12])) if not op.endswith("backward") else None
+    if "in_channels" in arguments:
+        values += [("in_channels", c) for c in (0, 4, 6, 12, 13)]
+    if "part_channels" in arguments:
+        values += [("part_channels", c) for c in (2, 4, 7, 8)]
+    if "drop_rate" in arguments:
+        values += [("drop_rate", 1.0), ("drop_rate", 1.5)]
+        if arguments["seed"] is not None:
+            two = torch.tensor([1, 2])
+            values += [("seed", s) for s in (two[:0], two, two.int()[:1], two.float()[:1], two[0])]
+    if "seed" in arguments and arguments["seed"] is None:
+        values += [("drop_rate", 0.5), ("seed", torch.tensor([1], dtype=torch.int32)), ("seed", torch.zeros(0))]
+    if "fusion" in arguments:
+        values += [("fusion", f) for f in (0, 1, 2) if f != arguments["fusion"]]
+    if "layer" in arguments:
+        values += [("layer", f) for f in (0, 1, 2) if f != arguments["layer"]]
+    if "two_way" in arguments:
+        values += [("two_way", not arguments["two_way"])]
+    if "act" in arguments:
+        values += [("act", 6)]
+    if arguments.get("z"):
+        values += [("z", arguments["z"] * 2)]
+    if "eps" in arguments and "frozen" in arguments and 0 in arguments["frozen"]:
+        values += [("eps", [0.0] * len(arguments["eps"]))]
+    if "wanted" in arguments:
+        values += [("wanted", [1]), ("wanted", [1, 0, 1]), ("wanted", [2, 1])]
+    for name, bad in values:
+        text = re.sub(r"\s+", " ", str(bad))[:60]
+        spoil = partial(call, op, {**arguments, name: bad})
+        yield Case(op, name, f"{text} ({variant})", spoil, tuple(arguments))
+
+
+# --- unusual and right ---
+
+
+def on_all(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        return [changed(v) for v in value] if isinstance(value, list) else value
+
+    return {name: changed(value) for name, value in arguments.items()}
+
+
+def channel_slice(t: Tensor) -> Tensor:
+    """An image in the middle of a wider one; anything else as it is."""
+    if t.dim() != 4 or t.is_contiguous() or t.shape[2:] == (3, 3):
+        return t
+    n, c, h, w = t.shape
+    wide = torch.full((n, c + 7, h, w), NAN, dtype=t.dtype).contiguous(memory_format=torch.channels_last)
+    wide[:, 3 : 3 + c] = t
+    return wide[:, 3 : 3 + c]
+
+
+def in_one_storage(t: Tensor) -> Tensor:
+    """Behind and in front of other values, as parameters in one flat tensor are."""
+    if t.numel() == 0:
+        return t
+    flat = torch.full((t.numel() + 24,), 3, dtype=t.dtype)
+    view = flat.as_strided(t.shape, t.stride(), 11)
+    view.copy_(t)
+    return view
+
+
+def exact_storage(t: Tensor) -> Tensor:
+    """A channel slice whose storage ends with its last element."""
+    cut = channel_slice(t)
+    last = sum((n - 1) * s for n, s in zip(cut.shape, cut.stride(), strict=True)) + cut.storage_offset() + 1
+    if cut.numel() and cut is not t:
+        cut.untyped_storage().resize_(last * cut.element_size())
+    return cut
+
+
+def weights_channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def odd_strides(t: Tensor) -> Tensor:
+    """Dimensions of size one with strides that mean nothing."""
+    return t.as_strided(t.shape, [s if n > 1 else 77 for n, s in zip(t.shape, t.stride(), strict=True)])
+
+
+UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda t: t,
+    "channel slices": channel_slice,
+    "one storage": in_one_storage,
+    "a storage that ends with the tensor": exact_storage,
+    "weights in channels_last": weights_channels_last,
+    "strides of sizes of one": odd_strides,
+    "negative bit": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
+    "wants gradients": lambda t: t.detach().requires_grad_(t.dtype == torch.float32),
+    "inference tensors": lambda t: inference_tensor(t),
+}
+
+
+def inference_tensor(t: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return t.clone()
+
+
+def flattened(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in flattened(v)] if isinstance(value, (list, tuple)) else []
+
+
+def call_changed(op: str, arguments: Arguments, change: Callable[[Tensor], Tensor]) -> None:
+    """The same numbers as without the change."""
+    plain, changed = (flattened(call(op, a)) for a in (arguments, on_all(arguments, change)))
+    for t, u in zip(plain, changed, strict=True):
+        padded = not op.endswith("backward") and t.dim() < 4 and t.dtype != torch.float64  # what forward keeps
+        assert t.shape == u.shape and (padded or torch.equal(t, u)), "other numbers than without the change"
+
+
+def call_of_size(op: str, make: Callable[[], dict[str, Arguments]], size: tuple[int, int, int]) -> None:
+    global SIZE
+    before, SIZE = SIZE, size
+    try:
+        for t in flattened(call(op, make()[op])):
+            assert t.device.type == "cpu"
+    finally:
+        SIZE = before
+
+
+def call_in_dtype(op: str, make: Callable[[], dict[str, Arguments]], dtype: torch.dtype) -> None:
+    """Images and what is kept in this dtype."""
+    forward = op.removesuffix("_backward").removesuffix("_inference")
+    arguments = make()[forward]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    names = {FIRST[forward], "part", "grads", "grad_y"}
+    arguments = {
+        name: on_all({"": value}, lambda t: t.to(dtype))[""]
+        if name in names
+        else on_all({"": value}, lambda t: t.to(wide) if t.is_floating_point() else t)[""]
+        for name, value in arguments.items()
+    }
+    for t in flattened(call(forward, arguments)):
+        assert t.dtype in (dtype, torch.float64)
+
+
+def call_on_meta(op: str, arguments: Arguments) -> None:
+    """Shapes, dtypes and strides as on the CPU; nothing is computed."""
+    real, fake = (flattened(call(op, a)) for a in (arguments, on_all(arguments, lambda t: t.to("meta"))))
+    for t, u in zip(real, fake, strict=True):
+        assert u.is_meta and (t.shape, t.dtype) == (u.shape, u.dtype)
+
+
+def good_cases() -> Iterator[Case]:
+    for variant, make in RIGHT.items():
+        for op, arguments in make().items():
+            for what, change in UNUSUAL.items():
+                if op == "dense_block_backward" and what in ("channel slices", "a storage that ends with the tensor"):
+                    continue  # takes no slices, see `packed`
+                if what == "weights in channels_last" and not op.startswith("dense"):
+                    change = lambda t: weights_channels_last(t) if t.shape[2:] == (3, 3) else t  # noqa: E731
+                yield Case(op, what, variant, partial(call_changed, op, arguments, change), ())
+            for size in (0, 4, 6), (3, 2, 2), (1, 2, 9), (1, 9, 2), (1, 2, 3):
+                yield Case(op, f"size {size}", variant, partial(call_of_size, op, make, size), ())
+            for dtype in (torch.bfloat16, torch.float16, torch.float64):
+                yield Case(op, str(dtype), variant, partial(call_in_dtype, op, make, dtype), ())
+            yield Case(op, "meta", variant, partial(call_on_meta, op, arguments), ())
+
+
+# --- layers ---
+
+
+LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
+    "ConcatConv": lambda: csp.ConcatConv([8], 6),
+    "DenseBlock": lambda: csp.DenseBlock(2, 8, growth_rate=4),
+    "PostDenseBlock": lambda: csp.PostDenseBlock(2, 8, growth_rate=4),
+    "TwoWayDenseBlock": lambda: csp.TwoWayDenseBlock(2, 8, growth_rate=4),
+    "CSPDenseStage": lambda: csp.CSPDenseStage(8, 8, 2, growth_rate=4),
+}
+
+
+def through(layer: str, tensor: str, train: bool, dtype: torch.dtype, x: Tensor) -> Any:
+    """The layer with this parameter or buffer, or its input, freed. In backward: after forward."""
+    module = LAYERS[layer]().train(train).to(dtype)
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers()) | {"input": x.to(dtype)}
+    when, _, name = tensor.rpartition(" ")
+    given = tensors["input"]
+    if not when:
+        tensors[name].data.untyped_storage().resize_(0)
+    y = module([given] if layer == "ConcatConv" else given)
+    if when:
+        tensors[name].data.untyped_storage().resize_(0)
+        (y[0] if isinstance(y, list) else y).sum().backward()
+
+
+def layer_cases() -> Iterator[Case]:
+    for layer, make in LAYERS.items():
+        module = make()
+        statistics = [name for name, _ in module.named_buffers() if "running" in name]
+        names = ["input", *(name for name, _ in module.named_parameters()), *statistics]
+        modes = (True, torch.float32, True), (False, torch.float32, False), (True, torch.bfloat16, False)
+        for train, dtype, nhwc in modes:
+            kept = [name for name in names if "conv" in name and train and dtype == torch.float32]  # others are copies
+            for name in [*names, *(f"backward {name}" for name in kept)]:
+                x = image(8) if nhwc else image(8).contiguous()
+                run = partial(through, layer, name, train, dtype, x)
+                what = f"freed, {'train' if train else 'eval'} {dtype} {'NHWC' if nhwc else 'NCHW'}"
+                yield Case(layer, name, what, run, ("storage",))
+
+
+def cases() -> list[Case]:
+    torch.manual_seed(0)
+    return [*bad_cases(), *good_cases(), *layer_cases()]
+
+
+# --- the subprocess ---
+
+
+def outcome(case: Case) -> str:
+    """"", or what went wrong."""
+    try:
+        case.call()
+    except ERRORS as error:
+        text = str(error)
+        if not case.blames:
+            return f"raised {type(error).__name__}: {text}"
+        if "Sparse" not in case.blames and re.search(r"/\w+/|\.(cpp|h|cu):\d", text):
+            return f"names a file: {text}"
+        blamed = any(re.search(rf"\b{name}", text) for name in case.blames)
+        known = blamed and (case.operator in LAYERS or case.operator in text)
+        return "" if known else f"does not name {' or '.join(case.blames)}: {text}"
+    except AssertionError as error:
+        return str(error) or "assertion failed"
+    return "raised nothing" if case.blames else ""
+
+
+def run_from(first: int, table: list[Case]) -> None:
+    for i, case in enumerate(table[first:], first):
+        print(json.dumps(["run", i, ""]), flush=True)
+        print(json.dumps(["end", i, outcome(case)]), flush=True)
+
+
+def main() -> None:
+    """Says of each case that it begins, and how it ended. A child runs them; after a signal another goes on."""
+    csp.use_backend("native")
+    torch.set_num_threads(1)
+    table, first = cases(), 0
+    print(json.dumps([[case.operator, case.name] for case in table]), flush=True)
+    while first < len(table):
+        reader, writer = os.pipe()
+        if not (child := os.fork()):
+            os.dup2(writer, 1)
+            os.close(reader)
+            run_from(first, table)
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as lines:
+            for line in lines:
+                first = json.loads(line)[1] + 1
+                print(line, end="", flush=True)
+        _, status = os.waitpid(child, 0)
+        if status:
+            code = os.waitstatus_to_exitcode(status)
+            print(json.dumps(["end", first - 1, f"signal {-code}" if code < 0 else f"exit status {code}"]), flush=True)
+
+
+def run_all() -> dict[str, list[str]]:
+    """Operator -> its cases and what went wrong in each, "" if nothing did."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__], text=True, capture_output=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    head, *lines = map(json.loads, done.stdout.splitlines())
+    ends = {i: text for kind, i, text in lines if kind == "end"}
+    assert sorted(ends) == list(range(len(head))), "not every case ran"
+    found: dict[str, list[str]] = {}
+    for i, (operator, name) in enumerate(head):
+        found.setdefault(operator, []).append(f"{name}: {ends[i]}" if ends[i] else "")
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[str]]:
+    return run_all()
+
+
+OPERATORS = [
+    *(f"{kind}{suffix}" for kind in FIRST for suffix in ("", "_backward")),
+    "concat_conv_inference",
+    "dense_block_inference",
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_freed_memory_in_a_layer(layer: str, outcomes: dict[str, list[str]]) -> None:
+    """Not a signal: neither from the operators nor from PyTorch's copies in front of them."""
+    failures = [text for text in outcomes[layer] if text]
+    assert len(outcomes[layer]) >= 10
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_each_call_names_its_argument_or_works(operator: str, outcomes: dict[str, list[str]]) -> None:
+    failures = [text for text in outcomes[operator] if text]
+    assert len(outcomes[operator]) >= 100
+    assert not failures, "\n".join(failures)
+
+
+def test_every_operator_is_in_the_table() -> None:
+    """Of those that take tensors on a CPU."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("csp_kernels::")]
+    on_cpu = {n.partition("::")[2] for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "CPU")}
+    takes_tensors = {n for n in on_cpu if getattr(OPS, n).default._schema.arguments}
+    assert takes_tensors == {*OPERATORS}
+
+
+if __name__ == "__main__":
+    main()
