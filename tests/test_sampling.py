@@ -1,4 +1,4 @@
-"""What `make test` leaves to `make verify`: cases of a function, never all; faults that fit into a budget."""
+"""What `make test` leaves to `make verify`, and faults that fit into a budget."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def test_cases_of_each_function_stay() -> None:
     assert marked("layers/test_dense_block.py::test_compiled_eval", 3) == [False, True, False]
     assert marked("layers/test_dense_block.py::test_modes", 9) == [False] * 9
     assert marked("cuda/test_conv3x3.py::test_single", 1) == [False]
+    assert marked("cuda/test_conv3x3.py::test_address_sanitizer", 2) == [True, True]
 
 
 def test_within(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
