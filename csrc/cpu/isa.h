@@ -43,7 +43,7 @@ struct Isa {
 inline const Isa* isas(int* count) {
 #if defined(CSP_ISAS_X86)
   __builtin_cpu_init();
-  static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  [[maybe_unused]] static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
   static const Isa all[] = {

@@ -7,7 +7,8 @@ namespace csp::CSP_ISA {
 
 template <class S> struct Output { S* y; int64_t pitch; };  // [P, pitch], a split each
 
-// y = average(activation(norm(z))); z [N*H*W][pitch] in columns; behind the last split nothing is read.
+// y = average(activation(norm(z))); z [N*H*W][pitch] in columns. Here and below no padding of z is read: it may lie behind the end,
+// and is NaN where the product's input is not finite.
 template <class S, class A>
 void activate(const Parallel& parallel, const Grid& grid, const S* z, int64_t pitch, const Affine<typename Types<S>::T>& norm,
               const Splits& splits, const Output<S>* out, const A& activation) {
@@ -60,7 +61,7 @@ void activate_backward(const Parallel& parallel, const Grid& grid, const S* z, i
           T part = grid.pool ? T(0.25) : T(1);
           for (int64_t q = 0; q < m; q++) {
             Vec<T> dy = out[i].y && from[q] >= 0 ? load(out[i].y + from[q] * out[i].pitch + c, size - c) * part : Vec<T>{};
-            Vec<T> centred = load(z + (p0 + q) * pitch + k) - mean, d = activation.gradient(centred * scale + shift, dy);
+            Vec<T> centred = load(z + (p0 + q) * pitch + k, size - c) - mean, d = activation.gradient(centred * scale + shift, dy);
             if (dn) store(dn + (p0 + q) * pitch + k, d);
             sum += d, sum_x += d * centred;
           }
@@ -99,7 +100,7 @@ template <class S, class A> struct ActivatedGradient final : Gradient<S> {
   void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const override {
     pack_gradient<U>([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
       const auto& from = dy.at[n / LANES<T>];
-      Vec<T> centred = load(z + pixel * pitch + n) - load(norm.mean + n), pre = centred * load(norm.scale + n) + load(norm.shift + n);
+      Vec<T> centred = load(z + pixel * pitch + n, from.left) - load(norm.mean + n), pre = centred * load(norm.scale + n) + load(norm.shift + n);
       Vec<T> d = from.left > 0 ? activation.gradient(pre, load(from.y + pixel * from.pitch, from.left)) : Vec<T>{};
       d *= load(correction.scale + n);
       return correction.owes ? d + (centred * load(correction.slope + n) + load(correction.offset + n)) : d;

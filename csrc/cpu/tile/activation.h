@@ -60,7 +60,7 @@ template <class T> struct Hardswish {
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x * clamp(x + T(3)) * T(1.0 / 6); }
   CSP_INLINE Vec<T> gradient(Vec<T> x, Vec<T> g) const {
     Vec<T> inside = g * (x * T(1.0 / 3) + T(0.5));
-    return x <= -3 ? Vec<T>{} : x < 3 ? inside : g;
+    return x <= -3 ? Vec<T>{} : x >= 3 ? g : inside;
   }
   static CSP_INLINE Vec<T> clamp(Vec<T> x) { Vec<T> six = Vec<T>{} + T(6); return x < 0 ? Vec<T>{} : x > 6 ? six : x; }
 };
