@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from csp_kernels.kernels import dense_block, partial_transition, post_dense_block
-from csp_kernels.kernels.launch import Geometry, laid_as, pixels_of, precision_of
+from csp_kernels.kernels.launch import Geometry, check, check_count, laid_as, pixels_of, precision_of
 from csp_kernels.kernels.partial_transition import Grown, PartialTransition
 from csp_kernels.kernels.post_dense_block import Kept
 from csp_kernels.ops._node import fake_image as image
@@ -64,9 +64,18 @@ class _Stage(ABC):
         what = self.options.fusion, self.post, self.options.pool, self.geometry
         return PartialTransition(self.part, dense, grown, *self.last, *what, stats, precision, dense_stats)
 
+    @property
+    @abstractmethod
+    def block(self) -> dense_block.Block | post_dense_block.Block:
+        """The dense layers."""
+
     @abstractmethod
     def dense_columns(self) -> int:
         """Of the statistics."""
+
+    @abstractmethod
+    def check_kept(self, kept: Kept) -> None:
+        """What a backward pass was given."""
 
     @abstractmethod
     def keep(self, bottlenecks: bool) -> Kept:
@@ -93,6 +102,11 @@ class _Pre(_Stage):
         return dense_block.Block(
             self.x, self.dense.shape[1], *self.layers, None, 0.0, self.options.winograd, self.stats, collects
         )
+
+    def check_kept(self, kept: Kept) -> None:
+        check(self.x, [("features", kept.features, (self.pixels, self.block.total), self.x.dtype)])
+        check_count("middle", kept.middle, 0)
+        self.block.check_kept(self.x, kept.z)
 
     def keep(self, bottlenecks: bool) -> Kept:
         z = [self.block.scratch(self.x) for _ in self.block.layers] if bottlenecks else []
@@ -127,6 +141,9 @@ class _Post(_Stage):
         options = self.options.layer == 2, self.options.winograd, self.stats
         return post_dense_block.Block(self.x, self.dense.shape[1], *self.layers, *options)
 
+    def check_kept(self, kept: Kept) -> None:
+        self.block.check_kept(self.x, kept)
+
     def keep(self, bottlenecks: bool) -> Kept:
         return self.block.keep(self.x, len(self.block.layers) if bottlenecks else 0)
 
@@ -147,12 +164,17 @@ class _Post(_Stage):
 
 def _stage(x: Tensor, norms: _Norms, options: _Options, stats: Tensor | None = None) -> _Stage:
     params, running, frozen, eps = norms
+    check_count("params", params, 3 * len(frozen))
+    check(x, [("x", x, tuple(x.shape), x.dtype)])
     last = transition_count(FUSIONS[options.fusion])  # of the parameters
     n = len(frozen) - last // 3
     fixed = 2 * sum(1 for f in frozen[:n] if f)
     layers = _Norms(params[:-last], running[:fixed], frozen[:n], eps[:n])
     transition = _Norms(params[-last:], running[fixed:], frozen[n:], eps[n:])
-    return (_Post if options.layer else _Pre)(x, layers, transition, options, stats)
+    stage = (_Post if options.layer else _Pre)(x, layers, transition, options, stats)
+    part, dense, fusion = options.part_channels, stage.block.total, options.fusion
+    partial_transition.check_arguments(x, part, dense, *transition, fusion, stage.post)
+    return stage
 
 
 # --- the operators, with the schemas of csrc/csp_stage.cpp ---
@@ -208,6 +230,10 @@ def backward(
         return [dx, *(torch.zeros_like(p) for p in params)]
     options = _Options(part_channels, layer, fusion, pool, winograd)
     stage = _stage(x, _Norms(params, running, frozen, eps), options, stats)
-    kept = Kept(features, z, middle)
+    kept, last = Kept(features, z, middle), stage.last.params
+    partial_transition.check_gradient(grad_y, x, output_size(fusion, part_channels, last), pool)
+    partial_transition.check_raw(x, raw_t, raw_u, raw_sizes(x, last, fusion, stage.post, pool))
+    check(x, [("stats", stats, (2, stage.columns + partial_transition.columns(last)), torch.float64)])
+    stage.check_kept(kept)
     gradients = stage.backward(pixels_of(grad_y), kept, raw_t, raw_u, pixels_of(dx))
     return [dx, *(laid_as(gradient, p) for gradient, p in zip(gradients, params, strict=True))]

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from csp_kernels.kernels import conv3x3, cuda, mix, statistics
-from csp_kernels.kernels.launch import Correction, Geometry, Norm, laid_as, pixels_of, precision_of
+from csp_kernels.kernels.launch import (
+    Correction,
+    Geometry,
+    Norm,
+    check,
+    check_count,
+    check_norms,
+    check_params,
+    laid_as,
+    pixels_of,
+    precision_of,
+)
 from csp_kernels.kernels.norm import BatchNorm, due, pay
 from csp_kernels.ops._node import fake_image as image
 from csp_kernels.ops._node import padded
@@ -34,6 +45,16 @@ def columns(in_channels: int, params: Sequence[Tensor]) -> int:
     return in_channels + len(params) // 6 * (params[2].shape[0] + params[5].shape[0])
 
 
+def _check_params(like: Tensor, in_channels: int, params: Sequence[Tensor]) -> None:
+    if not params or len(params) % 6:
+        raise ValueError(f"params: got {len(params)} items, expected 6 a layer")
+    shapes: list[tuple[int, ...]] = []
+    b, g = params[2].shape[0], params[5].shape[0]
+    for k in range(in_channels, in_channels + len(params) // 6 * g, g):
+        shapes += [(k,), (k,), (b, k, 1, 1), (b,), (b,), (g, b, 3, 3)]
+    check_params(like, params, shapes)
+
+
 class Block:
     """The arguments of an operator, by layer. stats: [2, at least columns]."""
 
@@ -53,7 +74,14 @@ class Block:
     ) -> None:
         """collects: whether something else needs the features' statistics."""
         n, _, h, w = like.shape
+        _check_params(like, in_channels, params)
         layers, self.width, self.growth = len(params) // 6, params[2].shape[0], params[5].shape[0]
+        channels = [len(p) for i, p in enumerate(params) if i % 3 == 0]
+        check_norms(like, channels, [1] * len(channels) if frozen is None else frozen, eps, running)
+        if stats is not None:
+            check(like, [("stats", stats, (2, *stats.shape[1:]), torch.float64)])
+        if seed is not None:
+            check(like, [("seed", seed, (1,), torch.int64)])
         self.geometry, self.pixels = Geometry(n, h, w), n * h * w
         self.channels, self.total = in_channels, in_channels + layers * self.growth
         size = 2, columns(in_channels, params)
@@ -100,6 +128,12 @@ class Block:
     def scratch(self, like: Tensor) -> Tensor:
         """[P, padded(b)], as what is kept of a layer."""
         return like.new_empty((self.pixels, padded(self.width)))
+
+    def check_kept(self, like: Tensor, z: Sequence[Tensor]) -> None:
+        """What a backward pass was given."""
+        check_count("z", z, len(self.layers) if z else 0)
+        shape = self.pixels, padded(self.width)
+        check(like, [(f"z[{i}]", t, shape, like.dtype) for i, t in enumerate(z)])
 
     def bottleneck(self, layer: _Layer, norm: Norm, features: Tensor, out: Tensor, collect: bool) -> Tensor:
         z = out[:, : self.width]
@@ -210,6 +244,10 @@ def backward(
     if y.numel() == 0:
         return [dx, *(torch.zeros_like(p) for p in params)]
     block = Block(y, in_channels, params, running, frozen, eps, seed, drop_rate, winograd, stats)
+    shape = (y.shape[0], block.total, *y.shape[2:])
+    check(y, [("y", y, shape, y.dtype), ("grad_y", grad_y, shape, y.dtype)])
+    check(y, [("stats", stats, (2, columns(in_channels, params)), torch.float64)])
+    block.check_kept(y, z)
     grad, owed = y.new_empty((block.pixels, block.layers[-1].entering)), stats.new_zeros((2, block.total))
     gradients = block.backward(pixels_of(y), z, pixels_of(grad_y), grad, owed, pixels_of(dx))
     return [dx, *(laid_as(gradient, p) for gradient, p in zip(gradients, params, strict=True))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -205,6 +206,48 @@ def unit(*sizes: int) -> int:
 
 def blocks(n: int, size: int) -> int:
     return -(-n // size)
+
+
+Argument = tuple[str, Tensor, tuple[int, ...], torch.dtype]  # name, what came, shape and dtype expected
+
+
+def check(like: Tensor, arguments: Iterable[Argument]) -> None:
+    """For operators called directly (csp.ops has checks of its own): what a kernel would take for something else, or
+    read where nothing is, which ends the process' use of the device. All must be where `like` is."""
+    for name, x, shape, dtype in arguments:
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: got {x.dtype}, expected {dtype} for an input of {like.dtype}")
+        if x.shape != shape:
+            raise ValueError(f"{name}: got shape {list(x.shape)}, expected {list(shape)}")
+        if x.device != like.device:
+            raise ValueError(f"{name}: got a tensor on {x.device}, expected {like.device}, where the input is")
+        if x.numel() and not x.untyped_storage().nbytes():
+            raise ValueError(f"{name}: its memory was freed")
+
+
+def check_params(like: Tensor, params: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Of an operator whose input is `like`."""
+    check_count("params", params, len(shapes))
+    wide = sum_dtype(like.dtype)
+    check(like, [("input", like, tuple(like.shape), like.dtype)])
+    check(like, [(f"params[{i}]", p, s, wide) for i, (p, s) in enumerate(zip(params, shapes, strict=True))])
+
+
+def check_norms(
+    like: Tensor, channels: Sequence[int], frozen: Sequence[int], eps: Sequence[float], running: Sequence[Tensor]
+) -> None:
+    """channels: of each norm; running: mean and variance of those that are frozen."""
+    check_count("frozen", frozen, len(channels))
+    check_count("eps", eps, len(channels))
+    sizes = [n for n, fixed in zip(channels, frozen, strict=True) if fixed for _ in range(2)]
+    check_count("running", running, len(sizes))
+    wide = sum_dtype(like.dtype)
+    check(like, [(f"running[{i}]", r, (n,), wide) for i, (r, n) in enumerate(zip(running, sizes, strict=True))])
+
+
+def check_count(name: str, items: Sequence[object], expected: int) -> None:
+    if len(items) != expected:
+        raise ValueError(f"{name}: got {len(items)} items, expected {expected}")
 
 
 def check_view(x: Tensor, name: str) -> None:

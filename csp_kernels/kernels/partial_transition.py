@@ -8,18 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from csp_kernels.kernels import activate, mix, statistics
 from csp_kernels.kernels.activate import IDENTITY, RELU
-from csp_kernels.kernels.launch import Correction, Geometry, Norm, laid_as, pixels_of, precision_of
+from csp_kernels.kernels.launch import (
+    Correction,
+    Geometry,
+    Norm,
+    check,
+    check_count,
+    check_norms,
+    check_params,
+    laid_as,
+    pixels_of,
+    precision_of,
+)
 from csp_kernels.kernels.norm import BatchNorm, due, pay
 from csp_kernels.ops._node import fake_image as image
 from csp_kernels.ops._node import padded, winograd
-from csp_kernels.ops.partial_transition import FUSIONS, output_size, raw_sizes
+from csp_kernels.ops.partial_transition import FUSIONS, count, output_size, raw_sizes
 
 
 class Grown(NamedTuple):
@@ -66,6 +77,7 @@ class PartialTransition:
         the inputs (its pool is not read). stats [2, n] float64 view, n = columns(params): filled by forward, read by
         backward. dense_stats [2, d] float64 view: batch statistics of dense, where known."""
         kind = FUSIONS[fusion]
+        check(dense, [("stats", stats, (2, columns(params)), torch.float64)])
         self.part, self.dense, self.grown, self.dense_stats = part, dense, grown, dense_stats
         self.post, self.precision = post, precision
         self.full = replace(geometry, pool=False)
@@ -313,6 +325,30 @@ def _scratch(like: Tensor, pixels: int, channels: int) -> Tensor:
     return like.new_empty((pixels, padded(channels)))[:, :channels]
 
 
+def check_arguments(
+    like: Tensor,
+    part: int,
+    dense: int,
+    params: Sequence[Tensor],
+    running: Sequence[Tensor],
+    frozen: Sequence[int],
+    eps: Sequence[float],
+    fusion: int,
+    post: bool,
+) -> None:
+    """part, dense: channels, those of the dense part in all."""
+    kind = FUSIONS[fusion]
+    check_count("params", params, count(kind))
+    first, last = params[2].shape[0], params[-1].shape[0]
+    t, u = (first, dense), (last, part + (dense if kind == "first" else first))
+    shapes: list[tuple[int, ...]] = []
+    for out, entering in {"csp": (t, u), "first": (u,), "last": (t,)}[kind]:
+        n = out if post else entering
+        shapes += [(n,), (n,), (out, entering, 1, 1)]
+    check_params(like, params, shapes)
+    check_norms(like, [p.shape[0] for p in params[::3]], frozen, eps, running)
+
+
 def columns(params: Sequence[Tensor]) -> int:
     """Channels of the norms: of the statistics."""
     return sum(p.shape[0] for p in params[::3])
@@ -331,6 +367,17 @@ def _convs(
         yield _Conv(weight.flatten(1), norm, None if fixed else batch)
 
 
+def check_gradient(grad_y: Tensor, x: Tensor, channels: int, pool: bool) -> None:
+    """Of an output that has so many channels."""
+    h, w = (size // 2 if pool else size for size in x.shape[2:])
+    check(x, [("grad_y", grad_y, (x.shape[0], channels, h, w), x.dtype)])
+
+
+def check_raw(like: Tensor, raw_t: Tensor, raw_u: Tensor, sizes: tuple[int, int]) -> None:
+    given = zip(("raw_t", "raw_u"), (raw_t, raw_u), sizes, strict=True)
+    check(like, [(name, raw, (size,), like.dtype) for name, raw, size in given])
+
+
 # --- the operators, with the schemas of csrc/partial_transition.cpp ---
 
 
@@ -346,6 +393,7 @@ def forward(
     pool: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(part, dense, params, running, frozen, eps, fusion, post)
     h, w = (size // 2 if pool else size for size in dense.shape[2:])
     y = image(dense, output_size(fusion, 0 if part is None else part.shape[1], params), h, w)
     sizes = raw_sizes(dense, params, fusion, post, pool) if keep else (0, 0)
@@ -372,14 +420,24 @@ def backward(
     post: bool,
     pool: bool,
 ) -> list[Tensor]:
+    _check(part, dense, params, running, frozen, eps, fusion, post)
     dpart = dense.new_empty((0,)) if part is None else image(part, part.shape[1])
     ddense = image(dense, dense.shape[1])
     if grad_y.numel() == 0:
         return [dpart.zero_(), ddense.zero_(), *(torch.zeros_like(p) for p in params)]
     call = _call(part, dense, params, running, frozen, eps, fusion, post, pool, stats)
+    check_gradient(grad_y, dense, output_size(fusion, 0 if part is None else part.shape[1], params), pool)
+    check_raw(dense, raw_t, raw_u, raw_sizes(dense, params, fusion, post, pool))
     to = None if part is None else pixels_of(dpart)
     gradients, _ = call.backward(pixels_of(grad_y), raw_t, raw_u, to, pixels_of(ddense), None)
     return [dpart, ddense, *(laid_as(gradient, p) for gradient, p in zip(gradients, params, strict=True))]
+
+
+def _check(part: Tensor | None, dense: Tensor, *given: Any) -> None:
+    n, d, h, w = dense.shape
+    channels = 0 if part is None else part.shape[1]
+    check(dense, [] if part is None else [("part", part, (n, channels, h, w), dense.dtype)])
+    check_arguments(dense, channels, d, *given)
 
 
 def _call(

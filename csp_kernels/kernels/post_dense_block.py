@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 from csp_kernels.kernels import activate, conv3x3, mix, statistics
-from csp_kernels.kernels.launch import Correction, Geometry, Norm, laid_as, pixels_of, precision_of
+from csp_kernels.kernels.launch import (
+    Argument,
+    Correction,
+    Geometry,
+    Norm,
+    check,
+    check_count,
+    check_norms,
+    check_params,
+    laid_as,
+    pixels_of,
+    precision_of,
+)
 from csp_kernels.kernels.norm import BatchNorm, due
 from csp_kernels.ops._node import fake_image as image
 from csp_kernels.ops._node import padded
@@ -64,6 +76,19 @@ def columns(params: Sequence[Tensor]) -> int:
     return sum(gamma.shape[0] for gamma in params[1::3])
 
 
+def _check_params(like: Tensor, in_channels: int, params: Sequence[Tensor], two_way: bool) -> None:
+    each = 15 if two_way else 6
+    if not params or len(params) % each:
+        raise ValueError(f"params: got {len(params)} items, expected {each} a layer")
+    b, g, k = params[0].shape[0], params[3].shape[0], in_channels
+    shapes: list[tuple[int, ...]] = []
+    for _ in range(len(params) // each):
+        convs = [(b, k, 1, 1), (g, b, 3, 3)] * (2 if two_way else 1) + [(g, g, 3, 3)] * two_way
+        shapes += [shape for conv in convs for shape in (conv, conv[:1], conv[:1])]
+        k += g * (2 if two_way else 1)
+    check_params(like, params, shapes)
+
+
 class Block:
     """The arguments of an operator, by layer. stats: [2, at least columns]."""
 
@@ -80,6 +105,10 @@ class Block:
         stats: Tensor | None = None,
     ) -> None:
         n, _, h, w = like.shape
+        _check_params(like, in_channels, params, two_way)
+        check_norms(like, [len(gamma) for gamma in params[1::3]], frozen, eps, running)
+        if stats is not None:
+            check(like, [("stats", stats, (2, *stats.shape[1:]), torch.float64)])
         self.branches, self.growth = 2 if two_way else 1, params[3].shape[0]
         self.geometry, self.pixels = Geometry(n, h, w), n * h * w
         self.channels, self.precision = in_channels, precision_of(like, winograd)
@@ -124,6 +153,16 @@ class Block:
     def keep(self, like: Tensor, layers: int) -> Kept:
         """Uninitialised; layers: how many of them keep z and middle."""
         return Kept(like.new_empty((self.pixels, self.grown)), *self._raw(like, layers))
+
+    def check_kept(self, x: Tensor, kept: Kept) -> None:
+        """What a backward pass of x was given."""
+        sizes = {"z": self.branches * padded(self.width), "middle": padded(self.growth)}
+        layers = len(self.layers) if kept.z else 0
+        arguments: list[Argument] = [("features", kept.features, (self.pixels, self.grown), x.dtype)]
+        for (name, size), given in zip(sizes.items(), kept[1:], strict=True):
+            check_count(name, given, layers if name == "z" or self.branches > 1 else 0)
+            arguments += [(f"{name}[{i}]", t, (self.pixels, size), x.dtype) for i, t in enumerate(given)]
+        check(x, arguments)
 
     def _raw(self, like: Tensor, layers: int) -> tuple[list[Tensor], list[Tensor]]:
         z, middle = self.branches * padded(self.width), padded(self.growth)
@@ -291,6 +330,9 @@ def backward(
     if x.numel() == 0:
         return [dx, *(torch.zeros_like(p) for p in params)]
     block = Block(x, x.shape[1], params, running, frozen, eps, two_way, winograd, stats)
+    check(x, [("grad_y", grad_y, (x.shape[0], block.total, *x.shape[2:]), x.dtype)])
+    check(x, [("stats", stats, (2, columns(params)), torch.float64)])
+    block.check_kept(x, Kept(features, z, middle))
     d, into, grad = pixels_of(grad_y), pixels_of(dx), torch.empty_like(features)
     block.load()
     statistics.copy_split(d[:, : block.channels], into, None)

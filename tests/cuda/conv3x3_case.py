@@ -104,11 +104,13 @@ class Problem:
 
     def plant(self) -> None:
         """In z: an image and a channel each. In the gradient: also where a ReLU is not active. In features that
-        owe nothing."""
+        owe nothing. In 16 bits those are seen, and minus infinity is not in the sums: selects would spill."""
         n, h, w = self.case.images
-        for channel, value in enumerate((math.nan, math.inf, -math.inf)):
+        values = (math.nan, math.inf, -math.inf) if self.case.dtype == torch.float32 else (math.nan, math.inf)
+        for channel, value in enumerate(values):
             self.z[(channel % n * h + h // 2) * w + w // 2, channel] = value
-            self.features[channel, 0] = value
+            if self.case.dtype == torch.float32:
+                self.features[channel, 0] = value
         self.correction[1][0] = 0.0
         self.norm[2][4] = -100.0
         self.gradient[w + 1, -1] = math.nan

@@ -53,7 +53,7 @@ class Family:
 
 LOOP, FORWARD_FILE = "device/conv3x3.cuh", "device/conv3x3_forward.cuh"
 DGRAD_FILE, WGRAD_FILE = "device/conv3x3_dgrad.cuh", "device/conv3x3_wgrad.cuh"
-REDUCE_FILE, PROLOGUE_FILE = "device/reduce.cuh", "device/prologue.cuh"
+REDUCE_FILE = "device/reduce.cuh"
 PRE = "fmaf(z, scale[i], shift[i])"
 STEP_BARRIER = "      barrier();\n      uint32_t swap = halo;"
 LATE = "    wait_copies<{}>();\n    product"
@@ -94,7 +94,6 @@ SUMS = (
     Bug("dgrad: no mask", DGRAD, DGRAD_FILE, f"on && !({PRE} <= 0)", "on"),
     Bug("dgrad: NaN is masked", DGRAD, DGRAD_FILE, f"!({PRE} <= 0)", f"{PRE} > 0"),
     Bug("dgrad: a mask that multiplies", DGRAD, DGRAD_FILE, "dn = keep ? gradient : 0", "dn = keep * gradient"),
-    Bug("wgrad: NaN where nothing is owed", WGRAD, PROLOGUE_FILE, "a == 0 ? rest : fmaf", "fmaf"),
     Bug("forward: statistics count what is outside", FORWARD, FORWARD_FILE, "count += on;", "count += 1;"),
     Bug(
         "wgrad: slabs are not all added", WGRAD, REDUCE_FILE, "row < Reduction::ROWS; row++) sum", "row < 2; row++) sum"

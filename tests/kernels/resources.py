@@ -248,6 +248,20 @@ A cell: registers a thread (AMD: VGPRs), KiB of shared memory a program, and ten
 or absent arguments make several kernels of one configuration, the most registers and memory of them. A spill is said,
 in bytes. Empty: not a configuration for that target.
 
+Numbers at the end of their range, float32 and bfloat16:
+
+- NaN and infinity go where they go in plain PyTorch: ReLU keeps NaN and passes its gradient, a gradient in front of a
+  ReLU that is not active is 0 whatever it is, statistics of a channel that has one are not finite. The 3x3 is a direct
+  sum here, so one pixel reaches the eight around it and no more. In 16 bits CUDA C++ also hands NaN of a feature to its
+  gradient where fixed norms owe nothing, which plain PyTorch does not, and the gradient of a norm's weight does not see
+  minus infinity behind a ReLU, where plain PyTorch has NaN.
+- Batch statistics in Triton are right as long as float32 holds each deviation from the mean of its tile (3.4e38);
+  CUDA C++ sums squares in float32, up to a deviation of about 1e18. Beyond that the variance is NaN, never a finite
+  number or infinity (which would make finite outputs of nothing but the bias).
+- What a norm takes from the gradient of its input is kept as a float32 slope, gamma / variance * mean(dn * normalised
+  x). Where that is below 1.2e-38 it loses digits without a word, below 1.4e-45 it counts as 0: for gradients of 1e-8
+  from standard deviations of about 1e15 on.
+
 BP, BN, BK: pixels, output and input channels of a tile; w: warps.
 
 """

@@ -49,7 +49,7 @@ template <class T, class C> struct DgradEpilogue {
   // One element: the masked gradient, added to the sums.
   DEVICE float element(bool on, float gradient, float z, int i) {
     const bool keep = on && !(fmaf(z, scale[i], shift[i]) <= 0);  // NaN passes its gradient
-    const float dn = keep ? gradient : 0, centred = on ? z - mean[i] : 0;
+    const float dn = keep ? gradient : 0, centred = keep ? z - mean[i] : 0;
     sum[i] += dn;
     sum_z[i] = fmaf(dn, centred, sum_z[i]);
     return dn * scale[i];

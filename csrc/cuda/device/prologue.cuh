@@ -68,14 +68,13 @@ struct DropoutMask {
   }
 };
 
-// dropout(g + f * a + b), a and b being the negated slope and offset; where a is 0 nothing is owed, and NaN in f is not seen
-DEVICE float owed(float f, float a, float rest) { return a == 0 ? rest : fmaf(f, a, rest); }
+// dropout(g + f * a + b), a and b being the negated slope and offset. NaN in f is seen where a is 0, too: a select costs spills here.
 template <class T> DEVICE uint4 correct(uint4 gradient, uint4 feature, const Eight& e, const DropoutMask& mask, int pixel, int channel) {
   uint32_t g[4] = {gradient.x, gradient.y, gradient.z, gradient.w}, f[4] = {feature.x, feature.y, feature.z, feature.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     float2 u = unpack<T>(g[i]), v = unpack<T>(f[i]);
-    float low = owed(v.x, e.a[2 * i], u.x + e.b[2 * i]), high = owed(v.y, e.a[2 * i + 1], u.y + e.b[2 * i + 1]);
+    float low = fmaf(v.x, e.a[2 * i], u.x + e.b[2 * i]), high = fmaf(v.y, e.a[2 * i + 1], u.y + e.b[2 * i + 1]);
     if (mask.active) low = mask.apply(low, pixel, channel + 2 * i), high = mask.apply(high, pixel, channel + 2 * i + 1);
     g[i] = pack<T>(low, high);
   }
