@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import ALL, LAYERS, check_same, inputs, make, plain, step, tensors
+from twins import ALL, check_same, inputs, make, plain, step, tensors
 
 import csp_kernels as csp
 
