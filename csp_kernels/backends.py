@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -128,15 +128,12 @@ def _checked(name: str, argument: str) -> str:
 
 
 _selected = _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)  # the process's choice
-# Plain calls that set it, in order. Every call looks like one until it is entered as a context, which takes it out
-# again; the first is the environment's, and what lies below one whose object is gone can never come back.
-_calls: list[tuple[Callable[[], use_backend | None], str]] = [(lambda: None, _selected)]
+# (object, choice, entered as a context). Every call looks like a plain one until it is entered.
+_Choice = tuple[Callable[[], "use_backend | None"], str, bool]
+_calls: list[_Choice] = [(lambda: None, _selected, False)]  # plain ones for the process, in order; the last one counts
 _lock = threading.RLock()
-
-# Contexts of this thread or asyncio task, innermost last: (object, choice, entered); not entered: a plain call inside
-# the context below, which ends with it.
-_Context = tuple["use_backend", str, bool]
-_contexts: ContextVar[tuple[_Context, ...]] = ContextVar("csp_kernels_backend", default=())
+# Those of this thread or asyncio task: contexts, innermost last, each followed by the plain calls inside it.
+_contexts: ContextVar[tuple[_Choice, ...]] = ContextVar("csp_kernels_backend", default=())
 _traced = ""  # the choice of a context inside a compiled function, while Dynamo traces it: it cannot set a ContextVar
 _latest = _selected  # of any thread, for compiled functions where Dynamo cannot read a ContextVar either
 
@@ -169,12 +166,10 @@ class use_backend:
         _latest = name
         contexts = _contexts.get()
         if contexts:
-            _contexts.set((*(contexts if contexts[-1][2] else contexts[:-1]), (self, name, False)))
+            _contexts.set((*_possible(contexts), (weakref.ref(self), name, False)))
             return
         with _lock:
-            settled = max((i for i, (call, _) in enumerate(_calls) if call() is None), default=0)
-            _calls[:settled] = []
-            _calls.append((weakref.ref(self), name))
+            _calls[:] = [*_possible(_calls), (weakref.ref(self), name, False)]
             _selected = name
 
     def __enter__(self) -> use_backend:
@@ -183,10 +178,10 @@ class use_backend:
             _selected, self._around, _traced = self._outside, _traced, self.name
             return self
         with _lock:
-            _calls[:] = [entry for entry in _calls if entry[0]() is not self]
+            _calls[:] = [call for call in _calls if call[0]() is not self]
             _selected = _calls[-1][1]
-        contexts = tuple(c for c in _contexts.get() if c[0] is not self or c[2])
-        _contexts.set((*contexts, (self, self.name, True)))
+        contexts = (c for c in _contexts.get() if c[2] or c[0]() is not self)
+        _contexts.set((*contexts, (weakref.ref(self), self.name, True)))
         _latest = self.name
         return self
 
@@ -198,12 +193,19 @@ class use_backend:
             _traced = self._around
             return
         contexts = _contexts.get()
-        mine = [i for i, (owner, _, entered) in enumerate(contexts) if owner is self and entered]
-        if mine:  # none: left in another thread or task than it was entered in
+        mine = [i for i, (owner, _, entered) in enumerate(contexts) if entered and owner() is self]
+        if mine:  # none: it was entered in another thread or task, whose context it stays
             after = contexts[mine[-1] + 1 :]
             plain = next((i for i, (_, _, entered) in enumerate(after) if entered), len(after))
             _contexts.set((*contexts[: mine[-1]], *after[plain:]))
         _latest = selected()
+
+
+def _possible(choices: Sequence[_Choice]) -> Sequence[_Choice]:
+    """Without the plain calls that can never count again: below one that nobody can enter any more."""
+    start = max((i for i, c in enumerate(choices) if c[2]), default=-1) + 1
+    final = max((i for i, c in enumerate(choices) if i >= start and c[0]() is None), default=start)
+    return [*choices[:start], *choices[final:]]
 
 
 def selected() -> str:

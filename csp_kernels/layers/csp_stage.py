@@ -91,7 +91,7 @@ class ResidualBlock(nn.Module):
         if block == "bottleneck":
             self.conv3 = conv(mid_channels, out_channels, 1, "identity")
         self.act = nn.Identity() if block == "dark" else activation(act, negative_slope)
-        self.block, self.stride = block, stride
+        self.block, self.stride, self.missing = block, stride, out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(self.conv1(x))
@@ -99,9 +99,8 @@ class ResidualBlock(nn.Module):
             y = self.conv3(y)
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
-        missing = y.shape[1] - x.shape[1]
-        if missing:
-            x = F.pad(x, (0, 0, 0, 0, 0, missing))  # a negative number drops channels
+        if self.missing:
+            x = F.pad(x, (0, 0, 0, 0, 0, self.missing))  # a negative number drops channels
         return self.act(y + x)
 
     def extra_repr(self) -> str:

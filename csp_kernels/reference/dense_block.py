@@ -31,9 +31,9 @@ class DenseLayer(nn.Module):
 
 
 def _activated(norm: nn.Module, x: Tensor) -> Tensor:
-    """ReLU of the norm, in place as torchvision's; not where a backward hook forbids a change of the norm's output."""
+    """ReLU of the norm, in place as torchvision's, unless a backward hook or another norm may need its own output."""
     hooks = norm._backward_hooks, norm._backward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks
-    return F.relu(norm(x), inplace=not any(hooks))
+    return F.relu(norm(x), inplace=type(norm) is nn.BatchNorm2d and not any(hooks))
 
 
 class DenseBlock(nn.Module):

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from twins import LAYERS, NETWORKS, check_same, inputs, make, plain, step, tensors
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
+from twins import LAYERS, NETWORKS, check_same, inputs, make, plain, step, tensors
 
 import csp_kernels as csp
 
@@ -532,7 +532,7 @@ def test_shared_norms_of_several_layers_compiled_and_frozen() -> None:
     model[1].denselayer1.norm2 = model[1].denselayer2.norm2 = model[0].denselayer1.norm2
     theirs = nn.Sequential(*(plain(m) for m in model))
     for i in (1, 2):
-        setattr(theirs[1].get_submodule(f"denselayer{i}"), "norm2", theirs[0].denselayer1.norm2)
+        theirs[1].get_submodule(f"denselayer{i}").norm2 = theirs[0].denselayer1.norm2
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for training in (True, True, False):
         model.train(training)
