@@ -64,9 +64,7 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 def fixed(running: Sequence[Tensor], dtype: torch.dtype, gradients: bool) -> list[Tensor]:
     """Running statistics in dtype, contiguous; for backward copies, since later steps of training change them."""
-    if gradients:
-        return [r.to(dtype, memory_format=torch.contiguous_format, copy=True) for r in running]
-    return [converted(r, dtype) for r in running]
+    return [dense(r.clone()) if gradients and r.dtype is dtype else converted(r, dtype) for r in running]
 
 
 def winograd(dtype: torch.dtype) -> int:
@@ -102,7 +100,7 @@ class _Node(torch.autograd.Function):
         arguments = _folded(flat, lengths)
         with torch._C._AutoDispatchBelowAutograd():  # past the other door, which would only pass the call on
             output = op(*arguments)
-        _save(ctx, formula, arguments, output)
+        _save(ctx, formula, arguments, output, lengths)
         outputs += _lengths(output)
         ctx.outputs, ctx.backend, ctx.watched = outputs, selected(), []
         return _flat(output)
@@ -139,21 +137,21 @@ def _folded(flat: Sequence[Any], lengths: list[int]) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _save(ctx: Any, formula: Formula, arguments: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Any, formula: Formula, arguments: tuple[Any, ...], output: Any, lengths: list[int]) -> None:
     images, kept, ctx.rest = formula.save(arguments, output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*_flat(output[1:]))
     ctx.save_for_backward(*images, *_flat(kept))
     ctx.formula, ctx.images, ctx.kept = formula, len(images), _lengths(kept)
-    ctx.lengths = _lengths(arguments)
-    ctx.arguments = sum(map(abs, ctx.lengths))
+    ctx.lengths, ctx.arguments = lengths, sum(map(abs, lengths))
 
 
 def _saved(ctx: Any) -> Saved:
     """As it was saved: hooks (disk, compression, pinned memory) may give back other strides."""
     tensors = ctx.saved_tensors
     images = [None if t is None else in_place(t) for t in tensors[: ctx.images]]
-    return Saved(images, _folded([t if t is None else dense(t) for t in tensors[ctx.images :]], ctx.kept), ctx.rest)
+    kept = [t if t is None or t.is_contiguous() else dense(t) for t in tensors[ctx.images :]]
+    return Saved(images, _folded(kept, ctx.kept), ctx.rest)
 
 
 def _beyond_kernels(ctx: Any, saved: Saved, grad: Any) -> Sequence[Tensor | None] | None:
@@ -232,7 +230,7 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], formula: Formula) 
     _register_triton(name, fakes)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # torch passes them by name
-        _save(ctx, formula, inputs, output)
+        _save(ctx, formula, inputs, output, _lengths(inputs))
 
     def backward(ctx: Any, grad: Any, *_: Any) -> tuple[Any, ...]:
         saved = _saved(ctx)

@@ -27,9 +27,8 @@ def transformed(tensors: Iterable[Tensor | None]) -> bool:
 
 def batched(tensors: Iterable[Tensor | None]) -> bool:
     """Gradients of torch.autograd.grad(is_grads_batched=True), which come in an older kind of batch than vmap's."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+    known = torch._C._functorch.is_legacy_batchedtensor
+    return any(t is not None and known(t) for t in tensors)
 
 
 def uses_reference(x: Tensor, *tensors: Tensor | None) -> bool:
