@@ -1,0 +1,93 @@
+"""Gradients of norms whose input lies at 1000 with a standard deviation of 0.01: float32 cannot hold the mean.
+
+Every operator in float32 against its twin in float64, with an absolute bound: the naive float32 twin is far worse.
+Each 1x1 passes single channels through, so that what it gives is exact and the norm behind it meets the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import BlockCase, ConcatConvCase, StageCase, TransitionCase
+from torch import Tensor
+
+import csp_kernels as csp
+
+pytestmark = pytest.mark.usefixtures("native")
+BOUND = 2e-3
+LARGE: dict[str, Any] = {"mean": 1000.0, "std": 0.01, "size": (2, 12, 12), "kinks": False}
+
+
+@dataclass(frozen=True)
+class DenseCase(BlockCase):
+    layer: str = "pre"
+
+    def call(self, where: Any, inputs: list[Tensor], params: list[Tensor], running: list[Tensor]) -> Any:
+        return where.dense_block(*inputs, params, running, frozen=self.flags, **self.options)
+
+
+ONE: dict[str, Any] = {**LARGE, "layers": 1}
+CASES: dict[str, cases.Case] = {
+    "concat": ConcatConvCase(**LARGE),
+    "concat silu": ConcatConvCase(**LARGE, options={"act": "silu"}),
+    "dense": DenseCase(**LARGE),
+    "dense recompute": DenseCase(**LARGE, options={"recompute": "bottleneck"}),
+    "post": BlockCase(**ONE),
+    "two_way": BlockCase(**ONE, layer="two_way"),
+    **{
+        f"partial {order} {fusion}": TransitionCase(**LARGE, order=order, fusion=fusion, pool=None)
+        for order in ("pre", "post")
+        for fusion in ("csp", "first", "last")
+    },
+    "stage pre": StageCase(**LARGE, pool=None),
+    "stage post": StageCase(**ONE, layer="post", pool=None),
+    "stage two_way": StageCase(**ONE, layer="two_way", pool=None),
+}
+
+
+def one_channel_a_row(weight: Tensor, raw: int, keep: bool) -> Tensor:
+    """A 1x1 weight that passes one of its first `raw` channels through; keep: and adds the others as before."""
+    chosen, rows = weight.clone(), torch.arange(weight.shape[0])
+    chosen[:, : raw if keep else None] = 0.0
+    chosen[rows, rows % raw] = 1.0
+    return chosen
+
+
+def prepare(case: cases.Case, leaves: dict[str, Tensor]) -> set[str]:
+    """Makes the products of what lies at 1000 exact; the names of their weights, whose own gradients cancel."""
+    raw: dict[str, tuple[int, bool]] = {}
+    if isinstance(case, ConcatConvCase):
+        raw["weight"] = sum(case.channels), False
+    elif isinstance(case, TransitionCase) and case.order == "post":
+        raw["t.conv.weight"] = case.dense, False
+        raw["u.conv.weight"] = (case.part, True) if case.fusion == "csp" else (case.part + case.dense, False)
+    elif isinstance(case, BlockCase) and case.layer != "pre":
+        part = case.part if isinstance(case, StageCase) else 0
+        raw |= {f"0.{branch}conv1.weight": (case.channels - part, False) for branch in ("", "branch1.", "branch2.")}
+        raw["t.conv.weight"], raw["u.conv.weight"] = (case.channels - part, False), (part, True)
+    for name, (channels, keep) in raw.items():
+        if name in leaves:
+            leaves[name] = one_channel_a_row(leaves[name], channels, keep)
+    return {f"grad {name}" for name in raw}
+
+
+@pytest.mark.parametrize("frozen", [(), (False, True), (True, False)], ids=["batch", "second frozen", "first frozen"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name: str, frozen: tuple[bool, ...]) -> None:
+    case = replace(CASES[name], frozen=frozen)
+    torch.manual_seed(0)
+    leaves, running = case.leaves(), case.running()
+    cancelling = prepare(case, leaves)
+    outputs, _ = case(csp.ops, leaves, running)
+    given = [torch.randn_like(y) + 1 for y in outputs]
+    ours = cases.run(case, csp.ops, leaves, running, given)
+    wide = {key: t.double() for key, t in leaves.items()}
+    exact = cases.run(case, csp.reference, wide, [t.double() for t in running], given)
+    for key, scale in cases.scales(exact).items():
+        if key.startswith("grad") and key not in cancelling:
+            error = (ours[key].double() - exact[key]).norm().item() / (scale or 1.0)
+            assert error < BOUND, f"{key}: {error:.1e}"
