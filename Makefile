@@ -6,35 +6,51 @@ PIP := $(PY) -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 ARGS ?=
 TARGET ?= sm_90
+# Tests run in a process for each core, at most 8, of one thread each: pytest-xdist.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 8 --dist loadfile
+BUDGET ?= 120
 
-.PHONY: demo test bench gpu lint build clean distclean help
+.PHONY: demo test verify bench gpu lint build cuda mutate sanitize fuzz clean distclean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   train networks on 5,000 MNIST digits, fused and naive side by side (needs no download of data)"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests: every kind of them, a sample of the many; ten minutes from nothing"
+	@echo "make verify run the others: the many, all instruction sets, CUDA by nvcc, planted faults; half an hour"
 	@echo "make bench  time the operators against eager PyTorch and torch.compile"
 	@echo "make gpu    on a GPU: all tests, tests/gpu, benchmarks and plots; without one: compile every kernel for TARGET ($(TARGET))"
 	@echo "make lint   ruff and mypy"
-	@echo "make build  compile the library in place"
+	@echo "make build  compile the library in place, for every instruction set, and for CUDA where there are a GPU and nvcc"
+	@echo "make cuda   compile the CUDA kernels where there is no GPU, warnings and spills being errors, into build/cuda"
+	@echo "make mutate plant faults and see that tests notice, for BUDGET ($(BUDGET)) seconds a script; BUDGET=0: all of them"
+	@echo "make sanitize  run operators and random comparisons under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz   compare 50,000 random layers with their plain twins: hours; ARGS='--minutes 10' for some of them"
 	@echo "make clean  remove build products; make distclean also removes $(VENV)"
 	@echo "ARGS is passed on: make demo ARGS='--network all', make test ARGS='-k demo', make bench ARGS='--dtype bfloat16'"
 
-demo: $(VENV)/.demo $(VENV)/.build
+demo: $(VENV)/.demo $(VENV)/.native
 	$(PY) -m csp_kernels demo $(ARGS)
 
-test: $(VENV)/.test $(VENV)/.build
-	$(PY) -m pytest $(ARGS)
+test: $(VENV)/.test $(VENV)/.native
+	$(PYTEST) $(ARGS)
 
-bench: $(VENV)/.bench $(VENV)/.build
+verify: $(VENV)/.test $(VENV)/.build
+	$(PYTEST) -m verify $(ARGS)
+	for isa in $$($(PY) -c 'from csp_kernels import native; print(*native.isas())'); do \
+	  CSP_KERNELS_ISA=$$isa $(PY) -m csp_kernels info >/dev/null 2>&1 || { echo "$$isa does not run here"; continue; }; \
+	  echo "instruction set $$isa"; CSP_KERNELS_ISA=$$isa $(PYTEST) tests/ops tests/test_isa.py || exit 1; \
+	done
+	$(MAKE) --no-print-directory cuda mutate
+
+bench: $(VENV)/.bench $(VENV)/.native
 	$(PY) benchmarks/bench_dense_block.py $(ARGS)
 
 # ARGS is the benchmark's. It runs even where a test fails: it checks its candidates itself.
 gpu: $(VENV)/.test $(VENV)/.build
 	@if $(PY) -c 'import sys; from csp_kernels.backends import why_not_triton; sys.exit(why_not_triton() or 0)'; then \
 	  failed=0; \
-	  $(PY) -m pytest || failed=1; \
+	  $(PYTEST) || failed=1; \
 	  $(PY) -m pytest tests/gpu || failed=1; \
 	  $(PY) benchmarks/gpu.py --plot $(ARGS) || failed=1; \
 	  exit $$failed; \
@@ -49,28 +65,67 @@ lint: $(VENV)/.lint
 
 build: $(VENV)/.build
 
+# A kernel that spills or uses local memory is an error. Objects are kept; the library in place stays as it is.
+cuda: $(VENV)/.torch
+	@if command -v "$${NVCC:-nvcc}" >/dev/null; then \
+	  CSP_KERNELS_CUDA=1 CSP_KERNELS_CUDA_ARCHS="$${CSP_KERNELS_CUDA_ARCHS:-90}" \
+	    NVCC_APPEND_FLAGS="$${NVCC_APPEND_FLAGS:--Xptxas=-warn-spills,-warn-lmem-usage -Werror all-warnings}" \
+	    $(PY) setup.py -q build_ext --build-lib build/cuda; \
+	else echo "nvcc is missing: CUDA kernels were run on the host only, not compiled for a GPU"; fi
+
+mutate: $(VENV)/.test $(VENV)/.native
+	$(PY) tests/kernels/mutate.py --budget $(BUDGET)
+	$(PY) tests/cuda/mutate.py --budget $(BUDGET)
+	$(PY) tests/cpu/mutate.py --budget $(BUDGET)
+
+# A library of its own, build/sanitize/_C.so. The interpreter knows nothing of sanitizers: their runtime is preloaded.
+SANITIZED = CSP_KERNELS_LIBRARY=build/sanitize/_C.so OMP_NUM_THREADS=2 UBSAN_OPTIONS=print_stacktrace=1 \
+  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0 \
+  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"
+SANITIZE_TESTS ?= odd or growth or one or layout or expanded or channels_last
+sanitize: $(VENV)/.test
+	CXX=c++ CSP_KERNELS_SANITIZE=1 CSP_KERNELS_CUDA=0 CSP_KERNELS_ISAS="$${CSP_KERNELS_ISAS:-native}" $(PY) setup.py -q build_ext
+	$(SANITIZED) $(PY) tests/fuzz/compare.py --cases 300
+	$(SANITIZED) $(PY) -m pytest -p no:benchmark -x tests/ops -k "$(SANITIZE_TESTS)" $(ARGS)
+
+fuzz: $(VENV)/.test $(VENV)/.native
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz/compare.py --cases 50000 $(ARGS)
+
+# --- what the targets need, one line a step; what the steps print goes to a file, whose end is shown where one fails ---
+
+LOG := build/setup.log
+step = @mkdir -p build; echo "$(1)"; { $(2); } >$(LOG) 2>&1 || \
+  { status=$$?; tail -n 40 $(LOG); echo "failed: $(1); all it said is in $(LOG)"; exit $$status; }
+
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "csp_kernels needs Python >= 3.10; name one: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	touch $@
+	$(call step,1/4 creating $(VENV),$(PYTHON) -m venv $(VENV))
+	@touch $@
 
+# --no-compile: torch's thousands of files are compiled when they are imported, most never.
 $(VENV)/.torch: $(VENV)/.python
-	$(PIP) install "setuptools>=77" "torch>=2.11"
-	touch $@
+	$(call step,2/4 installing torch: a minute or two,$(PIP) install -q --no-compile "setuptools>=77" "torch>=2.11")
+	@touch $@
+
+# The package in place and the extra's dependencies.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(call step,3/4 installing what make $* needs,CSP_KERNELS_NATIVE=0 $(PIP) install -q --no-compile --no-build-isolation -e ".[$*]")
+	@touch $@
+
+# The library for this machine alone, where there is none for all: enough to try and to test, in a quarter of the time.
+$(VENV)/.native: $(VENV)/.torch setup.py $(NATIVE)
+	$(call step,4/4 compiling for this machine: a minute or two,CSP_KERNELS_ISAS="$${CSP_KERNELS_ISAS:-native}" CSP_KERNELS_CUDA="$${CSP_KERNELS_CUDA:-0}" $(PY) setup.py -q build_ext --inplace)
+	@grep ' builds ' $(LOG) || true
+	@touch $@
 
 $(VENV)/.build: $(VENV)/.torch setup.py $(NATIVE)
 	$(PY) setup.py -q build_ext --inplace
-	touch $@
-
-# The package in place (the objects built above are kept) and the extra's dependencies.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml | $(VENV)/.build
-	$(PIP) install --no-build-isolation -e ".[$*]"
-	touch $@
+	@touch $@ $(VENV)/.native
 
 clean:
 	rm -rf build dist *.egg-info csp_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
-	rm -f $(VENV)/.build
+	rm -f $(VENV)/.build $(VENV)/.native
 	find csp_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

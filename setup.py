@@ -2,14 +2,16 @@
 
 The library has no Python API and no pybind: one file serves every Python and every torch >= 2.11.
 csrc/cpu/*.cpp is compiled once per instruction set; the library picks one when it loads. csrc/cuda/*.cu is compiled
-where nvcc is found; the library then still loads on machines and with torch builds without CUDA.
+where there are a GPU and nvcc; the library then still loads on machines and with torch builds without CUDA.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CSP_KERNELS_NATIVE=0 leaves the library out; CSP_KERNELS_ISAS="v3" names
-the instruction sets to compile for (default: all that the compiler knows; a name is an error where it does not).
-CSP_KERNELS_SANITIZE=1 builds build/sanitize/_C.so instead, with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+the instruction sets to compile for (default: all that the compiler knows; a name is an error where it does not;
+"native" is the best that runs on this machine).
+CSP_KERNELS_SANITIZE=1 builds build/sanitize/_C.so instead, with AddressSanitizer and UndefinedBehaviorSanitizer.
 CUDA: the compiler is NVCC, else nvcc of CUDA_HOME or on PATH (NVCC_CCBIN and NVCC_APPEND_FLAGS are its own);
-CSP_KERNELS_CUDA=0 leaves CUDA out, 1 fails without it; CSP_KERNELS_CUDA_ARCHS="80,90" names compute capabilities
-(default: those of 80, 90 and 100 that this nvcc knows).
+CSP_KERNELS_CUDA=0 leaves CUDA out, 1 compiles it where torch finds no GPU too (for wheels) and fails without nvcc;
+CSP_KERNELS_CUDA_ARCHS="80,90" names compute capabilities (default: those of 80, 90 and 100 that this nvcc knows) and
+compiles for them, GPU or not.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,16 +56,25 @@ X86_ISAS: dict[str, list[str]] = {
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "v4bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
 }
+# What a machine must have to run one, as csrc/cpu/isa.h asks.
+X86_FEATURES: dict[str, str] = {
+    "v3": "avx2 fma bmi2 f16c",
+    "v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
+    "v4bf16": "avx512f avx512bw avx512cd avx512dq avx512vl avx512bf16",
+}
 CXX_FLAGS = [
     "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
 ]  # fmt: skip
-SANITIZERS = ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow",
-              "-fno-sanitize-recover=all"]  # fmt: skip
+SANITIZERS = [
+    "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+]
 if SANITIZE:  # checks as calls: inlined into unrolled loops they take minutes to compile
     CXX_FLAGS += [*SANITIZERS, "--param=asan-instrumentation-with-call-threshold=0", "-O1", "-g1", "-DCSP_SANITIZE"]
 
 CUDA_ARCHITECTURES = ("80", "90", "100")
+SLOWEST = ("post_dense_block", "dense_block", "concat_conv")  # to compile
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"]
 
 
@@ -144,12 +155,31 @@ def instruction_sets(compiler: Sequence[str]) -> dict[str, list[str]]:
     """Name -> flags of the instruction sets to build: CSP_KERNELS_ISAS, or all that this compiler targets here."""
     usable = usable_instruction_sets(compiler)
     named = os.environ.get("CSP_KERNELS_ISAS", "").replace(",", " ").split()
+    if "native" in named:
+        named = [native_instruction_set(compiler, usable) if name == "native" else name for name in named]
     if missing := sorted({*named} - {*usable}):
         raise SystemExit(
             f"csp_kernels: CSP_KERNELS_ISAS: got {', '.join(missing)}, expected some of {', '.join(usable)}, "
-            "which this compiler can build here. Name these, or leave it empty for all."
+            "which this compiler can build here, or native. Name these, or leave it empty for all."
         )
     return {name: flags for name, flags in usable.items() if not named or name in named}
+
+
+def native_instruction_set(compiler: Sequence[str], usable: Iterable[str]) -> str:
+    """The best of these that runs on this machine: a small program asks."""
+    x86 = [name for name in usable if name in X86_FEATURES]
+    asked = {name: " && ".join(f'__builtin_cpu_supports("{f}")' for f in X86_FEATURES[name].split()) for name in x86}
+    tests = "".join(f'  if ({condition}) best = "{name}";\n' for name, condition in asked.items())
+    start = "  __builtin_cpu_init();\n" if x86 else ""
+    body = f'  const char* best = "baseline";\n{start}{tests}  std::puts(best);\n'
+    program = f"#include <cstdio>\nint main() {{\n{body}}}\n"
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "native.cpp"), Path(folder, "native")
+        source.write_text(program)
+        done = run([*compiler, str(source), "-o", str(binary)])
+        if done.returncode:
+            raise SystemExit(f"csp_kernels: CSP_KERNELS_ISAS=native: cannot build a small program:\n{done.stdout}")
+        return run([str(binary)]).stdout.strip()
 
 
 def usable_instruction_sets(compiler: Sequence[str]) -> dict[str, list[str]]:
@@ -177,6 +207,9 @@ def find_cuda() -> Cuda | None:
     if wanted == "0":
         say("skips CUDA: CSP_KERNELS_CUDA=0")
         return None
+    if not (wanted or os.environ.get("CSP_KERNELS_CUDA_ARCHS") or has_gpu()):
+        say("skips CUDA: torch finds no GPU here; CSP_KERNELS_CUDA=1 compiles for other machines")
+        return None
     home = os.environ.get("CUDA_HOME")
     name = os.environ.get("NVCC") or (f"{home}/bin/nvcc" if home else "nvcc")
     compiler = shutil.which(name)
@@ -189,6 +222,13 @@ def find_cuda() -> Cuda | None:
         return None
     version = run([compiler, "--version"]).stdout.strip().splitlines()[-1]
     return Cuda(compiler, version, architectures(compiler), cuda_libraries(compiler))
+
+
+def has_gpu() -> bool:
+    """Does torch find a GPU? What there is compiled for AMD's does not count."""
+    import torch
+
+    return torch.cuda.is_available() and not torch.version.hip
 
 
 def architectures(compiler: str) -> tuple[str, ...]:
@@ -224,16 +264,19 @@ def cuda_flags(cuda: Cuda) -> list[str]:
 
 
 def plan(compiler: Sequence[str], isas: dict[str, list[str]], torch_include: Path, cuda: Cuda | None) -> list[Job]:
-    """All translation units, in link order."""
+    """All translation units, in link order. What the library says of itself depends on what it holds."""
     target = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{CSRC}", "-isystem", str(torch_include)]
     common = [*CXX_FLAGS, *target, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     known = [f"-DCSP_HAVE_{name.upper()}" for name in isas]
     if {*isas} - {"baseline"}:
         known.append("-DCSP_ISAS_X86")
-    if cuda:
-        known.append(f'-DCSP_CUDA_ARCHITECTURES="{",".join(cuda.architectures)}"')
-    cxx = tuple(compiler)
-    jobs = [Job(source, OBJECTS / f"{source.stem}.o", cxx, (*common, *known)) for source in sorted(CSRC.glob("*.cpp"))]
+    cxx, jobs, chosen = tuple(compiler), [], "+".join(isas)
+    for source in sorted(CSRC.glob("*.cpp")):
+        name, flags = f"{source.stem}.of.{chosen}.o", [*common, *known]
+        if cuda and source.stem == "library":
+            name = f"library.of.{chosen}.cuda.o"
+            flags.append(f'-DCSP_CUDA_ARCHITECTURES="{",".join(cuda.architectures)}"')
+        jobs.append(Job(source, OBJECTS / name, cxx, tuple(flags)))
     for name, flags in isas.items():
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             object_file = OBJECTS / f"{source.stem}.{name}.o"
@@ -243,6 +286,14 @@ def plan(compiler: Sequence[str], isas: dict[str, list[str]], torch_include: Pat
             object_file = OBJECTS / f"{source.stem}.cuda.o"
             jobs.append(Job(source, object_file, (cuda.compiler,), (*cuda_flags(cuda), *target)))
     return jobs
+
+
+def duration(job: Job) -> tuple[bool, int]:
+    """Jobs by how long they take: CUDA longest, then what is in SLOWEST, files on tensors least."""
+    if job.source.parent == CSRC:
+        return False, -1
+    slow = job.source.stem in SLOWEST
+    return job.source.suffix == ".cu", len(SLOWEST) - SLOWEST.index(job.source.stem) if slow else 0
 
 
 def stale(job: Job, command: str) -> bool:
@@ -293,21 +344,28 @@ def link(objects: Sequence[Path], target: Path, compiler: Sequence[str], torch_l
     fresh.replace(target)
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def build_library(target: Path) -> None:
     """Compiles what is stale, in parallel, and links it into target."""
     compiler, (version, include, lib) = find_compiler(), torch_paths()
     banner = run([*compiler, "--version"]).stdout.splitlines()[0]
     isas, cuda = instruction_sets(compiler), find_cuda()
-    say(f"builds {SANITIZED if SANITIZE else LIBRARY} with {banner}, torch {version}, instruction sets {', '.join(isas)}")
+    built = SANITIZED if SANITIZE else LIBRARY
+    say(f"builds {built} with {banner}, torch {version}, instruction sets {', '.join(isas)}")
     if cuda:
         targets = ", ".join(f"sm_{a}" for a in cuda.architectures)
         say(f"builds CUDA kernels for {targets} with {cuda.compiler}, {cuda.version}")
     OBJECTS.mkdir(parents=True, exist_ok=True)
     jobs = plan(compiler, isas, include, cuda)
-    workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    salt = f"{banner}, torch {version}, {cuda.version if cuda else 'no CUDA'}"
+    workers = int(os.environ.get("MAX_JOBS") or cores())
+    salts = {job.object: cuda.version if cuda and job.compiler == (cuda.compiler,) else banner for job in jobs}
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        outcomes = list(pool.map(lambda job: compile_one(job, salt), reversed(jobs)))  # the long ones first
+        longest = sorted(jobs, key=duration, reverse=True)
+        outcomes = list(pool.map(lambda job: compile_one(job, f"{salts[job.object]}, torch {version}"), longest))
     say(f"compiled {outcomes.count('compiled')} of {len(jobs)} objects, kept {outcomes.count('kept')}")
     link([job.object for job in jobs], target, compiler, lib, cuda)
     say(f"linked {target} ({target.stat().st_size // 1024} KiB)")

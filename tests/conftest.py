@@ -11,8 +11,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `tolerances`
 
+import sampling
+
 import csp_kernels as csp
 from csp_kernels.backends import selected
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    sampling.mark_the_many(items, Path(__file__).parent)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Functional operators, backed by torch.ops.csp_kernels.*"""
 
+from csp_kernels.ops import flops as flops
 from csp_kernels.ops.concat_conv import concat_conv
 from csp_kernels.ops.csp_stage import csp_stage
 from csp_kernels.ops.dense_block import dense_block

@@ -138,17 +138,16 @@ class Copy:
     """A copy of the sources, built; one fault at a time."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.isa = root, ""
+        self.root = root
         for name in ("csp_kernels", "csrc", "tests"):
             ignored = shutil.ignore_patterns("__pycache__", "*.so")
             shutil.copytree(ROOT / name, root / name, ignore=ignored, dirs_exist_ok=True)
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, root)
-        self.isa = os.environ.get("CSP_KERNELS_ISAS") or best_instruction_set()
         self.build()
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        flags = {"CSP_KERNELS_CUDA": "0", "CSP_KERNELS_ISAS": self.isa, "CXXFLAGS": "-O1", "PYTHONDONTWRITEBYTECODE": "1"}
+        flags = {"CSP_KERNELS_CUDA": "0", "CSP_KERNELS_ISAS": "native", "CXXFLAGS": "-O1", "PYTHONDONTWRITEBYTECODE": "1"}
         environment = {**os.environ, **flags, "OMP_NUM_THREADS": "2"}
         environment.pop("CSP_KERNELS_LIBRARY", None)
         return subprocess.run(
@@ -171,7 +170,8 @@ class Copy:
     def attempt(self, fault: Fault) -> bool:
         """Whether it is caught. Headers keep their time, so that no other unit looks stale."""
         path, start = fault.path(self.root), time.monotonic()
-        unit = self.root / "build" / "native" / f"{fault.unit}.{self.isa}.o"
+        stamps = (self.root / "build" / "native").glob(f"{fault.unit}.*.cmd")
+        (unit,) = (stamp.with_suffix(".o") for stamp in stamps if f"cpu/{fault.unit}.cpp" in stamp.read_text())
         text, times, kept = path.read_text(), path.stat(), unit.read_bytes()
         path.write_text(fault.applied(text))
         try:
@@ -187,13 +187,6 @@ class Copy:
         unit.write_bytes(kept)
         print(f"{'caught' if outcome else 'SURVIVED':8} {time.monotonic() - start:4.0f}s  {fault}", flush=True)
         return bool(outcome)
-
-
-def best_instruction_set() -> str:
-    """Of this machine, of those that setup.py knows."""
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.exists() else ""
-    return "v4" if "avx512bw" in flags else "v3" if "avx2" in flags else "baseline"
 
 
 def main() -> int:

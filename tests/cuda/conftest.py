@@ -1,7 +1,9 @@
-"""The kernels of csrc/cuda, compiled once a session for the host."""
+"""The kernels of csrc/cuda, compiled once a session for the host, in whichever process of pytest-xdist is first."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -16,8 +18,27 @@ import emulator
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    directory = tmp_path_factory.mktemp("emulation")
-    return cache(lambda kind: emulator.build(directory, kind))
+    return once_a_session(tmp_path_factory, "emulation", emulator.build)
+
+
+def once_a_session(
+    factory: pytest.TempPathFactory, folder: str, build: Callable[[Path, str], Path]
+) -> Callable[[str], Path]:
+    """build(directory, kind), in a directory that the processes of a session share."""
+    shared = factory.getbasetemp()
+    directory = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / folder
+    directory.mkdir(exist_ok=True)
+
+    @cache
+    def built(kind: str) -> Path:
+        done = directory / f"{kind}.done"
+        with (directory / f"{kind}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if not done.exists():
+                done.write_text(str(build(directory, kind)))
+        return Path(done.read_text())
+
+    return built
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
 """Plants bugs in the CUDA kernels, one at a time, and shows that the tests under the emulation catch each.
 
-    python tests/cuda/mutate.py [words of a name]
+    python tests/cuda/mutate.py [words of a name] [--budget SECONDS]
 
 Prints, per bug, how many of its kernel's cases fail by themselves, and whether ThreadSanitizer sees it. Exits 1 if one
 survives."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import shutil
 import subprocess
@@ -17,10 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import emulator
 from conv3x3_case import DGRAD, FORWARD, WGRAD, Case, run
+from sampling import within
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,11 @@ MORE = ("bugs_float32", "bugs_small_maps", "bugs_dense_layer")  # modules with a
 
 
 if __name__ == "__main__":
-    words = " ".join(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="of a name")
+    parser.add_argument("--budget", type=float, default=0, help="seconds; as many bugs as fit, drawn anew every day")
+    given = parser.parse_args()
     families = [FAMILY, *(importlib.import_module(name).FAMILY for name in MORE)]
-    results = [caught(bug, family) for family in families for bug in family.bugs if words in bug.name]
+    chosen = [(bug, family) for family in families for bug in family.bugs if " ".join(given.words) in bug.name]
+    results = [caught(bug, family) for bug, family in within(given.budget, chosen)]
     sys.exit(0 if results and all(results) else 1)

@@ -193,6 +193,7 @@ template __global__ void dense_layer_kernel<BFloat16, DenseTile<4, 2, 4>>(const 
 """
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize("architecture", cubins.ARCHITECTURES)
 def test_widest_kernels(tmp_path: Path, architecture: str) -> None:
     """No spills, and the instructions that it is written for. All of them: python tests/cuda/test_dense_layer.py"""

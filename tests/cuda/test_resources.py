@@ -8,6 +8,8 @@ from pathlib import Path
 import cubins
 import pytest
 
+pytestmark = pytest.mark.verify  # minutes of nvcc
+
 WIDEST = """
 #include "device/conv3x3_dgrad.cuh"
 #include "device/conv3x3_forward.cuh"

@@ -9,8 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,31 +19,27 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class InterpretedFile(pytest.File):
+    """Two tests: the cases of the file that are enough for each change, and the many."""
+
     def collect(self) -> Iterator[pytest.Item]:
         yield InterpretedRun.from_parent(self, name="interpreted")
+        many = InterpretedRun.from_parent(self, name="interpreted, the many")
+        many.add_marker("verify")
+        yield many
 
 
 class InterpretedRun(pytest.Item):
     def runtest(self) -> None:
         if sys.platform != "linux" and importlib.util.find_spec("triton") is None:
             pytest.skip("triton has wheels for Linux only")
-        items = [item for item in self.session.items if isinstance(item, InterpretedRun)]
-        run = _started(tuple(item.path for item in items), self.config.rootpath)[self.path].result()
+        select = "verify" if self.get_closest_marker("verify") else "not verify"
+        command = [sys.executable, "-m", "pytest", str(self.path), "-m", select]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True)
+        if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+            pytest.skip(f"no case is marked {select!r}")
         if run.returncode:
             pytest.fail(f"{' '.join(run.args)}\n{run.stdout}\n{run.stderr}", pytrace=False)
-
-
-@cache
-def _started(files: tuple[Path, ...], root: Path) -> dict[Path, Future[subprocess.CompletedProcess[str]]]:
-    """All of them when the first is asked for, two at a time: each has one thread at work."""
-
-    def run(file: Path) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", str(file)]
-        return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-
-    pool = ThreadPoolExecutor(2)
-    return {file: pool.submit(run, file) for file in files}
 
 
 if not INTERPRETED:

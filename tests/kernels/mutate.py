@@ -1,6 +1,6 @@
 """Plants one fault at a time in a copy of the kernels and runs the tests that should find it.
 
-python tests/kernels/mutate.py [--only mix] [--root DIRECTORY]
+python tests/kernels/mutate.py [--only mix] [--root DIRECTORY] [--budget SECONDS]
 
 A mask, an offset and an accumulation of each kernel, and what its launchers pass on. Exit status 1 if a fault survives.
 """
@@ -22,6 +22,10 @@ from pathlib import Path
 import pytest
 import torch  # noqa: F401
 import triton  # noqa: F401
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+from sampling import within
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +56,8 @@ class Fault:
 
 def run(root: Path, test: str, select: str) -> str:
     """The last line of pytest; empty if all passed. In a fork: torch and triton are imported once."""
-    arguments = [f"tests/kernels/test_{test}.py", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", select]
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "", "-k", select]
+    arguments = [f"tests/kernels/test_{test}.py", *options]
     with tempfile.TemporaryFile("w+") as output:
         child = os.fork()
         if child == 0:
@@ -269,6 +274,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="beginning of MODULE.PLACE")
     parser.add_argument("--root", type=Path, help="where to copy to, kept; otherwise a temporary directory")
+    parser.add_argument("--budget", type=float, default=0, help="seconds; as many faults as fit, drawn anew every day")
     given = parser.parse_args()
     sys.dont_write_bytecode = True  # sources change within a second
     faults = [f for f in FAULTS if f"{f.module}.{f.place}".startswith(given.only)]
@@ -279,11 +285,15 @@ def main() -> int:
         for name in ("csp_kernels", "csrc", "tests"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
         shutil.copy(ROOT / "pyproject.toml", root)
-        for test, select in dict.fromkeys((f.test or f.module, f.select) for f in faults):
-            if failure := run(root, test, select):
+        passed: set[tuple[str, str]] = set()
+        survivors = 0
+        for fault in within(given.budget, faults):
+            test, select = fault.test or fault.module, fault.select
+            if (test, select) not in passed and (failure := run(root, test, select)):
                 raise SystemExit(f"without a fault: test_{test}.py -k {select!r}: {failure}")
-        survivors = sum(not attempt(root, fault) for fault in faults)
-    print(f"{len(faults)} faults, {survivors} survived")
+            passed.add((test, select))
+            survivors += not attempt(root, fault)
+    print(f"{survivors} faults survived")
     return 1 if survivors else 0
 
 

@@ -23,7 +23,7 @@ if importlib.util.find_spec("triton") is None and sys.platform != "linux":
 
 pytestmark = [
     pytest.mark.usefixtures("native"),
-    pytest.mark.slow,
+    pytest.mark.verify,
     pytest.mark.parametrize("operator", resources.CASES),
     pytest.mark.parametrize("target", TESTED),
 ]

@@ -265,8 +265,7 @@ def test_compiled_follows_the_matmul_precision() -> None:
     assert not torch.equal(*results)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.verify)])
 def test_inductor(training: bool) -> None:
     """The default compiler, with neighbours that could change memory layouts."""
     block = csp.DenseBlock(2, 8, 4, 2).train(training)

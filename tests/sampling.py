@@ -1,0 +1,55 @@
+"""Which tests `make test` leaves to `make verify`, and which planted faults fit into a time budget."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+# Part of folder/file::function -> cases of a function that are enough for each change; others are marked "verify".
+# The first part that is there counts. Sanitizers are slow to compile for.
+SAMPLES = {
+    "_sanitizer": 0, "kernels/": 1, "cuda/": 2, "ops/test_schemas": 3, "::test_opcheck": 2, "::test_compiled": 2,
+}  # fmt: skip
+
+
+def spread(count: int, enough: int) -> set[int]:
+    """Indices of `enough` of `count` things, first and last and evenly between; all if they are not more."""
+    if count <= enough:
+        return set(range(count))
+    return {round(i * (count - 1) / max(1, enough - 1)) for i in range(enough)}
+
+
+def mark_the_many(items: Iterable[pytest.Item], tests: Path) -> None:
+    """Mark what `make test` leaves out: of each function in SAMPLES all but a few cases."""
+    functions: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    for (path, function), cases in functions.items():
+        place = f"{path.relative_to(tests)}::{function}" if tests in path.parents else ""
+        enough = next((n for part, n in SAMPLES.items() if part in place), len(cases))
+        kept = spread(len(cases), enough)
+        for i, item in enumerate(cases):
+            if i not in kept:
+                item.add_marker("verify")
+
+
+def within(budget: float, things: Sequence[T], seed: int | None = None) -> Iterator[T]:
+    """All of them in order (budget 0), or some, drawn anew every day, until so many seconds are over."""
+    if not budget:
+        yield from things
+        return
+    seed = date.today().toordinal() if seed is None else seed
+    start, tried = time.monotonic(), 0
+    for thing in random.Random(seed).sample(things, len(things)):
+        if time.monotonic() - start > budget:
+            break
+        yield thing
+        tried += 1
+    print(f"tried {tried} of {len(things)} in {time.monotonic() - start:.0f} s, drawn with seed {seed}")
