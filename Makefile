@@ -10,7 +10,7 @@ TARGET ?= sm_90
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 8 --dist loadfile
 BUDGET ?= 120
 
-.PHONY: demo test verify bench gpu lint build cuda mutate clean distclean help
+.PHONY: demo test verify bench gpu lint build cuda mutate sanitize fuzz clean distclean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -24,6 +24,8 @@ help:
 	@echo "make build  compile the library in place, for every instruction set, and for CUDA where there are a GPU and nvcc"
 	@echo "make cuda   compile the CUDA kernels where there is no GPU, warnings and spills being errors, into build/cuda"
 	@echo "make mutate plant faults and see that tests notice, for BUDGET ($(BUDGET)) seconds a script; BUDGET=0: all of them"
+	@echo "make sanitize  run operators and random comparisons under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz   compare 50,000 random layers with their plain twins: hours; ARGS='--minutes 10' for some of them"
 	@echo "make clean  remove build products; make distclean also removes $(VENV)"
 	@echo "ARGS is passed on: make demo ARGS='--network all', make test ARGS='-k demo', make bench ARGS='--dtype bfloat16'"
 
@@ -39,7 +41,7 @@ verify: $(VENV)/.test $(VENV)/.build
 	  CSP_KERNELS_ISA=$$isa $(PY) -m csp_kernels info >/dev/null 2>&1 || { echo "$$isa does not run here"; continue; }; \
 	  echo "instruction set $$isa"; CSP_KERNELS_ISA=$$isa $(PYTEST) tests/ops tests/test_isa.py || exit 1; \
 	done
-	$(MAKE) --no-print-directory cuda mutate
+	$(MAKE) --no-print-directory cuda mutate sanitize
 
 bench: $(VENV)/.bench $(VENV)/.native
 	$(PY) benchmarks/bench_dense_block.py $(ARGS)
@@ -74,6 +76,20 @@ cuda: $(VENV)/.torch
 mutate: $(VENV)/.test $(VENV)/.native
 	$(PY) tests/kernels/mutate.py --budget $(BUDGET)
 	$(PY) tests/cuda/mutate.py --budget $(BUDGET)
+	$(PY) tests/cpu/mutate.py --budget $(BUDGET)
+
+# A library of its own, build/sanitize/_C.so. The interpreter knows nothing of sanitizers: their runtime is preloaded.
+SANITIZED = CSP_KERNELS_LIBRARY=build/sanitize/_C.so OMP_NUM_THREADS=2 UBSAN_OPTIONS=print_stacktrace=1 \
+  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0 \
+  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"
+SANITIZE_TESTS ?= (odd or growth or layout) and not channels_last
+sanitize: $(VENV)/.test
+	CXX=c++ CSP_KERNELS_SANITIZE=1 CSP_KERNELS_CUDA=0 CSP_KERNELS_ISAS="$${CSP_KERNELS_ISAS:-native}" $(PY) setup.py -q build_ext
+	$(SANITIZED) $(PY) tests/fuzz/compare.py --cases 300
+	$(SANITIZED) $(PY) -m pytest -p no:benchmark -n 2 tests/ops -k "$(SANITIZE_TESTS)" $(ARGS)
+
+fuzz: $(VENV)/.test $(VENV)/.native
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz/compare.py --cases 50000 $(ARGS)
 
 # --- what the targets need, one line a step; what the steps print goes to a file, whose end is shown where one fails ---
 

@@ -66,8 +66,10 @@ CXX_FLAGS = [
     "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
 ]  # fmt: skip
-SANITIZERS = ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow",
-              "-fno-sanitize-recover=all"]  # fmt: skip
+SANITIZERS = [
+    "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+]
 if SANITIZE:  # checks as calls: inlined into unrolled loops they take minutes to compile
     CXX_FLAGS += [*SANITIZERS, "--param=asan-instrumentation-with-call-threshold=0", "-O1", "-g1", "-DCSP_SANITIZE"]
 
@@ -355,7 +357,8 @@ def build_library(target: Path) -> None:
     compiler, (version, include, lib) = find_compiler(), torch_paths()
     banner = run([*compiler, "--version"]).stdout.splitlines()[0]
     isas, cuda = instruction_sets(compiler), find_cuda()
-    say(f"builds {SANITIZED if SANITIZE else LIBRARY} with {banner}, torch {version}, instruction sets {', '.join(isas)}")
+    built = SANITIZED if SANITIZE else LIBRARY
+    say(f"builds {built} with {banner}, torch {version}, instruction sets {', '.join(isas)}")
     if cuda:
         targets = ", ".join(f"sm_{a}" for a in cuda.architectures)
         say(f"builds CUDA kernels for {targets} with {cuda.compiler}, {cuda.version}")
