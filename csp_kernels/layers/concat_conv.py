@@ -17,8 +17,8 @@ class ConcatConv(Fused, reference.ConcatConv):
 
     The joins of cross stage partial networks and, with two outputs, their splits (CSPNet, arXiv 1911.11929, Fig. 5).
     Arguments, children (conv, norm) and outputs: `reference.ConcatConv`; the norm is a plain nn.BatchNorm2d and counts
-    as such: momentum, eps, affine, track_running_stats, train and eval act as usual. The children are not called, so
-    their hooks do not run. With another norm (SyncBatchNorm) or a changed convolution it runs as the reference does,
+    as such: momentum, eps, affine, track_running_stats, train and eval act as usual. Plain children are not called.
+    With another norm (SyncBatchNorm) or a changed convolution, hooks or another forward it runs as the reference does,
     with one warning; RuntimeError if "native" was chosen. dtypes, memory formats and errors: `csp.ops.concat_conv`.
     """
 

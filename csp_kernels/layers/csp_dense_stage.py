@@ -30,12 +30,12 @@ class CSPDenseStage(Fused, reference.CSPDenseStage):
 
     CSPNet (arXiv 1911.11929, Eq. 4, Fig. 2b and 3). Arguments, children (dense, transition) and sizes:
     `reference.CSPDenseStage`. The norms are plain nn.BatchNorm2d and count as such: momentum, eps, affine,
-    track_running_stats, train and eval (a norm in eval mode is frozen) act as usual. The children are not called, so
-    their hooks do not run.
+    track_running_stats, train and eval (a norm in eval mode is frozen) act as usual. Plain children are not called.
 
-    recompute: "none" keeps what backward needs, "bottleneck" computes the bottlenecks again there.
-    dtypes, memory formats and errors: `csp.ops.csp_stage`. With other norms (SyncBatchNorm) or changed convolutions it
-    runs split, block and transition one after the other, with one warning; RuntimeError if "native" was chosen.
+    recompute: "none" keeps what backward needs, "bottleneck" computes the bottlenecks again there. dtypes, memory
+    formats and errors: `csp.ops.csp_stage`. With other norms (SyncBatchNorm) or changed convolutions, hooks or another
+    forward it runs split, block and transition one after the other, with one warning; RuntimeError if "native" was
+    chosen.
     """
 
     blocks: ClassVar[dict[str, Callable[..., nn.Module]]] = dict(_BLOCKS)

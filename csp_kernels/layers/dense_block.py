@@ -23,12 +23,12 @@ class DenseBlock(Fused, reference.DenseBlock):
     Each layer is batch norm, ReLU, 1x1 to bn_size * growth_rate, batch norm, ReLU, 3x3 to growth_rate, dropout
     (DenseNet-BC, arXiv 1608.06993, section 3). Children denselayer{i}.{norm1,conv1,norm2,conv2} hold the parameters
     under torchvision's state_dict keys; the norms are plain nn.BatchNorm2d and count as such: momentum, eps, affine,
-    track_running_stats, train and eval (a norm in eval mode is frozen) act as usual. The children are not called, so
-    their hooks do not run.
+    track_running_stats, train and eval (a norm in eval mode is frozen) act as usual. Plain children are not called.
 
     recompute: "none" keeps features and bottlenecks for backward, "bottleneck" features alone (one more 1x1 product).
     dtypes, memory formats and errors: `csp.ops.dense_block`. Blocks with other norms (SyncBatchNorm) or changed
-    convolutions run layer by layer as the reference does, with one warning; RuntimeError if "native" was chosen.
+    convolutions, hooks or another forward run layer by layer as the reference does, with one warning; RuntimeError if
+    "native" was chosen.
     """
 
     def __init__(

@@ -17,10 +17,10 @@ class PartialTransition(Fused, reference.PartialTransition):
 
     forward(part [N, part_channels, H, W] or None, dense [N, dense_channels, H, W]) -> [N, out_channels, H', W'].
     Arguments, fusions, orders, children (t, u, each with norm and conv) and sizes: `reference.PartialTransition`. The
-    norms are plain nn.BatchNorm2d and count as such: momentum, eps, affine, track_running_stats, train and eval (a
-    norm in eval mode is frozen) act as usual. The children are not called, so their hooks do not run.
-    With other norms (SyncBatchNorm) or changed convolutions it runs as the reference does, with one warning;
-    RuntimeError if "native" was chosen. dtypes, memory formats and errors: `csp.ops.partial_transition`.
+    norms are plain nn.BatchNorm2d and count as such: momentum, eps, affine, track_running_stats, train and eval (a norm
+    in eval mode is frozen) act as usual. Plain children are not called. With other norms (SyncBatchNorm) or changed
+    convolutions, hooks or another forward it runs as the reference does, with one warning; RuntimeError if "native" was
+    chosen. dtypes, memory formats and errors: `csp.ops.partial_transition`.
     """
 
     def forward(self, part: Tensor | None, dense: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ class PostDenseBlock(Fused, reference.PostDenseBlock):
     Each layer is 1x1 to bn_size * growth_rate, batch norm, ReLU, 3x3 to growth_rate, batch norm, ReLU. Arguments and
     children denselayer{i}.{conv1,norm1,conv2,norm2}: `reference.PostDenseBlock`. The norms are plain nn.BatchNorm2d and
     count as such: momentum, eps, affine, track_running_stats, train and eval (a norm in eval mode is frozen) act as
-    usual. The children are not called, so their hooks do not run. With other norms (SyncBatchNorm) or changed
-    convolutions it runs as the reference does, with one warning; RuntimeError if "native" was chosen.
-    dtypes, memory formats and errors: `csp.ops.post_dense_block`.
+    usual. Plain children are not called. With other norms (SyncBatchNorm) or changed convolutions, hooks or another
+    forward it runs as the reference does, with one warning; RuntimeError if "native" was chosen. dtypes, memory formats
+    and errors: `csp.ops.post_dense_block`.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ class TwoWayDenseBlock(Fused, reference.TwoWayDenseBlock):
 
     Arguments, layers and children denselayer{i}.branch1.{conv1,norm1,conv2,norm2}, denselayer{i}.branch2.{..., conv3,
     norm3}: `reference.TwoWayDenseBlock`. The norms are plain nn.BatchNorm2d and count as such: momentum, eps, affine,
-    track_running_stats, train and eval (a norm in eval mode is frozen) act as usual. The children are not called, so
-    their hooks do not run. With other norms (SyncBatchNorm) or changed convolutions it runs as the reference does, with
-    one warning; RuntimeError if "native" was chosen. dtypes, memory formats and errors: `csp.ops.two_way_dense_block`.
+    track_running_stats, train and eval (a norm in eval mode is frozen) act as usual. Plain children are not called.
+    With other norms (SyncBatchNorm) or changed convolutions, hooks or another forward it runs as the reference does,
+    with one warning; RuntimeError if "native" was chosen. dtypes, memory formats and errors:
+    `csp.ops.two_way_dense_block`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
