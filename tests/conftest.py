@@ -19,7 +19,10 @@ from csp_kernels.backends import selected
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    sampling.mark_the_many(items, Path(__file__).parent)
+    tests = Path(__file__).parent
+    sampling.mark_the_many(items, tests)
+    # the long files first, which are one test each: run last, one process would be left alone with them
+    items.sort(key=lambda item: tests / "kernels" not in item.path.parents)
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ for name, make in LAYERS.items():
 def run(program: str, *arguments: str) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, "-c", HEAD + program, *arguments]
-    done = subprocess.run(command, env=env, text=True, capture_output=True, check=False)
+    done = subprocess.run(command, env=env, text=True, capture_output=True, check=False, timeout=180)
     assert done.returncode == 0, (done.returncode, done.stderr)
 
 
@@ -135,7 +135,7 @@ def hold():
             block.train()(x)
     held.set(), done.wait()
 held, done = threading.Event(), threading.Event()
-other = threading.Thread(target=hold)
+other = threading.Thread(target=hold, daemon=True)
 other.start(), held.wait()
 before = native.scratch_bytes()
 assert before >= 32 << 20, before

