@@ -93,8 +93,9 @@ struct Threads {
     int64_t bytes = 0;
     for (Scratch* s = first; s; s = s->next) {
       if (s->busy.exchange(true, std::memory_order_acquire)) continue;
-      if (!only_unused || s->held.load(std::memory_order_relaxed) > 2 * whole_pages(s->peak)) bytes += release(*s);
-      s->peak = 0;
+      int64_t held = s->held.load(std::memory_order_relaxed);
+      if (!only_unused || held > 2 * whole_pages(s->peak)) bytes += release(*s);
+      else if (held) s->peak = 0;  // until the next look
       s->busy.store(false, std::memory_order_release);
     }
     return bytes;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -204,12 +205,20 @@ def test_a_thread_that_ends_gives_its_memory_back() -> None:
 
 
 def test_threads_call_while_another_gives_back() -> None:
-    wanted, stop = step(16), threading.Event()
+    block, x = csp.DenseBlock(2, 16, 8), torch.randn(8, 16, 16, 16)
+    stop = threading.Event()
     failures: list[str] = []
 
+    def gradients(own: csp.DenseBlock) -> list[torch.Tensor]:
+        y = own(x)
+        return [y.detach(), *torch.autograd.grad(y.sum(), list(own.parameters()))]
+
+    wanted = gradients(copy.deepcopy(block))
+
     def calls() -> None:
+        own = copy.deepcopy(block)
         while not stop.is_set():
-            if not torch.equal(step(16), wanted):
+            if not all(map(torch.equal, gradients(own), wanted)):
                 failures.append("other values")
 
     threads = [threading.Thread(target=calls) for _ in range(3)]
