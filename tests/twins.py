@@ -92,6 +92,4 @@ def step(module: nn.Module, arguments: Sequence[Any], seed: int = 0) -> dict[str
 def check_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
     assert list(got) == list(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(
-            got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")

@@ -145,9 +145,7 @@ def not_a(name: str, module: Any, base: type[nn.Module]) -> str:
 
 def hooked_globally() -> str:
     """Whether torch.nn.modules.module.register_module_*_hook is in use, in words; "" if not."""
-    if not (
-        _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
-    ):
+    if not (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks):
         return ""
     used = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
     # those of FlopCounterMode and MemTracker follow the names of modules that run: true without the children

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from csp_kernels import native
 
 
 def parameters(children: Sequence[Any]) -> list[Tensor | None]:
@@ -43,7 +45,47 @@ def consecutive(norms: Sequence[Any], start: int = 0) -> list[tuple[int, int]]:
     return columns
 
 
-def _check_memory(norms: Sequence[Any]) -> None:
+def update_running(norms: Sequence[Any], columns: Sequence[tuple[int, int]], stats: Tensor, count: int) -> None:
+    """Advance the running statistics as nn.BatchNorm2d does, from batch means and variances over `count` values.
+
+    stats [2, columns]: mean and biased variance; columns: (start, length) of each norm in it. A count of 0, an empty
+    batch, counts as one and changes nothing else.
+    """
+    moving = [pair for pair in zip(norms, columns, strict=True) if pair[0].training and pair[0].track_running_stats]
+    if _in_one_call(norm for norm, _ in moving):
+        _update_in_one_call(moving, stats, count)
+    else:
+        _check_memory(norm for norm, _ in moving)
+        _update(moving, stats, count)
+
+
+def _in_one_call(norms: Iterable[nn.BatchNorm2d]) -> bool:
+    """All buffers are what the compiled operator takes, and nobody records what is done to them."""
+    if torch.compiler.is_compiling() or not native.available() or torch._C._are_functorch_transforms_active():
+        return False
+    for norm in norms:
+        mean, var, counter = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        if norm.momentum is None or not (_plain(mean) and _plain(var) and type(counter) is Tensor and counter.is_cpu):
+            return False
+    return True
+
+
+def _plain(t: object) -> bool:
+    return type(t) is Tensor and t.is_cpu and t.dtype in (torch.float32, torch.float64) and t.is_contiguous()
+
+
+def _update_in_one_call(moving: Sequence[tuple[Any, tuple[int, int]]], stats: Tensor, count: int) -> None:
+    counters = [norm.num_batches_tracked for norm, _ in moving]
+    advancing = moving if count else []
+    means, vars_ = [norm.running_mean for norm, _ in advancing], [norm.running_var for norm, _ in advancing]
+    starts, momenta = [start for _, (start, _) in advancing], [float(norm.momentum) for norm, _ in advancing]
+    unbiased = count / (count - 1) if count > 1 else 1.0
+    torch.ops.csp_kernels.update_running.default(means, vars_, counters, stats, starts, momenta, unbiased)
+    # as in-place operations of PyTorch do, so that autograd notices where it saved one of them
+    torch.autograd.graph.increment_version([t for t in (*means, *vars_, *counters) if not t.is_inference()])
+
+
+def _check_memory(norms: Iterable[Any]) -> None:
     """PyTorch would write to freed running statistics, and end the process."""
     if torch.compiler.is_compiling():
         return
@@ -55,17 +97,11 @@ def _check_memory(norms: Sequence[Any]) -> None:
 
 
 @torch.no_grad()
-def update_running(norms: Sequence[Any], columns: Sequence[tuple[int, int]], stats: Tensor, count: int) -> None:
-    """Advance the running statistics as nn.BatchNorm2d does, from batch means and variances over `count` values.
-
-    stats [2, columns]: mean and biased variance; columns: (start, length) of each norm in it.
-    """
-    _check_memory(norms)
+def _update(moving: Sequence[tuple[Any, tuple[int, int]]], stats: Tensor, count: int) -> None:
+    """By PyTorch's operations on many tensors at a time: any dtype and device, momentum None."""
     counters: list[Tensor] = []
     groups: dict[tuple[float | None, torch.dtype], list[tuple[Tensor, Tensor, Tensor | None, int, int]]] = {}
-    for norm, (start, length) in zip(norms, columns, strict=True):
-        if not (norm.training and norm.track_running_stats):
-            continue
+    for norm, (start, length) in moving:
         mean, counter = norm.running_mean, norm.num_batches_tracked
         if counter is not None:
             counters.append(counter)
@@ -74,12 +110,12 @@ def update_running(norms: Sequence[Any], columns: Sequence[tuple[int, int]], sta
             groups.setdefault((norm.momentum, mean.dtype), []).append(entry)
     means = [mean for group in groups.values() for mean, *_ in group]
     if any(len({id(t) for t in tensors}) < len(tensors) for tensors in (counters, means)):  # shared: one by one
-        for norm, column in zip(norms, columns, strict=True):
-            update_running([norm], [column], stats, count)
+        for pair in moving:
+            _update([pair], stats, count)
         return
     if counters:
         torch._foreach_add_(counters, 1)
-    if count == 0:  # an empty batch counts as one and changes nothing else
+    if count == 0:
         return
     for (momentum, dtype), group in groups.items():
         mean, var = stats[0].to(dtype), (stats[1] * (count / (count - 1))).to(dtype)  # unbiased

@@ -89,6 +89,8 @@ def pixels(x: Tensor) -> int:
 
 def converted(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in dtype, contiguous or channels_last."""
+    if t.dtype is dtype and t.is_contiguous():
+        return t  # the operator checks its storage
     if t.dtype is not dtype:
         check_storage(t)
         t = t.to(dtype)

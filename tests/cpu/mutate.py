@@ -147,7 +147,12 @@ class Copy:
         self.build()
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        flags = {"CSP_KERNELS_CUDA": "0", "CSP_KERNELS_ISAS": "native", "CXXFLAGS": "-O1", "PYTHONDONTWRITEBYTECODE": "1"}
+        flags = {
+            "CSP_KERNELS_CUDA": "0",
+            "CSP_KERNELS_ISAS": "native",
+            "CXXFLAGS": "-O1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         environment = {**os.environ, **flags, "OMP_NUM_THREADS": "2"}
         environment.pop("CSP_KERNELS_LIBRARY", None)
         return subprocess.run(

@@ -223,8 +223,11 @@ def spoiled_tensor(t: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
             yield "NCHW", lambda: t.contiguous() if not t.is_contiguous() else t.transpose(2, 3).contiguous()
         yield "transposed", lambda: t.transpose(2, 3).contiguous(memory_format=torch.channels_last).transpose(2, 3)
     elif t.numel() > 1:
-        yield "every second element", lambda: torch.stack([t.flatten(), t.flatten()], -1)[:, 0].as_strided(
-            t.shape, tuple(2 * s for s in t.stride())
+        yield (
+            "every second element",
+            lambda: torch.stack([t.flatten(), t.flatten()], -1)[:, 0].as_strided(
+                t.shape, tuple(2 * s for s in t.stride())
+            ),
         )
     wide = [d for d in range(t.dim()) if t.shape[d] > 1]
     if wide:
@@ -536,7 +539,7 @@ def cases() -> list[Case]:
 
 
 def outcome(case: Case) -> str:
-    """"", or what went wrong."""
+    """ "", or what went wrong."""
     try:
         case.call()
     except ERRORS as error:
@@ -629,7 +632,55 @@ def test_every_operator_is_in_the_table() -> None:
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("csp_kernels::")]
     on_cpu = {n.partition("::")[2] for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "CPU")}
     takes_tensors = {n for n in on_cpu if getattr(OPS, n).default._schema.arguments}
-    assert takes_tensors == {*OPERATORS}
+    assert takes_tensors == {*OPERATORS, "update_running"}
+
+
+RUNNING: dict[str, tuple[int, Any, str]] = {  # position and value of an argument -> what the message names
+    "float16": (0, [torch.zeros(5).half()], r"means\[0\]: got float16 \[5\]"),
+    "two dimensions": (0, [torch.zeros(5, 1)], r"means\[0\]: got float32 \[5, 1\]"),
+    "not contiguous": (0, [torch.zeros(10)[::2]], r"means\[0\]: .* strides \[2\]"),
+    "more channels than columns": (0, [torch.zeros(9)], r"vars\[0\]|means\[0\]"),
+    "other dtype": (1, [torch.zeros(5).double()], r"vars\[0\]: got float64 \[5\], expected float32 \[5\]"),
+    "other size": (1, [torch.zeros(4)], r"vars\[0\]: got float32 \[4\], expected float32 \[5\]"),
+    "no variance": (1, [], "vars: got 0, expected 1"),
+    "float counter": (2, [torch.tensor(0.0)], r"counters\[0\]: got float32"),
+    "counter of two": (2, [torch.zeros(2, dtype=torch.int64)], r"counters\[0\]: got int64 \[2\]"),
+    "float32 statistics": (3, torch.zeros(2, 8), r"stats: got float32 \[2, 8\], expected float64"),
+    "one row": (3, torch.zeros(1, 8).double(), r"stats: got float64 \[1, 8\]"),
+    "no start": (4, [], "starts: got 0, expected 1"),
+    "before the columns": (4, [-1], r"starts\[0\]: got -1, expected 0 to 3"),
+    "behind the columns": (4, [4], r"starts\[0\]: got 4, expected 0 to 3"),
+    "no momentum": (5, [], "momenta: got 0, expected 1"),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_running_statistics(name: str) -> None:
+    """A refused call has changed nothing; the same call with the right argument has."""
+    at, value, message = RUNNING[name]
+    right: list[Any] = [
+        [torch.zeros(5)],
+        [torch.ones(5)],
+        [torch.tensor(3)],
+        torch.ones(2, 8).double(),
+        [3],
+        [0.5],
+        1.0,
+    ]
+    wrong = [*right[:at], value, *right[at + 1 :]]
+    with pytest.raises(RuntimeError, match=message):
+        OPS.update_running(*wrong)
+    kept = [t for i, tensors in enumerate(right[:3]) if i != at for t in tensors]
+    assert all(bool((t == (0, 1, 3)[i]).all()) for i, t in zip([i for i in range(3) if i != at], kept, strict=True))
+    OPS.update_running(*right)
+    assert right[0][0].eq(0.5).all() and right[1][0].eq(1).all() and right[2][0] == 4
+
+
+def test_freed_running_statistics() -> None:
+    mean = torch.zeros(5)
+    mean.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"means\[0\]: .* storage holds 0 bytes"):
+        OPS.update_running([mean], [torch.ones(5)], [], torch.ones(2, 8).double(), [0], [0.5], 1.0)
 
 
 if __name__ == "__main__":
