@@ -13,7 +13,13 @@ from csp_kernels import native
 
 def parameters(children: Sequence[Any]) -> list[Tensor | None]:
     """Of convolutions and norms, in order, as the operators take them."""
-    return [p for m in children for p in ((m.weight, m.bias) if isinstance(m, nn.BatchNorm2d) else (m.weight,))]
+    params: list[Tensor | None] = []
+    for m in children:
+        own = m._parameters  # past nn.Module.__getattr__, unless a parametrization computes them
+        params.append(own["weight"] if "weight" in own else m.weight)
+        if isinstance(m, nn.BatchNorm2d):
+            params.append(own["bias"] if "bias" in own else m.bias)
+    return params
 
 
 def only_norms(children: Sequence[Any]) -> list[Any]:
@@ -22,9 +28,14 @@ def only_norms(children: Sequence[Any]) -> list[Any]:
 
 def frozen_norms(norms: Sequence[Any]) -> tuple[list[bool], list[Tensor]]:
     """Which norms use their running statistics, and those: mean, variance of each."""
-    means = [norm.running_mean for norm in norms]
-    frozen = [not norm.training and mean is not None for norm, mean in zip(norms, means, strict=True)]
-    return frozen, [t for i, flag in enumerate(frozen) if flag for t in (means[i], norms[i].running_var)]
+    frozen, running = [], []
+    for norm in norms:
+        own = norm._buffers  # past nn.Module.__getattr__
+        mean = own["running_mean"] if "running_mean" in own else norm.running_mean
+        frozen.append(mean is not None and not norm.training)
+        if frozen[-1]:
+            running += [mean, own["running_var"] if "running_var" in own else norm.running_var]
+    return frozen, running
 
 
 def prefixes(norms: Sequence[Any], features: int) -> list[tuple[int, int]]:
