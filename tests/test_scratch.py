@@ -99,12 +99,13 @@ after = {name: t.clone() for name, t in layer.state_dict().items()}
 same = lambda state: all(torch.equal(t, state[name]) for name, t in layer.state_dict().items())
 del y
 layer.load_state_dict(start)
-failed = 0
+failed = out_of_scratch = 0
 for megabytes in range(0, 400, 4):
     y, error = limited(megabytes, lambda: layer(x))
     if error is None:
         break
-    failed += isinstance(error, MemoryError)
+    failed += 1
+    out_of_scratch += isinstance(error, MemoryError)
     assert same(start), "a forward that failed has counted"
 assert y is not None
 assert torch.equal(y, wanted) and same(after)
@@ -112,9 +113,11 @@ for megabytes in range(0, 400, 4):
     grads, error = limited(megabytes, lambda: gradients(y))
     if error is None:
         break
-    failed += isinstance(error, MemoryError)
+    failed += 1
+    out_of_scratch += isinstance(error, MemoryError)
     assert same(after), "a backward has counted"
-assert grads is not None and failed, failed
+assert grads is not None and failed
+assert out_of_scratch or sys.argv[1] == "concat"  # whose tensors are larger than its scratch
 assert all(map(torch.equal, grads, gradient)) and same(after)
 """
 

@@ -80,9 +80,10 @@ def _check_params(like: Tensor, in_channels: int, params: Sequence[Tensor], two_
     each = 15 if two_way else 6
     if not params or len(params) % each:
         raise ValueError(f"params: got {len(params)} items, expected {each} a layer")
-    b, g, k = params[0].shape[0], params[3].shape[0], in_channels
+    g, k = params[3].shape[0], in_channels
     shapes: list[tuple[int, ...]] = []
-    for _ in range(len(params) // each):
+    for first in range(0, len(params), each):
+        b = params[first].shape[0]  # a width of its own for each layer
         convs = [(b, k, 1, 1), (g, b, 3, 3)] * (2 if two_way else 1) + [(g, g, 3, 3)] * two_way
         shapes += [shape for conv in convs for shape in (conv, conv[:1], conv[:1])]
         k += g * (2 if two_way else 1)
