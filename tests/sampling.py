@@ -15,7 +15,8 @@ T = TypeVar("T")
 # Part of folder/file::function -> cases of a function that are enough for each change; others are marked "verify".
 # The first part that is there counts. Sanitizers are slow to compile for.
 SAMPLES = {
-    "_sanitizer": 0, "fuzz/test_compare": 5, "kernels/": 1, "cuda/": 2, "ops/test_schemas": 3, "::test_opcheck": 2, "::test_compiled": 2,
+    "_sanitizer": 0, "fuzz/test_compare": 5, "kernels/": 1, "cuda/": 2, "ops/test_schemas": 3,
+    "::test_opcheck": 2, "::test_compiled": 2,
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,18 @@ def parameters(children: Sequence[Any]) -> list[Tensor | None]:
     """Of convolutions and norms, in order, as the operators take them."""
     params: list[Tensor | None] = []
     for m in children:
-        own = m._parameters  # past nn.Module.__getattr__, unless a parametrization computes them
-        params.append(own["weight"] if "weight" in own else m.weight)
+        params.append(_own(m, m._parameters, "weight"))
         if isinstance(m, nn.BatchNorm2d):
-            params.append(own["bias"] if "bias" in own else m.bias)
+            params.append(_own(m, m._parameters, "bias"))
     return params
+
+
+def _own(module: nn.Module, store: Mapping[str, Tensor | None], name: str) -> Tensor | None:
+    """module.<name>, past nn.Module.__getattr__ unless something else (a parametrization) computes it."""
+    if name in store:
+        return store[name]
+    found: Tensor | None = getattr(module, name)
+    return found
 
 
 def only_norms(children: Sequence[Any]) -> list[Any]:
@@ -28,13 +35,13 @@ def only_norms(children: Sequence[Any]) -> list[Any]:
 
 def frozen_norms(norms: Sequence[Any]) -> tuple[list[bool], list[Tensor]]:
     """Which norms use their running statistics, and those: mean, variance of each."""
-    frozen, running = [], []
+    frozen: list[bool] = []
+    running: list[Any] = []
     for norm in norms:
-        own = norm._buffers  # past nn.Module.__getattr__
-        mean = own["running_mean"] if "running_mean" in own else norm.running_mean
+        mean = _own(norm, norm._buffers, "running_mean")
         frozen.append(mean is not None and not norm.training)
         if frozen[-1]:
-            running += [mean, own["running_var"] if "running_var" in own else norm.running_var]
+            running += [mean, _own(norm, norm._buffers, "running_var")]
     return frozen, running
 
 
