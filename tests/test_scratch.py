@@ -122,7 +122,7 @@ assert all(map(torch.equal, grads, gradient)) and same(after)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux holds a process to RLIMIT_AS")
 @pytest.mark.parametrize("layer", ["dense", "post", "stage", "concat"])
 def test_too_little_memory(layer: str) -> None:
     run(TOO_LITTLE_MEMORY, layer)
@@ -153,7 +153,7 @@ done.set(), other.join()
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux holds a process to RLIMIT_AS")
 def test_what_idle_threads_hold_is_used_before_a_call_fails() -> None:
     run(IDLE_MEMORY_IS_TAKEN_BACK)
 
@@ -265,7 +265,7 @@ assert torch.equal(call(), wanted)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 def test_fork() -> None:
     run(FORK)
 

@@ -36,8 +36,8 @@ class InterpretedRun(pytest.Item):
         command = [sys.executable, "-m", "pytest", str(self.path), "-m", select]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         run = subprocess.run(command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True)
-        if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
-            pytest.skip(f"no case is marked {select!r}")
+        if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and select == "verify":
+            pytest.skip("make test has run every case of this file")
         if run.returncode:
             pytest.fail(f"{' '.join(run.args)}\n{run.stdout}\n{run.stderr}", pytrace=False)
 
