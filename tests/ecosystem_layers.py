@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from modes import norms
+from modes import twins
 from torch import Tensor, nn
 
 import csp_kernels as csp
@@ -60,17 +60,8 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 def pair(name: str, change: Callable[[nn.Module], Any] = nn.Module.train) -> tuple[nn.Module, nn.Module]:
     """The layer and its twin in float64 with the same random parameters."""
     both = [nn.Sequential(nn.Conv2d(3, CHANNELS, 3, padding=1), Fused(LAYERS[name](where))) for where in WHERE]
-    ours, naive = (module.double() for module in both)
-    with torch.no_grad():
-        for norm in norms(ours):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0, 0.3)
-            norm.running_mean.normal_(0, 0.3)
-            norm.running_var.uniform_(0.5, 1.5)
-    naive.load_state_dict(ours.state_dict())
-    change(ours)
-    change(naive)
-    return ours, naive
+    twins(*both, change)
+    return both[0], both[1]
 
 
 def image(n: int = 2, channels: int = 3, size: int = 4) -> Tensor:

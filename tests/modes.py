@@ -66,15 +66,20 @@ def outputs(module: nn.Module, inputs: Sequence[Tensor | None]) -> list[Tensor]:
     return [y] if isinstance(y, Tensor) else list(y)
 
 
+@torch.no_grad()
+def random_norms(module: nn.Module) -> None:
+    """No parameter or running statistic of a norm is like another, none the identity's."""
+    for norm in norms(module):
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_(0, 0.3)
+        norm.running_mean.normal_(0, 0.3)
+        norm.running_var.uniform_(0.5, 1.5)
+
+
 def twins(ours: nn.Module, naive: nn.Module, change: Callable[[nn.Module], Any] = lambda module: None) -> None:
     """Both in float64 with the same random norms, both changed the same way; the same keys."""
     assert list(ours.state_dict()) == list(naive.state_dict())
-    with torch.no_grad():
-        for norm in norms(ours):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0, 0.3)
-            norm.running_mean.normal_(0, 0.3)
-            norm.running_var.uniform_(0.5, 1.5)
+    random_norms(ours)
     naive.load_state_dict(ours.state_dict())
     for module in (ours, naive):
         change(module.double())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from modes import random_norms
 from torch import Tensor, nn
 
 import csp_kernels as csp
@@ -43,13 +44,7 @@ ALL = {**LAYERS, **NETWORKS}
 def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """With random norms, so that no batch statistic or parameter is like another."""
     module = ALL[name]()
-    with torch.no_grad():
-        for m in module.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(0.5, 1.5)
-                m.bias.normal_(0, 0.3)
-                m.running_mean.normal_(0, 0.3)
-                m.running_var.uniform_(0.5, 1.5)
+    random_norms(module)
     return module.to(dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from modes import MODES, norms, set_norms, some_frozen
+from modes import MODES, norms, random_norms, set_norms, some_frozen
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -21,12 +21,7 @@ pytestmark = pytest.mark.usefixtures("native")
 def twins(change: Callable[[nn.Module], Any] = lambda block: None, **options: Any) -> tuple[nn.Module, nn.Module]:
     """Fused and naive block in float64 with the same random parameters and statistics, both changed the same way."""
     ours, naive = csp.DenseBlock(3, 12, 8, 2, **options).double(), csp.reference.DenseBlock(3, 12, 8, 2).double()
-    with torch.no_grad():
-        for norm in norms(ours):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0, 0.3)
-            norm.running_mean.normal_(0, 0.3)
-            norm.running_var.uniform_(0.5, 1.5)
+    random_norms(ours)
     naive.load_state_dict(ours.state_dict())
     for block in (ours, naive):
         change(block)
