@@ -23,14 +23,9 @@ from csp_kernels.reference.partial_transition import Unit
 from csp_kernels.reference.post_dense_block import PostDenseLayer
 from csp_kernels.reference.two_way_dense_block import Branch, TwoWayDenseLayer
 
-# where the convolutions and norms of a layer are, in the order of the operator's parameters
-PATHS = {
-    "pre": ("norm1", "conv1", "norm2", "conv2"),
-    "post": ("conv1", "norm1", "conv2", "norm2"),
-    "two_way": tuple(f"branch{b}.{kind}{i}" for b in (1, 2) for i in range(1, b + 2) for kind in ("conv", "norm")),
-}
 _LAYERS: dict[str, type[nn.Module]] = {"pre": DenseLayer, "post": PostDenseLayer, "two_way": TwoWayDenseLayer}
-_LEAVES = {  # (name, size of the kernel, 0 for a norm) of the children of a layer or branch
+# of a layer or branch: (name, size of the kernel, 0 for a norm) of its children, in the order of the operator's parameters
+_LEAVES = {
     "pre": (("norm1", 0), ("conv1", 1), ("norm2", 0), ("conv2", 3)),
     "post": (("conv1", 1), ("norm1", 0), ("conv2", 3), ("norm2", 0)),
     "branch1": (("conv1", 1), ("norm1", 0), ("conv2", 3), ("norm2", 0)),
@@ -44,8 +39,9 @@ _TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker
 
 
 def layer_children(block: nn.Module, kind: str, prefix: str = "") -> tuple[list[Any], str]:
-    """PATHS of every layer, and why the operator cannot stand for them; "" if it can (otherwise some may be missing).
+    """The convolutions and norms of every layer, in order, and why the operator cannot stand for them.
 
+    "" if it can; otherwise some may be missing.
     Past nn.Module.__getattr__, which costs as much as a small operator.
     """
     if reason := hooked_globally():
