@@ -24,7 +24,7 @@ from csp_kernels.reference.post_dense_block import PostDenseLayer
 from csp_kernels.reference.two_way_dense_block import Branch, TwoWayDenseLayer
 
 _LAYERS: dict[str, type[nn.Module]] = {"pre": DenseLayer, "post": PostDenseLayer, "two_way": TwoWayDenseLayer}
-# of a layer or branch: (name, size of the kernel, 0 for a norm) of its children, in the order of the operator's parameters
+# (name, size of the kernel, 0 for a norm) of the children of a layer or branch, in the order of the operator's params
 _LEAVES = {
     "pre": (("norm1", 0), ("conv1", 1), ("norm2", 0), ("conv2", 3)),
     "post": (("conv1", 1), ("norm1", 0), ("conv2", 3), ("norm2", 0)),
