@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f)
 ARGS ?=
 TARGET ?= sm_90
 # Tests run in a process for each core, at most 8, of one thread each: pytest-xdist.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 BUDGET ?= 120
 # Of the operators, under each instruction set but the best, which make test has.
 ISA_TESTS ?= instruction_set or one_channel or training or large_means or without_kinks

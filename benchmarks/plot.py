@@ -66,7 +66,8 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     panels += [("step: share of the copy bandwidth", bars(rows, "step", share))]
     panels += [("step: peak memory, the faster eager's 1", bars(rows, "step", memory))]
     names = list(dict.fromkeys(row["candidate"] for row in rows))
-    colours = dict(zip(names, pyplot.colormaps["tab10"].colors * len(names), strict=False))  # type: ignore[attr-defined]
+    tab10 = pyplot.colormaps["tab10"]
+    colours = {name: tab10(i % tab10.N) for i, name in enumerate(names)}
     cases = list(panels[0][1])
     tall = 1.5 + 0.13 * len(names) * len(cases)
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), tall), sharey=True, squeeze=False)

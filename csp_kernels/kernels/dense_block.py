@@ -27,6 +27,7 @@ from csp_kernels.kernels.launch import (
 from csp_kernels.kernels.norm import BatchNorm, due, pay
 from csp_kernels.ops._node import fake_image as image
 from csp_kernels.ops._node import padded
+from csp_kernels.ops.dense_block import LAYER
 
 
 class _Layer(NamedTuple):
@@ -46,13 +47,9 @@ def columns(in_channels: int, params: Sequence[Tensor]) -> int:
 
 
 def _check_params(like: Tensor, in_channels: int, params: Sequence[Tensor]) -> None:
-    if not params or len(params) % 6:
-        raise ValueError(f"params: got {len(params)} items, expected 6 a layer")
-    shapes: list[tuple[int, ...]] = []
-    b, g = params[2].shape[0], params[5].shape[0]
-    for k in range(in_channels, in_channels + len(params) // 6 * g, g):
-        shapes += [(k,), (k,), (b, k, 1, 1), (b,), (b,), (g, b, 3, 3)]
-    check_params(like, params, shapes)
+    if not params or len(params) % len(LAYER.names):
+        raise ValueError(f"params: got {len(params)} items, expected {len(LAYER.names)} a layer")
+    check_params(like, params, LAYER.shapes(params, in_channels))
 
 
 class Block:

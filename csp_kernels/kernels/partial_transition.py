@@ -30,7 +30,7 @@ from csp_kernels.kernels.launch import (
 from csp_kernels.kernels.norm import BatchNorm, due, pay
 from csp_kernels.ops._node import fake_image as image
 from csp_kernels.ops._node import padded, winograd
-from csp_kernels.ops.partial_transition import FUSIONS, count, output_size, raw_sizes
+from csp_kernels.ops.partial_transition import FUSIONS, count, expected_shapes, output_size, raw_sizes
 
 
 class Grown(NamedTuple):
@@ -339,13 +339,7 @@ def check_arguments(
     """part, dense: channels, those of the dense part in all."""
     kind = FUSIONS[fusion]
     check_count("params", params, count(kind))
-    first, last = params[2].shape[0], params[-1].shape[0]
-    t, u = (first, dense), (last, part + (dense if kind == "first" else first))
-    shapes: list[tuple[int, ...]] = []
-    for out, entering in {"csp": (t, u), "first": (u,), "last": (t,)}[kind]:
-        n = out if post else entering
-        shapes += [(n,), (n,), (out, entering, 1, 1)]
-    check_params(like, params, shapes)
+    check_params(like, params, expected_shapes(params, part, dense, kind, "post" if post else "pre"))
     check_norms(like, [p.shape[0] for p in params[::3]], frozen, eps, running)
 
 
