@@ -15,8 +15,9 @@ T = TypeVar("T")
 # Part of folder/file::function -> cases of a function that are enough for each change; others are marked "verify".
 # The first part that is there counts. Sanitizers are slow to compile for.
 SAMPLES = {
-    "_sanitizer": 0, "fuzz/test_compare": 5, "kernels/": 1, "cuda/": 2, "ops/test_schemas": 3,
-    "::test_opcheck": 2, "::test_compiled": 2,
+    "_sanitizer": 0, "fuzz/test_compare": 3, "kernels/test_cuda": 0, "kernels/": 1, "cuda/": 2, "ops/test_schemas": 3,
+    "::test_opcheck": 2, "::test_compiled": 2, "::test_onnx": 5, "::test_jit_trace": 10,
+    "::test_any_size_and_channels": 3, "::test_csp_densenet_costs_less_traffic": 2, "::test_too_little_memory": 2,
 }  # fmt: skip
 
 
@@ -27,6 +28,11 @@ def spread(count: int, enough: int) -> set[int]:
     return {round(i * (count - 1) / max(1, enough - 1)) for i in range(enough)}
 
 
+def enough(place: str) -> int | None:
+    """Cases of a function (folder/file::function) that are enough for each change; None: all."""
+    return next((n for part, n in SAMPLES.items() if part in place), None)
+
+
 def mark_the_many(items: Iterable[pytest.Item], tests: Path) -> None:
     """Mark what `make test` leaves out: of each function in SAMPLES all but a few cases."""
     functions: dict[tuple[Path, str], list[pytest.Item]] = {}
@@ -34,8 +40,8 @@ def mark_the_many(items: Iterable[pytest.Item], tests: Path) -> None:
         functions.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
     for (path, function), cases in functions.items():
         place = f"{path.relative_to(tests)}::{function}" if tests in path.parents else ""
-        enough = next((n for part, n in SAMPLES.items() if part in place), len(cases))
-        kept = spread(len(cases), enough)
+        few = enough(place)
+        kept = spread(len(cases), len(cases) if few is None else few)
         for i, item in enumerate(cases):
             if i not in kept:
                 item.add_marker("verify")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ COLOURS = {"fused": "tab:blue", "naive": "tab:orange"}
 
 @dataclass(frozen=True)
 class Result:
-    """What the training of one form of a network came to. Memory in bytes.
+    """What the training of one form of a network came to. Memory in bytes, None where it was not measured.
 
     difference: largest loss difference of the first steps, fused against naive; of the naive form, against itself in
     NCHW (None: not measured).
@@ -27,9 +28,9 @@ class Result:
     seconds: list[float]
     accuracy: float
     difference: float | None
-    saved: int
-    peak: int
-    start: int
+    saved: int | None = None
+    peak: int | None = None
+    start: int | None = None
 
     @property
     def step_ms(self) -> float:
@@ -37,9 +38,14 @@ class Result:
         return 1e3 * statistics.median(self.seconds[1:] or self.seconds)
 
     @property
-    def above(self) -> int:
+    def above(self) -> int | None:
         """Peak resident memory above that before the first step."""
-        return self.peak - self.start
+        return None if self.peak is None or self.start is None else self.peak - self.start
+
+
+def in_mib(count: int | None) -> float | None:
+    """Bytes in MiB."""
+    return None if count is None else count / MIB
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,9 @@ COLUMNS = (
     Column(("final", "loss"), lambda r: r.losses[-1], ".4f"),
     Column(("loss", "difference"), lambda r: r.difference, ".2e"),
     Column(("step", "ms"), lambda r: r.step_ms, ".1f"),
-    Column(("saved", "MiB"), lambda r: r.saved / MIB, ".1f"),
-    Column(("peak", "MiB"), lambda r: r.peak / MIB, ".0f"),
-    Column(("above", "start MiB"), lambda r: r.above / MIB, ".0f"),
+    Column(("saved", "MiB"), lambda r: in_mib(r.saved), ".1f"),
+    Column(("peak", "MiB"), lambda r: in_mib(r.peak), ".0f"),
+    Column(("above", "start MiB"), lambda r: in_mib(r.above), ".0f"),
 )
 NOTES = f"""\
 step: median time; saved: activations kept for backward; peak: resident memory of a process of its own.
@@ -117,8 +123,8 @@ def picture(results: Sequence[Result], title: str, path: Path) -> None:
         _curves(axes, *pair)
     time, saved, peak = bars.subplots(1, 3)
     _bars(time, pairs, lambda r: r.step_ms, "ms", "Time per step, median")
-    _bars(saved, pairs, lambda r: r.saved / MIB, "MiB", "Saved activations")
-    _bars(peak, pairs, lambda r: r.above / MIB, "MiB", "Peak resident memory above start")
+    _bars(saved, pairs, lambda r: in_mib(r.saved), "MiB", "Saved activations")
+    _bars(peak, pairs, lambda r: in_mib(r.above), "MiB", "Peak resident memory above start")
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -132,12 +138,13 @@ def _curves(axes: Any, fused: Result, naive: Result) -> None:
 
 
 def _bars(
-    axes: Any, pairs: list[tuple[Result, Result]], value: Callable[[Result], float], unit: str, title: str
+    axes: Any, pairs: list[tuple[Result, Result]], value: Callable[[Result], float | None], unit: str, title: str
 ) -> None:  # fmt: skip
-    """Fused beside naive for every network."""
+    """Fused beside naive for every network; no bar where nothing was measured."""
     for offset, results in zip((-0.2, 0.2), zip(*pairs, strict=True), strict=True):
         places, kind = [i + offset for i in range(len(pairs))], results[0].kind
-        bars = axes.bar(places, [value(r) for r in results], 0.38, color=COLOURS[kind], label=kind)
+        heights = [math.nan if (height := value(r)) is None else height for r in results]
+        bars = axes.bar(places, heights, 0.38, color=COLOURS[kind], label=kind)
         axes.bar_label(bars, fmt="%.0f")
     axes.margins(y=0.2)
     axes.set_xticks(range(len(pairs)), [fused.network for fused, _ in pairs], fontsize="small")

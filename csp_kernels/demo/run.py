@@ -36,13 +36,13 @@ class Comparison:
         return len(self.runs[-1].losses) if self.runs else 0
 
     def run(self, digits: Digits, settings: Settings) -> None:
-        """Measures and trains both forms."""
-        _note(f"{self.network}: measuring memory ...")
-        self.memory = measure_memory(self.network, settings)
+        """Trains both forms, then measures what each needs."""
         self.runs = [make_run(self.network, kind, settings.steps(digits), settings) for kind in KINDS]
         _note(f"{self.network}: training ...")
         train(self.runs, digits, settings)
         self.control = control(self.network, digits, settings, COMPARED_STEPS)
+        _note(f"{self.network}: measuring memory ...")
+        self.memory = measure_memory(self.network, settings)
 
     def results(self, digits: Digits) -> list[Result]:
         """Fused, naive."""
@@ -52,7 +52,7 @@ class Comparison:
         return [
             Result(
                 self.network, run.kind, run.losses, run.seconds, accuracy(run.model, digits, run.dtype), difference,
-                *self.memory[run.kind],
+                *self.memory.get(run.kind, ()),
             )
             for run, difference in zip(self.runs, (fused, naive), strict=True)
         ]  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sampling
 import torch
 from torch import Tensor
 
@@ -22,7 +23,8 @@ class InterpretedFile(pytest.File):
     """Two tests: the cases of the file that are enough for each change, and the many."""
 
     def collect(self) -> Iterator[pytest.Item]:
-        yield InterpretedRun.from_parent(self, name="interpreted")
+        if sampling.enough(f"kernels/{self.path.name}"):
+            yield InterpretedRun.from_parent(self, name="interpreted")
         many = InterpretedRun.from_parent(self, name="interpreted, the many")
         many.add_marker("verify")
         yield many
