@@ -19,6 +19,7 @@ from types import TracebackType
 import torch
 
 from csp_kernels import native
+from csp_kernels._tracing import constant_when_traced
 
 NAMES = ("auto", "native", "triton", "reference")
 ENVIRONMENT = "CSP_KERNELS_BACKEND"
@@ -216,7 +217,7 @@ def selected() -> str:
     return _traced or (contexts[-1][1] if contexts else _selected)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _dynamo_reads_contexts() -> bool:
     """Since some release after torch 2.11, with a guard that is checked in the calling thread."""
     return hasattr(sys.modules.get("torch._dynamo.source"), "ContextVarGetSource")

@@ -21,8 +21,8 @@ from csp_kernels.backends import selected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     sampling.mark_the_many(items, tests)
-    # the long files first, which are one test each: run last, one process would be left alone with them
-    items.sort(key=lambda item: tests / "kernels" not in item.path.parents)
+    # the long files first, whose tests are processes of their own: run last, one process would be left alone with them
+    items.sort(key=lambda item: item.path.parent not in (tests, tests / "kernels"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import torch
 import csp_kernels as csp
 from csp_kernels import native as library
 from csp_kernels.__main__ import main
+from csp_kernels._tracing import constant_when_traced
 from csp_kernels.backends import _find_triton, resolve, selected, why_not_cuda, why_not_triton
 
 OPERATORS = [
@@ -192,6 +193,20 @@ def test_kernels_are_registered_but_not_imported() -> None:
     """A kernel is compiled or interpreted as the environment says when it is imported."""
     done = run_python(f"import sys; sys.argv[1:] = {OPERATORS}\n{REGISTERED}")
     assert done.stdout.split() == [*["True"] * len(OPERATORS), "reference", "False"], done.stderr
+
+
+def test_torch_compile_is_not_imported() -> None:
+    """It took longer than all else that `import csp_kernels` adds to torch."""
+    done = run_python("import sys, csp_kernels; print('torch._dynamo' in sys.modules)")
+    assert done.stdout.split() == ["False"], done.stderr
+
+
+def test_the_mark_is_torch_compilers() -> None:
+    def mine() -> None: ...
+
+    def theirs() -> None: ...
+
+    assert vars(constant_when_traced(mine)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
 WITHOUT = """

@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+from csp_kernels._tracing import constant_when_traced
 from csp_kernels.backends import selected
 from csp_kernels.reference.dense_block import DenseLayer
 from csp_kernels.reference.partial_transition import Unit
@@ -212,7 +213,7 @@ def warn_once(module: Any, reason: str) -> None:
         _warn(f"csp.{type(module).__name__} runs its plain PyTorch reference: {reason}")
 
 
-@torch.compiler.assume_constant_result  # under torch.compile: warns while it compiles, without a graph break
+@constant_when_traced  # under torch.compile: warns while it compiles, without a graph break
 def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=5)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from csp_kernels import native
+from csp_kernels._tracing import constant_when_traced
 from csp_kernels.backends import running_as, selected, why_not_triton
 from csp_kernels.ops._checks import check_storage, converted, dense
 from csp_kernels.ops._transforms import batched, transformed
@@ -79,7 +80,7 @@ def winograd(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.float64 else 4
 
 
-@torch.compiler.assume_constant_result  # safe: Dynamo guards on this setting
+@constant_when_traced  # safe: Dynamo guards on this setting
 def _float32_precision() -> str:
     return torch.get_float32_matmul_precision()
 

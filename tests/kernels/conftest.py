@@ -6,15 +6,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sampling
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))  # for what lies beside this file
+
+import interpreted
+import sampling
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -35,13 +39,14 @@ class InterpretedRun(pytest.Item):
         if sys.platform != "linux" and importlib.util.find_spec("triton") is None:
             pytest.skip("triton has wheels for Linux only")
         select = "verify" if self.get_closest_marker("verify") else "not verify"
-        command = [sys.executable, "-m", "pytest", str(self.path), "-m", select]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True)
-        if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and select == "verify":
-            pytest.skip("make test has run every case of this file")
-        if run.returncode:
-            pytest.fail(f"{' '.join(run.args)}\n{run.stdout}\n{run.stderr}", pytrace=False)
+        with tempfile.NamedTemporaryFile() as log:
+            status = interpreted.run([str(self.path), "-m", select, "--rootdir", str(self.config.rootpath)], log.name)
+            if status == pytest.ExitCode.NO_TESTS_COLLECTED and select == "verify":
+                pytest.skip("make test has run every case of this file")
+            if status:
+                pytest.fail(
+                    f"TRITON_INTERPRET=1 pytest -m '{select}' {self.path}\n{log.read().decode()}", pytrace=False
+                )
 
 
 if not INTERPRETED:
@@ -104,7 +109,6 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     if type(_probe).__name__ != "InterpretedFunction":
         raise pytest.UsageError("triton was imported before TRITON_INTERPRET=1 was set: set it in the environment")
     exact_bfloat16()
-    sys.path.insert(0, str(Path(__file__).parent))  # for `guard`, `traffic`
     import guard
 
     guard.install()
