@@ -108,13 +108,13 @@ def dense_block(
         assert conv1 is not None and conv2 is not None
         z = F.conv2d(activate(torch.cat(features, 1), 2 * layer, weight1, bias1), conv1.to(x.dtype))
         y = F.conv2d(activate(z, 2 * layer + 1, weight2, bias2), conv2.to(x.dtype), padding=1)
-        features.append(_dropped(y, drop_rate, seed, layer) if drop_rate > 0 else y)
+        features.append(dropped(y, drop_rate, seed, layer) if drop_rate > 0 else y)
         widths.append(statistics(z, not frozen[2 * layer + 1]))
     y = torch.cat(features, 1)
     return y, torch.cat([statistics(y, not all(frozen[::2])), *widths], 1)
 
 
-def _dropped(y: Tensor, rate: float, seed: Tensor | None, layer: int) -> Tensor:
+def dropped(y: Tensor, rate: float, seed: Tensor | None, layer: int) -> Tensor:
     """y [N, g, H, W] with elements dropped: with a seed, by the kernels' hash of seed, layer, pixel and channel."""
     if seed is None:
         return F.dropout(y, rate)

@@ -1,0 +1,101 @@
+"""A graph in plain PyTorch: every concatenation is made and every norm applied to each slice that is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from csp_kernels.reference._norms import statistics, to
+from csp_kernels.reference.concat_conv import ACTIVATIONS
+from csp_kernels.reference.dense_block import dropped
+from csp_kernels.stage.graph import Conv, Graph, Read, Write
+
+
+def stage(
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor | None],
+    running: Sequence[Tensor] = (),
+    *,
+    frozen: Sequence[bool] | None = None,
+    eps: float | Sequence[float] = 1e-5,
+    seed: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The outputs, and stats [2, channels of all norms] float64: batch mean and biased variance, of frozen norms too.
+
+    inputs: [N, channels, H, W] each. params: as graph.order lists them, weight (and bias, if it has one) of a
+    convolution, weight and bias of a norm; None is ones or zeros. running: mean and variance of each frozen norm.
+    Any floating dtype and device; differentiable any number of times.
+    """
+    run = _Run(graph, params, running, frozen, eps)
+    values = list(inputs)
+    drops = 0
+    for i, node in enumerate(graph.nodes):
+        read = [run.read(values, r) for r in node.reads]
+        if isinstance(node, Conv):
+            y = run.conv(i, node, torch.cat(read, 1))
+            if node.drop_rate > 0:
+                y = dropped(y, node.drop_rate, seed, drops)
+                drops += 1
+        else:
+            y = ACTIVATIONS[node.act](sum(read[1:], read[0]), node.slope)
+        values.append(y)
+    outputs = [_pooled(torch.cat([run.read(values, r) for r in write.reads], 1), write) for write in graph.outputs]
+    return outputs, run.stats
+
+
+class _Run:
+    """Parameters by node and norm, and the statistics found on the way."""
+
+    def __init__(
+        self, graph: Graph, params: Sequence[Tensor | None], running: Sequence[Tensor], frozen: Sequence[bool] | None,
+        eps: float | Sequence[float],
+    ) -> None:  # fmt: skip
+        count = len(graph.norms)
+        self.frozen = [False] * count if frozen is None else list(frozen)
+        self.eps = [eps] * count if isinstance(eps, (int, float)) else list(eps)
+        given, moments = iter(params), iter(running)
+        self.convs: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        self.norms: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        for item in graph.order:
+            node = graph.nodes[item.index] if item.kind == "conv" else None
+            if isinstance(node, Conv):
+                self.convs[item.index] = next(given), next(given) if node.bias else None
+            else:
+                self.norms[item.index] = next(given), next(given)
+        self.moments = [(next(moments), next(moments)) if f else None for f in self.frozen]
+        columns = [0]
+        for channels in graph.norms:
+            columns.append(columns[-1] + channels)
+        self.columns = columns
+        device = next((p.device for p in params if p is not None), None)
+        self.stats = torch.zeros(2, columns[-1], dtype=torch.float64, device=device)
+
+    def read(self, values: Sequence[Tensor], read: Read) -> Tensor:
+        x = values[read.value][:, read.start : read.stop]
+        if read.norm is not None:
+            x = self.normalised(x, read.norm, slice(read.at, read.at + read.channels))
+        return ACTIVATIONS[read.act](x, read.slope)
+
+    def normalised(self, x: Tensor, norm: int, channels: slice) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # of parameters and statistics
+        weight, bias = (None if t is None else to(t[channels], dtype) for t in self.norms[norm])
+        moments = self.moments[norm]
+        mean, var = (None, None) if moments is None else (to(t[channels], dtype) for t in moments)
+        at = self.columns[norm]
+        self.stats[:, at + channels.start : at + channels.stop] = statistics(x, True)
+        return F.batch_norm(x, mean, var, weight, bias, moments is None, 0.0, self.eps[norm])
+
+    def conv(self, index: int, node: Conv, x: Tensor) -> Tensor:
+        weight, bias = self.convs[index]
+        assert weight is not None
+        x = F.avg_pool2d(x, 2) if node.pool else x
+        bias = to(bias, x.dtype)
+        return F.conv2d(x, weight.to(x.dtype), bias, node.stride, node.kernel // 2, groups=node.groups)
+
+
+def _pooled(x: Tensor, write: Write) -> Tensor:
+    return F.avg_pool2d(x, 2) if write.pool else x

@@ -1,0 +1,1 @@
+"""Stages of convolutional networks as graphs: what they compute, checked and printed."""
