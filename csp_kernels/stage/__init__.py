@@ -1,1 +1,1 @@
-"""Stages of convolutional networks as graphs: what they compute, checked and printed."""
+"""Stages of convolutional networks as graphs, what they compute, and programs, how."""

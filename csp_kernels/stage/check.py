@@ -14,10 +14,9 @@ def check(graph: Graph) -> None:
     """
     _expect(bool(graph.inputs) and min(graph.inputs) > 0, "inputs", str(list(graph.inputs)), "channels of at least 1")
     _expect(bool(graph.outputs), "outputs", "none", "one or more")
-    sizes = [""] * len(graph.inputs)  # by what was done to the inputs' height and width
     for i, (name, user) in enumerate(graph.users()):
         _check_reads(graph, name, user, min(len(graph.channels), graph.value(i)))
-        sizes.append(_size(name, user, sizes))
+    sizes(graph)
     _check_norms(graph)
     used = {read.value for _, user in graph.users() for read in user.reads}
     for i in range(len(graph.nodes)):
@@ -72,9 +71,19 @@ def _check_conv(name: str, conv: Conv) -> None:
     _expect(alone or not conv.pool, name, "pool", expected)
 
 
-def _size(name: str, user: Node | Write, sizes: list[str]) -> str:
-    """Of what it gives: that of what it reads, then "f" for floor(size / 2) or "c" for ceil(size / 2)."""
-    read = [sizes[read.value] for read in user.reads]
+def sizes(graph: Graph) -> list[str]:
+    """Height and width of every value, then of every output, as what was done to those of the inputs, which are alike.
+
+    "f": floor(size / 2), by pooling; "c": ceil(size / 2), by stride 2. ValueError for reads side by side that differ.
+    """
+    found = [""] * len(graph.inputs)
+    for name, user in graph.users():
+        found.append(_size(name, user, found))
+    return found
+
+
+def _size(name: str, user: Node | Write, found: list[str]) -> str:
+    read = [found[read.value] for read in user.reads]
     words = [" after ".join(["the inputs' size", *(_HALVES[half] for half in size)]) for size in read]
     differs = next((i for i, size in enumerate(read) if size != read[0]), 0)
     _expect(not differs, f"{name}, reads[{differs}]", words[differs], f"{words[0]}, as reads[0]")

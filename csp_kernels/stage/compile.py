@@ -1,0 +1,263 @@
+"""From a graph to a program: forward in the order of the nodes, backward in the reverse order by one rule.
+
+Every read of a value adds scale * dn to the value's gradient G and to the sums of its norm, dn being the gradient
+behind the norm. When a node is reached, all readers of its value have run: the norms settle on its channels, and its
+gradient is G - owed_mean - (x - mean) * owed_slope. So a norm may belong to a reader or a producer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from csp_kernels.stage.check import check
+from csp_kernels.stage.graph import Conv, Graph, Node, Read, Sum
+from csp_kernels.stage.place import RECOMPUTE, Layout, lay_out, merged
+from csp_kernels.stage.program import (
+    Activate,
+    ActivateBackward,
+    Add,
+    AddBackward,
+    Backward,
+    Binding,
+    Clear,
+    Copy,
+    Fill,
+    Finish,
+    Forward,
+    Measure,
+    Place,
+    Product,
+    ProductBackward,
+    Program,
+    Segment,
+    Settle,
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Gradients that somebody wants: of which inputs, of the parameters of which nodes and norms."""
+
+    inputs: frozenset[int]
+    nodes: frozenset[int]
+    norms: frozenset[int]
+
+    @staticmethod
+    def all(graph: Graph) -> Wanted:
+        nodes = (i for i, node in enumerate(graph.nodes) if isinstance(node, Conv))
+        return Wanted(frozenset(range(len(graph.inputs))), frozenset(nodes), frozenset(range(len(graph.norms))))
+
+
+@lru_cache(maxsize=1024)
+def compile_stage(
+    graph: Graph, frozen: tuple[bool, ...], wanted: Wanted | None = None, recompute: str = "none"
+) -> Program:
+    """The program of a graph; wanted None: no gradients, nothing is kept.
+
+    frozen: norms that use running statistics. recompute: what backward computes again instead of keeping it,
+    "none", "bottleneck" (1x1 convolutions that 3x3 ones alone read) or "all" (all but inputs and outputs).
+    Raises ValueError for bad arguments.
+    """
+    check(graph)
+    if len(frozen) != len(graph.norms):
+        raise ValueError(f"frozen: got {len(frozen)} items, expected {len(graph.norms)}, one a norm")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(RECOMPUTE)}")
+    layout = lay_out(graph, frozen, wanted is not None, recompute)
+    common = _Common(graph, layout, frozen)
+    forward = _forward(common)
+    backward = _BackwardPass(common, wanted).run() if wanted else ()
+    statistics = sum(graph.channels[value] for value in layout.statistics)
+    return Program(layout.buffers, statistics, sum(graph.norms), forward, backward)
+
+
+class _Common:
+    """What both directions look up."""
+
+    def __init__(self, graph: Graph, layout: Layout, frozen: Sequence[bool]) -> None:
+        self.graph, self.layout, self.frozen = graph, layout, frozen
+        dropping = [i for i, node in enumerate(graph.nodes) if isinstance(node, Conv) and node.drop_rate > 0]
+        self.drops = {node: i for i, node in enumerate(dropping)}
+        self.bindings: dict[int, tuple[Binding, ...]] = dict.fromkeys(range(len(graph.channels)), ())
+        for norm, sources in enumerate(_sources(graph)):
+            for value, binding in self._runs(norm, sources):
+                self.bindings[value] += (binding,)
+
+    def _runs(self, norm: int, sources: Sequence[tuple[int, int]]) -> list[tuple[int, Binding]]:
+        """A norm's channels that normalise consecutive channels of one value, with the value."""
+        starts = [i for i, (v, c) in enumerate(sources) if i == 0 or sources[i - 1] != (v, c - 1)]
+        made = []
+        for start, stop in zip(starts, [*starts[1:], len(sources)], strict=True):
+            value, channel = sources[start]
+            statistics = None if self.frozen[norm] else self.layout.statistics[value] + channel
+            column = self.layout.columns[norm] + start
+            made.append((value, Binding(norm, start, stop - start, column, statistics)))
+        return made
+
+    def fill(self, value: int, again: bool = False) -> list[Fill]:
+        """Affine columns that wait for a value's statistics; again: for backward, with those that do not."""
+        bindings = tuple(b for b in self.bindings[value] if again or b.statistics is not None)
+        return [Fill(bindings)] if bindings else []
+
+    def compute(self, index: int, again: bool = False) -> Forward:
+        """A node's instruction; again: without statistics, which are there."""
+        node, value = self.graph.nodes[index], self.graph.value(index)
+        to, segments = self.layout.places[value], self.layout.segments(node.reads)
+        statistics = None if again else self.layout.statistics.get(value)
+        if isinstance(node, Conv):
+            return Product(index, replace(node, reads=()), segments, to, statistics, self.drops.get(index))
+        segments = tuple(self.layout.segment(read) for read in node.reads)  # they are added, not side by side
+        return Add(segments, to, node.act, node.slope if node.act == "leaky_relu" else 0.0, statistics)
+
+
+def _sources(graph: Graph) -> list[list[tuple[int, int]]]:
+    """For each norm, value and channel that each of its channels normalises."""
+    found: list[dict[int, tuple[int, int]]] = [{} for _ in graph.norms]
+    for _, user in graph.users():
+        for read in user.reads:
+            if read.norm is not None:
+                found[read.norm] |= {read.at + k: (read.value, read.start + k) for k in range(read.channels)}
+    return [[channels[at] for at in sorted(channels)] for channels in found]
+
+
+# --- forward ---
+
+
+def _forward(common: _Common) -> tuple[Forward, ...]:
+    graph, layout = common.graph, common.layout
+    steps: list[Forward] = []
+    fixed = tuple(b for bindings in common.bindings.values() for b in bindings if b.statistics is None)
+    if fixed:
+        steps.append(Fill(fixed))
+    for value in range(len(graph.inputs)):
+        place, statistics = layout.places[value], layout.statistics.get(value)
+        if value in layout.copies:
+            steps.append(Copy(layout.copies[value], place, statistics))
+        elif statistics is not None:
+            steps.append(Measure(place, statistics))
+        steps += common.fill(value)
+    for index in range(len(graph.nodes)):
+        steps.append(common.compute(index))
+        steps += common.fill(graph.value(index))
+    for i, write in enumerate(graph.outputs):
+        if i not in layout.written:
+            to = Place(len(graph.inputs) + i, 0, write.channels)
+            steps.append(Activate(layout.segments(write.reads), to, write.pool))
+    return tuple(steps)
+
+
+# --- backward ---
+
+
+class _BackwardPass:
+    def __init__(self, common: _Common, wanted: Wanted) -> None:
+        self.common, self.wanted = common, wanted
+        self.graph, self.layout = common.graph, common.layout
+        self.steps: list[Backward] = []
+        self.written = [[False] * channels for channels in self.graph.channels]
+        self.there = [self.layout.buffers[place.buffer].kind != "scratch" for place in self.layout.places]
+        self.needs = [value in wanted.inputs for value in range(len(self.graph.inputs))]
+        for index, node in enumerate(self.graph.nodes):
+            self.needs.append(index in wanted.nodes or any(self._wants(read) for read in node.reads))
+
+    def _wants(self, read: Read) -> bool:
+        """Something behind this read wants a gradient."""
+        return self.needs[read.value] or self._sums(read)
+
+    def _sums(self, read: Read) -> bool:
+        """Sums of its norm are wanted: for parameters, or for what the norm owes."""
+        if read.norm is None:
+            return False
+        return read.norm in self.wanted.norms or (self.needs[read.value] and not self.common.frozen[read.norm])
+
+    def run(self) -> tuple[Backward, ...]:
+        bindings = tuple(b for value in range(len(self.graph.channels)) for b in self.common.bindings[value])
+        if bindings:
+            self.steps.append(Fill(bindings))
+        for i in reversed(range(len(self.graph.outputs))):
+            self._output(i)
+        for index in reversed(range(len(self.graph.nodes))):
+            self._settle(self.graph.value(index))
+            if self.needs[self.graph.value(index)]:
+                self._node(index, self.graph.nodes[index])
+        for value in range(len(self.graph.inputs)):
+            self._settle(value)
+            if self.needs[value]:
+                self._clear(value, range(self.graph.channels[value]))
+                self.steps.append(Finish(value, self.layout.places[value], self._owed(value)))
+        return tuple(self.steps)
+
+    def _output(self, index: int) -> None:
+        write = self.graph.outputs[index]
+        if any(self._wants(read) for read in write.reads):
+            self._compute_again(write.reads)
+            segments = merged(self._targets(write.reads))
+            place = Place(len(self.graph.inputs) + index, 0, write.channels)
+            self.steps.append(ActivateBackward(segments, place, write.pool))
+
+    def _node(self, index: int, node: Node) -> None:
+        value = self.graph.value(index)
+        self._compute_again(node.reads)
+        place, owed = self.layout.places[value], self._owed(value)
+        self._clear(value, range(self.graph.channels[value]))
+        segments = self._targets(node.reads)
+        if isinstance(node, Sum):
+            slope = node.slope if node.act == "leaky_relu" else 0.0
+            self.steps.append(AddBackward(tuple(segments), place, node.act, slope, owed))
+        else:
+            conv, weight = replace(node, reads=()), index in self.wanted.nodes
+            drop = self.common.drops.get(index)
+            self.steps.append(ProductBackward(index, conv, merged(segments), place, owed, weight, drop))
+
+    def _settle(self, value: int) -> None:
+        bindings = tuple(b for b in self.common.bindings[value] if self._settles(b, value))
+        if bindings:
+            self.steps.append(Settle(bindings))
+
+    def _settles(self, binding: Binding, value: int) -> bool:
+        return binding.norm in self.wanted.norms or (self.needs[value] and binding.statistics is not None)
+
+    def _owed(self, value: int) -> int | None:
+        return self.layout.statistics.get(value)
+
+    def _targets(self, reads: Sequence[Read]) -> list[Segment]:
+        """With what becomes of their gradients: each is written by the first that has one, and added to by others."""
+        made = []
+        for read in reads:
+            gradient = ""
+            if self.needs[read.value]:
+                channels = range(read.start, read.stop)
+                written = self.written[read.value]
+                gradient = "add" if any(written[c] for c in channels) else "write"
+                if gradient == "add":
+                    self._clear(read.value, channels)
+                for c in channels:
+                    written[c] = True
+            made.append(replace(self.layout.segment(read), gradient=gradient, sums=self._sums(read)))
+        return made
+
+    def _clear(self, value: int, channels: range) -> None:
+        """Zeros in what no reader has written of these channels."""
+        written, place = self.written[value], self.layout.places[value]
+        missing = [c for c in channels if not written[c]]
+        starts = [c for c in missing if c - 1 not in missing]
+        stops = [c + 1 for c in missing if c + 1 not in missing]
+        for start, stop in zip(starts, stops, strict=True):
+            self.steps.append(Clear(Place(place.buffer, place.start + start, place.start + stop)))
+        for c in missing:
+            written[c] = True
+
+    def _compute_again(self, reads: Sequence[Read]) -> None:
+        """A node's own value is there when its turn comes: what reads it had it computed."""
+        for read in reads:
+            self._value_again(read.value)
+
+    def _value_again(self, value: int) -> None:
+        """Unless it is there: a value that was not kept, after those that it is made of."""
+        if not self.there[value]:
+            self.there[value] = True
+            index = value - len(self.graph.inputs)
+            self._compute_again(self.graph.nodes[index].reads)
+            self.steps.append(self.common.compute(index, again=True))

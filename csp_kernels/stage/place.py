@@ -1,0 +1,160 @@
+"""Where the values of a graph lie, and in which columns the numbers of its norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from csp_kernels.stage.check import sizes
+from csp_kernels.stage.graph import Conv, Graph, Read, Write
+from csp_kernels.stage.program import Buffer, Place, Segment
+
+RECOMPUTE = ("none", "bottleneck", "all")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """places: of every value. copies: inputs that an output holds, and so were copied there, with their own place.
+
+    written: outputs that hold their values, with nothing left to write. statistics: first column of a value that a
+    training norm normalises. columns: first column of each norm.
+    """
+
+    buffers: tuple[Buffer, ...]
+    places: tuple[Place, ...]
+    copies: dict[int, Place]
+    written: frozenset[int]
+    statistics: dict[int, int]
+    columns: tuple[int, ...]
+
+    def segments(self, reads: Sequence[Read]) -> tuple[Segment, ...]:
+        """Of reads side by side: neighbours in a buffer, with the same activation and norms side by side, are one."""
+        return merged([self.segment(read) for read in reads])
+
+    def segment(self, read: Read) -> Segment:
+        place = self.places[read.value]
+        column = None if read.norm is None else self.columns[read.norm] + read.at
+        slope = read.slope if read.act == "leaky_relu" else 0.0
+        return Segment(Place(place.buffer, place.start + read.start, place.start + read.stop), column, read.act, slope)
+
+
+def merged(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Neighbours that can be read as one made one."""
+    made: list[Segment] = []
+    for segment in segments:
+        if made and (joined := _joined(made[-1], segment)):
+            made[-1] = joined
+        else:
+            made.append(segment)
+    return tuple(made)
+
+
+def _joined(a: Segment, b: Segment) -> Segment | None:
+    apart = a.place.buffer != b.place.buffer or a.place.stop != b.place.start
+    column = None if a.column is None else a.column + a.place.stop - a.place.start
+    if apart or replace(a, place=b.place, column=column) != b:
+        return None
+    return replace(a, place=Place(a.place.buffer, a.place.start, b.place.stop))
+
+
+def lay_out(graph: Graph, frozen: Sequence[bool], keep: bool, recompute: str) -> Layout:
+    """keep: for backward."""
+    placing = _Placing(graph, keep, recompute)
+    placing.into_outputs()
+    placing.side_by_side()
+    normalised = {read.value for _, user in graph.users() for read in user.reads if _trains(read, frozen)}
+    statistics, count = {}, 0
+    for value in sorted(normalised, key=lambda v: (placing.places[v].buffer, placing.places[v].start)):
+        statistics[value] = count
+        count += graph.channels[value]
+    places = tuple(placing.places[value] for value in range(len(graph.channels)))
+    written = frozenset(placing.written)
+    return Layout(tuple(placing.buffers), places, placing.copies, written, statistics, _columns(graph))
+
+
+def _trains(read: Read, frozen: Sequence[bool]) -> bool:
+    return read.norm is not None and not frozen[read.norm]
+
+
+def _columns(graph: Graph) -> tuple[int, ...]:
+    """Norms that one node reads side by side have columns side by side: the nodes that read most come first."""
+    columns: dict[int, int] = {}
+    end = 0
+    for reads in sorted((user.reads for _, user in graph.users()), key=len, reverse=True):
+        for read in reads:
+            if read.norm is not None and read.norm not in columns:
+                columns[read.norm] = end
+                end += graph.norms[read.norm]
+    return tuple(columns[norm] for norm in range(len(graph.norms)))
+
+
+class _Placing:
+    """Gives every value a place: its output's, if one holds it as it is, or one beside what it is read with."""
+
+    def __init__(self, graph: Graph, keep: bool, recompute: str) -> None:
+        self.graph, self.keep, self.recompute = graph, keep, recompute
+        self.sizes = sizes(graph)
+        inputs = [Buffer("input", i, c, "") for i, c in enumerate(graph.inputs)]
+        ends = self.sizes[len(graph.channels) :]
+        outputs = [
+            Buffer("output", i, w.channels, size) for i, (w, size) in enumerate(zip(graph.outputs, ends, strict=True))
+        ]
+        self.buffers = inputs + outputs
+        self.places = {i: Place(i, 0, c) for i, c in enumerate(graph.inputs)}
+        self.copies: dict[int, Place] = {}
+        self.written: set[int] = set()
+
+    def into_outputs(self) -> None:
+        """An output of whole values as they are holds them, if one of them is a node's; inputs are copied there."""
+        for i, write in enumerate(self.graph.outputs):
+            values = [read.value for read in write.reads]
+            fresh = [v for v in values if v not in self.places]
+            inputs = [v for v in values if v < len(self.graph.inputs) and v not in self.copies]
+            if fresh and len({*fresh, *inputs}) == len(values) and self._holds(write):
+                self.written.add(i)
+                self.copies |= {v: self.places[v] for v in inputs}
+                self._lay(len(self.graph.inputs) + i, values)
+
+    def _holds(self, write: Write) -> bool:
+        whole = [Read(read.value, 0, self.graph.channels[read.value]) for read in write.reads]
+        return not write.pool and list(write.reads) == whole
+
+    def side_by_side(self) -> None:
+        """The longest lists of values that are read together first; what is kept and what is not never lie together."""
+        users = sorted((self._together(user.reads) for _, user in self.graph.users()), key=len, reverse=True)
+        for values in users:
+            missing = [v for v in values if v not in self.places]
+            for kind in ("kept", "scratch"):
+                self._new(kind, [v for v in missing if self._kind(v) == kind])
+
+    def _together(self, reads: Sequence[Read]) -> list[int]:
+        """Values of nodes, each once."""
+        return list(dict.fromkeys(read.value for read in reads if read.value >= len(self.graph.inputs)))
+
+    def _kind(self, value: int) -> str:
+        """ "bottleneck": a 1x1 that 3x3 convolutions alone read is computed again."""
+        again = self.recompute == "all" or (self.recompute == "bottleneck" and self._is_bottleneck(value))
+        return "kept" if self.keep and not again else "scratch"
+
+    def _is_bottleneck(self, value: int) -> bool:
+        node = self.graph.nodes[value - len(self.graph.inputs)]
+        readers = [user for _, user in self.graph.users() if any(read.value == value for read in user.reads)]
+        return (
+            isinstance(node, Conv)
+            and node.kernel == 1
+            and all(isinstance(user, Conv) and user.kernel == 3 for user in readers)
+        )
+
+    def _new(self, kind: str, values: Sequence[int]) -> None:
+        """A buffer for values of one size side by side."""
+        for size in dict.fromkeys(self.sizes[v] for v in values):
+            alike = [v for v in values if self.sizes[v] == size]
+            channels = sum(self.graph.channels[v] for v in alike)
+            self.buffers.append(Buffer(kind, sum(b.kind == kind for b in self.buffers), channels, size))
+            self._lay(len(self.buffers) - 1, alike)
+
+    def _lay(self, buffer: int, values: Sequence[int]) -> None:
+        start = 0
+        for value in values:
+            self.places[value] = Place(buffer, start, start + self.graph.channels[value])
+            start += self.graph.channels[value]

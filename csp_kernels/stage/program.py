@@ -1,0 +1,275 @@
+"""How a stage is computed: instructions on buffers, as data.
+
+A buffer holds pixels x channels. Every value lies raw in some channels of one: norms and activations are applied on
+load. Nothing here depends on the batch, height or width.
+
+Arrays of numbers beside the buffers, [columns] each:
+  statistics   batch mean and variance of the channels of values that a training norm normalises
+  affine       of all norms' channels: what a read through a norm becomes, act((x - mean) * scale + shift); an
+               instruction names the first column. Norms whose channels are read side by side have columns side by side.
+  sums         backward, like affine: sums over pixels of dn and of dn * (x - mean), dn the gradient behind the norm
+  owed         backward, like statistics: what training norms take off a value's gradient,
+               G - owed_mean - (x - mean) * owed_slope (docs/algorithms.md)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from csp_kernels.stage.graph import Conv
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """kind: "input" and "output" with their index, "kept" for backward, "scratch". size: see check.sizes."""
+
+    kind: str
+    index: int
+    channels: int
+    size: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.index}[{self.channels}]" + (f" {self.size}" if self.size else "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Channels [start, stop) of a buffer; of a value or several."""
+
+    buffer: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"b{self.buffer}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is read: a place, through affine columns from `column` on (None: no norm) and an activation.
+
+    Backward also: gradient, what becomes of the gradient of the place ("", "write", "add"); sums, whether those of the
+    columns are wanted.
+    """
+
+    place: Place
+    column: int | None = None
+    act: str = "identity"
+    slope: float = 0.0
+    gradient: str = ""
+    sums: bool = False
+
+    def __str__(self) -> str:
+        text = str(self.place) if self.column is None else f"a{self.column}({self.place})"
+        act = f"{self.act} {self.slope:g}" if self.act == "leaky_relu" else self.act
+        text = text if self.act == "identity" else f"{act}({text})"
+        marks = [self.gradient] * bool(self.gradient) + ["sums"] * self.sums
+        return f"{text}<{' '.join(marks)}>" if marks else text
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Channels [at, at + count) of a norm: their first columns of affine, and of statistics (None: it is frozen)."""
+
+    norm: int
+    at: int
+    count: int
+    column: int
+    statistics: int | None
+
+    def __str__(self) -> str:
+        source = "running" if self.statistics is None else f"s{self.statistics}"
+        return f"norm{self.norm}[{self.at}:{self.at + self.count}] a{self.column} {source}"
+
+
+@dataclass(frozen=True)
+class Copy:
+    """to = source; statistics: first column of those of what is copied, None: not wanted."""
+
+    source: Place
+    to: Place
+    statistics: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.to} = copy {self.source}{_statistics(self.statistics)}"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Statistics of an input, where it lies."""
+
+    source: Place
+    statistics: int
+
+    def __str__(self) -> str:
+        return f"measure {self.source}{_statistics(self.statistics)}"
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Affine columns of norms, from statistics or running ones."""
+
+    bindings: tuple[Binding, ...]
+
+    def __str__(self) -> str:
+        return f"fill {', '.join(map(str, self.bindings))}"
+
+
+@dataclass(frozen=True)
+class Product:
+    """to = convolution `node` of the graph, of segments side by side. drop: its number among those that drop."""
+
+    node: int
+    conv: Conv
+    segments: tuple[Segment, ...]
+    to: Place
+    statistics: int | None = None
+    drop: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.to} = {_conv(self.conv)} w{self.node}({_list(self.segments)}){_statistics(self.statistics)}"
+
+
+@dataclass(frozen=True)
+class Add:
+    """to = act(sum of the segments)."""
+
+    segments: tuple[Segment, ...]
+    to: Place
+    act: str
+    slope: float
+    statistics: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.to} = {self.act}({' + '.join(map(str, self.segments))}){_statistics(self.statistics)}"
+
+
+@dataclass(frozen=True)
+class Activate:
+    """to = segments side by side, pooled where `pool`: an output, or its part from to.start on."""
+
+    segments: tuple[Segment, ...]
+    to: Place
+    pool: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.to} = {'pool' if self.pool else 'activate'}({_list(self.segments)})"
+
+
+@dataclass(frozen=True)
+class Settle:
+    """dgamma and dbeta of norms' channels, from their sums; what those with statistics owe is added up."""
+
+    bindings: tuple[Binding, ...]
+
+    def __str__(self) -> str:
+        return f"settle {', '.join(map(str, self.bindings))}"
+
+
+@dataclass(frozen=True)
+class Clear:
+    """The gradient of a place = 0: nothing that reads it has a gradient for it, or only for some of it."""
+
+    place: Place
+
+    def __str__(self) -> str:
+        return f"d{self.place} = 0"
+
+
+@dataclass(frozen=True)
+class ActivateBackward:
+    """From the gradient of an output: gradients and sums of the segments."""
+
+    segments: tuple[Segment, ...]
+    output: Place
+    pool: bool = False
+
+    def __str__(self) -> str:
+        return f"{_list(self.segments)} <- d{self.output}{' pooled' if self.pool else ''}"
+
+
+@dataclass(frozen=True)
+class ProductBackward:
+    """From the gradient of what a convolution gave: those of weight (and bias), and of the segments.
+
+    owed: first column of what is taken off the gradient that is read, None: nothing. weight: whether wanted.
+    """
+
+    node: int
+    conv: Conv
+    segments: tuple[Segment, ...]
+    of: Place
+    owed: int | None
+    weight: bool
+    drop: int | None = None
+
+    def __str__(self) -> str:
+        weight = f"dw{self.node}, " if self.weight else ""
+        return f"{weight}{_list(self.segments)} <- {_conv(self.conv)} w{self.node} d{self.of}{_owed(self.owed)}"
+
+
+@dataclass(frozen=True)
+class AddBackward:
+    """From the gradient of a sum: those of the segments."""
+
+    segments: tuple[Segment, ...]
+    of: Place
+    act: str
+    slope: float
+    owed: int | None
+
+    def __str__(self) -> str:
+        return f"{_list(self.segments)} <- {self.act} sum d{self.of}{_owed(self.owed)}"
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The gradient of an input = that of its place, less what is owed."""
+
+    index: int
+    of: Place
+    owed: int | None
+
+    def __str__(self) -> str:
+        return f"dinput{self.index} = d{self.of}{_owed(self.owed)}"
+
+
+Forward = Copy | Measure | Fill | Product | Add | Activate
+Backward = Settle | Clear | ActivateBackward | ProductBackward | AddBackward | Finish | Forward
+
+
+@dataclass(frozen=True)
+class Program:
+    """buffers, how many columns there are, and what is done on them. Backward begins with what it computes again."""
+
+    buffers: tuple[Buffer, ...]
+    statistics: int
+    columns: int
+    forward: tuple[Forward, ...]
+    backward: tuple[Backward, ...]
+
+    def __str__(self) -> str:
+        lines = [f"b{i} = {buffer}" for i, buffer in enumerate(self.buffers)]
+        lines += ["forward:", *(f"  {item}" for item in self.forward)]
+        lines += ["backward:", *(f"  {item}" for item in self.backward)] if self.backward else []
+        return "\n".join(lines)
+
+
+def _list(segments: Sequence[Segment]) -> str:
+    return ", ".join(map(str, segments))
+
+
+def _statistics(column: int | None) -> str:
+    return "" if column is None else f" -> s{column}"
+
+
+def _owed(column: int | None) -> str:
+    return "" if column is None else f" - owed s{column}"
+
+
+def _conv(conv: Conv) -> str:
+    parts = [f"conv{conv.kernel}x{conv.kernel}"]
+    parts += [f"stride{conv.stride}"] * (conv.stride > 1) + [f"groups{conv.groups}"] * (conv.groups > 1)
+    parts += ["bias"] * conv.bias + ["pool"] * conv.pool + [f"drop{conv.drop_rate:g}"] * (conv.drop_rate > 0)
+    return " ".join(parts)
