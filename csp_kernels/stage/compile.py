@@ -101,15 +101,27 @@ class _Common:
         bindings = tuple(b for b in self.bindings[value] if again or b.statistics is not None)
         return [Fill(bindings)] if bindings else []
 
-    def compute(self, index: int, again: bool = False) -> Forward:
-        """A node's instruction; again: without statistics, which are there."""
-        node, value = self.graph.nodes[index], self.graph.value(index)
-        to, segments = self.layout.places[value], self.layout.segments(node.reads)
-        statistics = None if again else self.layout.statistics.get(value)
+    def compute(self, nodes: tuple[int, ...], again: bool = False) -> Forward:
+        """The instruction of a node, or of siblings; again: without statistics, which are there."""
+        node, to = self.graph.nodes[nodes[0]], self.place(nodes)
+        statistics = None if again else self.layout.statistics.get(self.graph.value(nodes[0]))
         if isinstance(node, Conv):
-            return Product(index, replace(node, reads=()), segments, to, statistics, self.drops.get(index))
+            segments = self.layout.segments(node.reads)
+            return Product(nodes, self.conv(nodes, node), segments, to, statistics, self.drops.get(nodes[0]))
         segments = tuple(self.layout.segment(read) for read in node.reads)  # they are added, not side by side
         return Add(segments, to, node.act, node.slope if node.act == "leaky_relu" else 0.0, statistics)
+
+    def values(self, nodes: Sequence[int]) -> list[int]:
+        return [self.graph.value(index) for index in nodes]
+
+    def place(self, nodes: Sequence[int]) -> Place:
+        """Of all their values."""
+        places = [self.layout.places[value] for value in self.values(nodes)]
+        return Place(places[0].buffer, places[0].start, places[-1].stop)
+
+    def conv(self, nodes: Sequence[int], first: Conv) -> Conv:
+        place = self.place(nodes)
+        return replace(first, reads=(), out_channels=place.stop - place.start)
 
 
 def _sources(graph: Graph) -> list[list[tuple[int, int]]]:
@@ -138,9 +150,10 @@ def _forward(common: _Common) -> tuple[Forward, ...]:
         elif statistics is not None:
             steps.append(Measure(place, statistics))
         steps += common.fill(value)
-    for index in range(len(graph.nodes)):
-        steps.append(common.compute(index))
-        steps += common.fill(graph.value(index))
+    for nodes in layout.siblings:
+        steps.append(common.compute(nodes))
+        for value in common.values(nodes):
+            steps += common.fill(value)
     for i, write in enumerate(graph.outputs):
         if i not in layout.written:
             to = Place(len(graph.inputs) + i, 0, write.channels)
@@ -178,10 +191,12 @@ class _BackwardPass:
             self.steps.append(Fill(bindings))
         for i in reversed(range(len(self.graph.outputs))):
             self._output(i)
-        for index in reversed(range(len(self.graph.nodes))):
-            self._settle(self.graph.value(index))
-            if self.needs[self.graph.value(index)]:
-                self._node(index, self.graph.nodes[index])
+        for nodes in reversed(self.layout.siblings):
+            values = self.common.values(nodes)
+            for value in values:
+                self._settle(value)
+            if any(self.needs[value] for value in values):
+                self._node(nodes, self.graph.nodes[nodes[0]])
         for value in range(len(self.graph.inputs)):
             self._settle(value)
             if self.needs[value]:
@@ -197,19 +212,19 @@ class _BackwardPass:
             place = Place(len(self.graph.inputs) + index, 0, write.channels)
             self.steps.append(ActivateBackward(segments, place, write.pool))
 
-    def _node(self, index: int, node: Node) -> None:
-        value = self.graph.value(index)
+    def _node(self, nodes: tuple[int, ...], node: Node) -> None:
         self._compute_again(node.reads)
-        place, owed = self.layout.places[value], self._owed(value)
-        self._clear(value, range(self.graph.channels[value]))
+        place, owed = self.common.place(nodes), self._owed(self.graph.value(nodes[0]))
+        for value in self.common.values(nodes):
+            self._clear(value, range(self.graph.channels[value]))
         segments = self._targets(node.reads)
         if isinstance(node, Sum):
             slope = node.slope if node.act == "leaky_relu" else 0.0
             self.steps.append(AddBackward(tuple(segments), place, node.act, slope, owed))
         else:
-            conv, weight = replace(node, reads=()), index in self.wanted.nodes
-            drop = self.common.drops.get(index)
-            self.steps.append(ProductBackward(index, conv, merged(segments), place, owed, weight, drop))
+            conv, drop = self.common.conv(nodes, node), self.common.drops.get(nodes[0])
+            wanted = tuple(index for index in nodes if index in self.wanted.nodes)
+            self.steps.append(ProductBackward(nodes, conv, merged(segments), place, owed, wanted, drop))
 
     def _settle(self, value: int) -> None:
         bindings = tuple(b for b in self.common.bindings[value] if self._settles(b, value))
@@ -257,7 +272,9 @@ class _BackwardPass:
     def _value_again(self, value: int) -> None:
         """Unless it is there: a value that was not kept, after those that it is made of."""
         if not self.there[value]:
-            self.there[value] = True
             index = value - len(self.graph.inputs)
+            nodes = next(nodes for nodes in self.layout.siblings if index in nodes)
+            for sibling in self.common.values(nodes):
+                self.there[sibling] = True
             self._compute_again(self.graph.nodes[index].reads)
-            self.steps.append(self.common.compute(index, again=True))
+            self.steps.append(self.common.compute(nodes, again=True))

@@ -17,7 +17,8 @@ class Layout:
     """places: of every value. copies: inputs that an output holds, and so were copied there, with their own place.
 
     written: outputs that hold their values, with nothing left to write. statistics: first column of a value that a
-    training norm normalises. columns: first column of each norm.
+    training norm normalises. columns: first column of each norm. siblings: nodes that are computed as one, the first
+    first; every node is in one such tuple.
     """
 
     buffers: tuple[Buffer, ...]
@@ -26,6 +27,7 @@ class Layout:
     written: frozenset[int]
     statistics: dict[int, int]
     columns: tuple[int, ...]
+    siblings: tuple[tuple[int, ...], ...]
 
     def segments(self, reads: Sequence[Read]) -> tuple[Segment, ...]:
         """Of reads side by side: neighbours in a buffer, with the same activation and norms side by side, are one."""
@@ -61,15 +63,20 @@ def lay_out(graph: Graph, frozen: Sequence[bool], keep: bool, recompute: str) ->
     """keep: for backward."""
     placing = _Placing(graph, keep, recompute)
     placing.into_outputs()
+    placing.siblings_side_by_side()
     placing.side_by_side()
+    siblings = placing.siblings()
     normalised = {read.value for _, user in graph.users() for read in user.reads if _trains(read, frozen)}
+    for values in ([graph.value(i) for i in nodes] for nodes in siblings):
+        normalised |= {*values} if normalised & {*values} else set()
     statistics, count = {}, 0
     for value in sorted(normalised, key=lambda v: (placing.places[v].buffer, placing.places[v].start)):
         statistics[value] = count
         count += graph.channels[value]
     places = tuple(placing.places[value] for value in range(len(graph.channels)))
     written = frozenset(placing.written)
-    return Layout(tuple(placing.buffers), places, placing.copies, written, statistics, _columns(graph))
+    buffers, columns = tuple(placing.buffers), _columns(graph)
+    return Layout(buffers, places, placing.copies, written, statistics, columns, siblings)
 
 
 def _trains(read: Read, frozen: Sequence[bool]) -> bool:
@@ -86,6 +93,15 @@ def _columns(graph: Graph) -> tuple[int, ...]:
                 columns[read.norm] = end
                 end += graph.norms[read.norm]
     return tuple(columns[norm] for norm in range(len(graph.norms)))
+
+
+def _same_reads(graph: Graph) -> list[tuple[int, ...]]:
+    """Nodes that could be one 1x1 convolution; every other node is alone."""
+    groups: dict[object, list[int]] = {}
+    for i, node in enumerate(graph.nodes):
+        alone = not isinstance(node, Conv) or node.kernel != 1 or node.groups != 1 or node.bias or node.drop_rate > 0
+        groups.setdefault(i if alone else node.reads, []).append(i)  # what pools lies elsewhere: in size it differs
+    return [tuple(nodes) for nodes in groups.values()]
 
 
 class _Placing:
@@ -118,6 +134,28 @@ class _Placing:
     def _holds(self, write: Write) -> bool:
         whole = [Read(read.value, 0, self.graph.channels[read.value]) for read in write.reads]
         return not write.pool and list(write.reads) == whole
+
+    def siblings_side_by_side(self) -> None:
+        """1x1 convolutions of the same reads, which are read once for all of them."""
+        for nodes in (nodes for nodes in _same_reads(self.graph) if len(nodes) > 1):
+            values = [self.graph.value(i) for i in nodes if self.graph.value(i) not in self.places]
+            for kind in ("kept", "scratch"):
+                self._new(kind, [v for v in values if self._kind(v) == kind])
+
+    def siblings(self) -> tuple[tuple[int, ...], ...]:
+        """Those that lie side by side."""
+        found: list[tuple[int, ...]] = []
+        for nodes in _same_reads(self.graph):
+            start = 0
+            for i, (a, b) in enumerate(zip(nodes, [*nodes[1:], None], strict=True)):
+                if b is None or not self._touch(self.graph.value(a), self.graph.value(b)):
+                    found.append(nodes[start : i + 1])
+                    start = i + 1
+        return tuple(sorted(found))
+
+    def _touch(self, a: int, b: int) -> bool:
+        first, second = self.places[a], self.places[b]
+        return first.buffer == second.buffer and first.stop == second.start
 
     def side_by_side(self) -> None:
         """The longest lists of values that are read together first; what is kept and what is not never lie together."""

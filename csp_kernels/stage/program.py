@@ -118,9 +118,10 @@ class Fill:
 
 @dataclass(frozen=True)
 class Product:
-    """to = convolution `node` of the graph, of segments side by side. drop: its number among those that drop."""
+    """to = convolution of segments side by side, with the weights of one node of the graph or of several, one below
+    the other, which read the same (conv.out_channels: of all). drop: its number among those that drop."""
 
-    node: int
+    nodes: tuple[int, ...]
     conv: Conv
     segments: tuple[Segment, ...]
     to: Place
@@ -128,7 +129,8 @@ class Product:
     drop: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.to} = {_conv(self.conv)} w{self.node}({_list(self.segments)}){_statistics(self.statistics)}"
+        product = f"{_conv(self.conv)} {_weights(self.nodes)}({_list(self.segments)})"
+        return f"{self.to} = {product}{_statistics(self.statistics)}"
 
 
 @dataclass(frozen=True)
@@ -193,20 +195,22 @@ class ActivateBackward:
 class ProductBackward:
     """From the gradient of what a convolution gave: those of weight (and bias), and of the segments.
 
-    owed: first column of what is taken off the gradient that is read, None: nothing. weight: whether wanted.
+    owed: first column of what is taken off the gradient that is read, None: nothing. wanted: nodes whose parameters
+    want gradients.
     """
 
-    node: int
+    nodes: tuple[int, ...]
     conv: Conv
     segments: tuple[Segment, ...]
     of: Place
     owed: int | None
-    weight: bool
+    wanted: tuple[int, ...]
     drop: int | None = None
 
     def __str__(self) -> str:
-        weight = f"dw{self.node}, " if self.weight else ""
-        return f"{weight}{_list(self.segments)} <- {_conv(self.conv)} w{self.node} d{self.of}{_owed(self.owed)}"
+        weights = "".join(f"dw{node}, " for node in self.wanted)
+        source = f"{_conv(self.conv)} {_weights(self.nodes)} d{self.of}{_owed(self.owed)}"
+        return f"{weights}{_list(self.segments)} <- {source}"
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,10 @@ def _statistics(column: int | None) -> str:
 
 def _owed(column: int | None) -> str:
     return "" if column is None else f" - owed s{column}"
+
+
+def _weights(nodes: Sequence[int]) -> str:
+    return "+".join(f"w{node}" for node in nodes)
 
 
 def _conv(conv: Conv) -> str:

@@ -115,7 +115,12 @@ class Interpreter:
             self.affine[:, columns] = torch.stack((mean, gamma * self.rstd[columns], beta))
 
     def convolve(self, step: Any, x: Tensor) -> Tensor:
-        weight, bias = self.weights[step.node]
+        return self.convolve_with(step, x, *self.stacked(step.nodes))
+
+    def stacked(self, nodes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        return torch.cat([self.weights[node][0] for node in nodes]), self.weights[nodes[0]][1]
+
+    def convolve_with(self, step: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         conv = step.conv
         x = F.avg_pool2d(x, 2) if conv.pool else x
         y = F.conv2d(x, weight, bias, conv.stride, conv.kernel // 2, groups=conv.groups)
@@ -209,18 +214,15 @@ class Interpreter:
 
     def productbackward(self, step: P.ProductBackward) -> None:
         x = torch.cat([self.activated(s) for s in step.segments], 1)
-        weight, bias = self.weights[step.node]
+        weight, bias = self.stacked(step.nodes)
         leaves = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
         with torch.enable_grad():
-            saved, self.weights[step.node] = (
-                self.weights[step.node],
-                (leaves[1], leaves[2] if bias is not None else None),
-            )
-            y = self.convolve(step, leaves[0])
-            self.weights[step.node] = saved
+            y = self.convolve_with(step, leaves[0], leaves[1], leaves[2] if bias is not None else None)
             dx, *dweights = torch.autograd.grad(y, leaves, self.complete(step.of, step.owed))
-        if step.weight:
-            self.dweights[step.node] = dweights
+        parts = dweights[0].split([self.weights[node][0].shape[0] for node in step.nodes])
+        for node, part in zip(step.nodes, parts, strict=True):
+            if node in step.wanted:
+                self.dweights[node] = [part, *dweights[1:]]
         self.spread(step.segments, dx)
 
     def addbackward(self, step: P.AddBackward) -> None:

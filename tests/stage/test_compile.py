@@ -80,7 +80,9 @@ class RandomGraph:
         ]
 
     def conv(self) -> None:
-        rng, reads = self.rng, self.reads()
+        rng = self.rng
+        others = [node.reads for node in self.build._nodes if isinstance(node, Conv)]
+        reads = rng.choice(others) if others and rng.random() < 0.3 else self.reads()
         kernel, out = rng.choice((1, 1, 3)), rng.choice((2, 3, 4, 6))
         bias = rng.random() < 0.3
         small = len(self.sizes[reads[0].value]) == 2
@@ -194,7 +196,19 @@ def two_outputs_of_one_input() -> Graph:
     return build.graph()
 
 
+def siblings() -> Graph:
+    """1x1 convolutions of the same reads: the first two can be one, those with dropout, bias or pooling cannot."""
+    build = Builder(4)
+    reads = through_norm(build, [build.read(0)])
+    plain = [build.conv(reads, c) for c in (3, 2)]
+    others = [build.conv(reads, 3, drop_rate=0.3), build.conv(reads, 3, drop_rate=0.3), build.conv(reads, 2, bias=True)]
+    build.write(through_norm(build, [build.read(v) for v in (*plain, *others)]))
+    build.write([build.read(build.conv(reads, 2, pool=True)), build.read(build.conv(reads, 3, pool=True))])
+    return build.graph()
+
+
 BLOCKS = {
+    "siblings": siblings(),
     "two outputs": two_outputs_of_one_input(),
     "pre": dense_block(3, 8, 4, 6, 0.2),
     "post": post_dense_block(8, 4, [6, 5]),
@@ -234,8 +248,8 @@ def test_neighbours_are_read_as_one() -> None:
     }
     assert "  b4[0:6] = conv1x1 w4(relu(a0(b1[0:16]))) -> s28" in steps["pre"]
     assert "  b4[0:5] = conv1x1 w2(b0[0:8], relu(a0(b2[0:4]))) -> s14" in steps["post"]
-    assert "  b7[0:5] = conv1x1 w7(b0[0:8], relu(a0(b2[0:4]))) -> s27" in steps["two_way"]
-    assert "  b1[0:16] = activate(b0[0:8], relu(a0(b2[0:8])))" in steps["two_way"]
+    assert "  b3[0:10] = conv1x1 w5+w7(b0[0:8], relu(a0(b4[0:4]))) -> s12" in steps["two_way"]
+    assert "  b1[0:16] = activate(b0[0:8], relu(a0(b4[0:8])))" in steps["two_way"]
 
 
 def test_unwanted_gradients_are_left_out() -> None:
