@@ -68,6 +68,7 @@ CONCATS = ("tests/layers/test_concat_conv.py", "-k", "three_steps or train or ev
 FAULTS = [
     # norm.h
     Fault("norm.h", "return centre(c) - double(T(centre(c)));", "return 0;", PRE, LARGE_MEAN),
+    Fault("norm.h", "return centre(c) - double(T(centre(c)));", "return 0;", POST, (*LARGE_MEAN, "-k", "behind")),
     Fault("norm.h", " - (m - double(T(m))) * s)", ")", PRE, LARGE_MEAN),
     Fault("norm.h", "double sum = 0, sum_x = 0;\n      for (int t = 0;", "double sum = 0, sum_x = 0;\n      for (int t = 1;",
           CONCAT, CONCATS),
