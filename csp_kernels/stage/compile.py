@@ -121,7 +121,8 @@ class _Common:
 
     def conv(self, nodes: Sequence[int], first: Conv) -> Conv:
         place = self.place(nodes)
-        return replace(first, reads=(), out_channels=place.stop - place.start)
+        pool = first.pool or nodes[0] in self.layout.pooled
+        return replace(first, reads=(), out_channels=place.stop - place.start, pool=pool)
 
 
 def _sources(graph: Graph) -> list[list[tuple[int, int]]]:
@@ -155,10 +156,14 @@ def _forward(common: _Common) -> tuple[Forward, ...]:
         for value in common.values(nodes):
             steps += common.fill(value)
     for i, write in enumerate(graph.outputs):
-        if i not in layout.written:
-            to = Place(len(graph.inputs) + i, 0, write.channels)
-            steps.append(Activate(layout.segments(write.reads), to, write.pool))
+        for start, reads in layout.runs(i, write, held=False):
+            to = _part(len(graph.inputs) + i, start, reads)
+            steps.append(Activate(layout.segments(reads), to, write.pool))
     return tuple(steps)
+
+
+def _part(buffer: int, start: int, reads: Sequence[Read]) -> Place:
+    return Place(buffer, start, start + sum(read.channels for read in reads))
 
 
 # --- backward ---
@@ -206,11 +211,13 @@ class _BackwardPass:
 
     def _output(self, index: int) -> None:
         write = self.graph.outputs[index]
-        if any(self._wants(read) for read in write.reads):
-            self._compute_again(write.reads)
-            segments = merged(self._targets(write.reads))
-            place = Place(len(self.graph.inputs) + index, 0, write.channels)
-            self.steps.append(ActivateBackward(segments, place, write.pool))
+        for held in (True, False):
+            for start, reads in self.layout.runs(index, write, held):
+                if any(self._wants(read) for read in reads):
+                    self._compute_again(reads)
+                    segments = merged(self._targets(reads))
+                    place = _part(len(self.graph.inputs) + index, start, reads)
+                    self.steps.append(ActivateBackward(segments, place, write.pool and not held))
 
     def _node(self, nodes: tuple[int, ...], node: Node) -> None:
         self._compute_again(node.reads)

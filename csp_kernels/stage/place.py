@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,18 +17,33 @@ RECOMPUTE = ("none", "bottleneck", "all")
 class Layout:
     """places: of every value. copies: inputs that an output holds, and so were copied there, with their own place.
 
-    written: outputs that hold their values, with nothing left to write. statistics: first column of a value that a
-    training norm normalises. columns: first column of each norm. siblings: nodes that are computed as one, the first
-    first; every node is in one such tuple.
+    held: of each output the reads whose values lie there, with their first channel. pooled: nodes that average what
+    they read for an output that is to be averaged. statistics: first column of a value that a training norm normalises.
+    columns: first column of each norm. siblings: nodes that are computed as one, the first first; every node is in one
+    such tuple.
     """
 
     buffers: tuple[Buffer, ...]
     places: tuple[Place, ...]
     copies: dict[int, Place]
-    written: frozenset[int]
+    held: tuple[dict[int, Read], ...]
+    pooled: frozenset[int]
     statistics: dict[int, int]
     columns: tuple[int, ...]
     siblings: tuple[tuple[int, ...], ...]
+
+    def runs(self, output: int, write: Write, held: bool) -> list[tuple[int, list[Read]]]:
+        """Reads of an output side by side that lie there, or that do not, with the first channel of each run."""
+        runs: list[tuple[int, list[Read]]] = []
+        start, before = 0, False
+        for read in write.reads:
+            now = (start in self.held[output]) == held
+            if now and not before:
+                runs.append((start, []))
+            if now:
+                runs[-1][1].append(read)
+            start, before = start + read.channels, now
+        return runs
 
     def segments(self, reads: Sequence[Read]) -> tuple[Segment, ...]:
         """Of reads side by side: neighbours in a buffer, with the same activation and norms side by side, are one."""
@@ -74,9 +90,10 @@ def lay_out(graph: Graph, frozen: Sequence[bool], keep: bool, recompute: str) ->
         statistics[value] = count
         count += graph.channels[value]
     places = tuple(placing.places[value] for value in range(len(graph.channels)))
-    written = frozenset(placing.written)
-    buffers, columns = tuple(placing.buffers), _columns(graph)
-    return Layout(buffers, places, placing.copies, written, statistics, columns, siblings)
+    held, pooled = tuple(placing.held), frozenset(placing.pooled)
+    return Layout(
+        tuple(placing.buffers), places, placing.copies, held, pooled, statistics, _columns(graph), siblings
+    )  # fmt: skip
 
 
 def _trains(read: Read, frozen: Sequence[bool]) -> bool:
@@ -118,7 +135,8 @@ class _Placing:
         self.buffers = inputs + outputs
         self.places = {i: Place(i, 0, c) for i, c in enumerate(graph.inputs)}
         self.copies: dict[int, Place] = {}
-        self.written: set[int] = set()
+        self.held: list[dict[int, Read]] = [{} for _ in graph.outputs]
+        self.pooled: set[int] = set()
 
     def into_outputs(self) -> None:
         """An output of whole values as they are holds them, if one of them is a node's; inputs are copied there."""
@@ -127,9 +145,37 @@ class _Placing:
             fresh = [v for v in values if v not in self.places]
             inputs = [v for v in values if v < len(self.graph.inputs) and v not in self.copies]
             if fresh and len({*fresh, *inputs}) == len(values) and self._holds(write):
-                self.written.add(i)
                 self.copies |= {v: self.places[v] for v in inputs}
-                self._lay(len(self.graph.inputs) + i, values)
+                self._hold(i, write)
+            elif write.pool:
+                self._pool_first(i, write)
+
+    def _hold(self, output: int, write: Write, only: frozenset[int] | None = None) -> None:
+        """Places the values of an output's reads there; only: of these nodes' values."""
+        start = 0
+        for read in write.reads:
+            if only is None or read.value in only:
+                self.held[output][start] = read
+                self.places[read.value] = Place(len(self.graph.inputs) + output, start, start + read.channels)
+            start += read.channels
+
+    def _pool_first(self, output: int, write: Write) -> None:
+        """A 1x1 that this output alone reads, as it is: averaging in front is the same, and a quarter of the work."""
+        counts = Counter(read.value for _, user in self.graph.users() for read in user.reads)
+        values = frozenset(
+            read.value
+            for read in write.reads
+            if counts[read.value] == 1 and read.value not in self.places and self._commutes(read)
+        )
+        for value in values:
+            self.sizes[value] += "f"
+            self.pooled.add(value - len(self.graph.inputs))
+        self._hold(output, write, values)
+
+    def _commutes(self, read: Read) -> bool:
+        node = self.graph.nodes[read.value - len(self.graph.inputs)]
+        plain = isinstance(node, Conv) and node.kernel == 1 and not (node.bias or node.pool or node.drop_rate)
+        return plain and read == Read(read.value, 0, self.graph.channels[read.value])
 
     def _holds(self, write: Write) -> bool:
         whole = [Read(read.value, 0, self.graph.channels[read.value]) for read in write.reads]

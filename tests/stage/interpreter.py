@@ -204,8 +204,9 @@ class Interpreter:
         self.at(step.place, self.gradients).zero_()
 
     def activatebackward(self, step: P.ActivateBackward) -> None:
-        gradient = self.given[step.output.buffer]
-        assert gradient is not None
+        given = self.given[step.output.buffer]
+        assert given is not None
+        gradient = given[:, step.output.start : step.output.stop]
         if step.pool:
             with torch.enable_grad():
                 y = torch.cat([self.at(s.place) for s in step.segments], 1).detach().requires_grad_()

@@ -207,7 +207,19 @@ def siblings() -> Graph:
     return build.graph()
 
 
+def averaged_outputs() -> Graph:
+    """Averaging can go in front of the first 1x1 and of the one with groups, not before dropout, nor twice."""
+    build = Builder(4)
+    reads = through_norm(build, [build.read(0)])
+    plain, dropping = build.conv(reads, 3), build.conv(reads, 2, drop_rate=0.3)
+    build.write([build.read(v) for v in (0, plain, dropping, build.conv(reads, 2, groups=2))], pool=True)
+    build.write([build.read(build.conv(reads, 3, pool=True))], pool=True)
+    return build.graph()
+
+
 BLOCKS = {
+    "averaged outputs": averaged_outputs(),
+    "stage last pre": csp_stage(9, 4, 4, [6, 6], 7, 11, fusion="last"),
     "siblings": siblings(),
     "two outputs": two_outputs_of_one_input(),
     "pre": dense_block(3, 8, 4, 6, 0.2),
