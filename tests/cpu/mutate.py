@@ -21,6 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -69,14 +71,13 @@ FAULTS = [
     # norm.h
     Fault("norm.h", "return centre(c) - double(T(centre(c)));", "return 0;", PRE, LARGE_MEAN),
     Fault("norm.h", "return centre(c) - double(T(centre(c)));", "return 0;", POST, (*LARGE_MEAN, "-k", "behind")),
-    Fault("norm.h", " - (m - double(T(m))) * s)", ")", PRE, LARGE_MEAN),
+    Fault("norm.h", " - (m - double(T(m))) * s)", ")", POST, (*LARGE_MEAN, "-k", "behind")),
     Fault("norm.h", "double sum = 0, sum_x = 0;\n      for (int t = 0;", "double sum = 0, sum_x = 0;\n      for (int t = 1;",
           CONCAT, CONCATS),
     Fault("norm.h", "ADD ? double(dgamma[c]) + slope : slope", "slope", POST, POSTS),
     Fault("norm.h", "double(gamma[c]) * r * r * double(dgamma[c])", "double(gamma[c]) * r * double(dgamma[c])", POST, POSTS),
-    Fault("norm.h", "double(beta[c]) - moments.centre(c) * s", "double(beta[c])", CONCAT, CONCATS),
-    Fault("norm.h", "mean[column + c] = T(norm.moments.centre(c))", "mean[column] = T(norm.moments.centre(c))", TRANSITION,
-          JOINS),
+    Fault("norm.h", "double(beta[c]) - moments.centre(c) * s", "double(beta[c])", CONCAT, test(CONCAT, "test_inference")),
+    Fault("norm.h", "mean[column + c] = T(norm.moments.centre(c))", "mean[column] = T(norm.moments.centre(c))", TRANSITION, JOINS),
     # statistics.h
     Fault("statistics.h", "if (i < rows) s0 += row(i) - pivot;", "", PRE, BLOCK),
     Fault("statistics.h", "(q0 + q1) + d * d * (n * k / (n + k))", "(q0 + q1)", PRE, BLOCK),
@@ -166,6 +167,15 @@ class Copy:
         if done.returncode:
             raise SystemExit(done.stdout)
 
+    def link(self, compiler: str, first: Path) -> None:
+        """Of an inline function that several objects have, the linker keeps that of the first: the fault's."""
+        library, torch_lib = self.root / "csp_kernels" / "_C.abi3.so", Path(torch.__file__).parent / "lib"
+        objects = sorted((self.root / "build" / "native").glob("*.o"), key=lambda path: (path != first, path))
+        fresh = library.with_suffix(".new")
+        command = [compiler, "-shared", *map(str, objects), "-o", str(fresh), f"-L{torch_lib}", "-ltorch_cpu", "-lc10"]
+        subprocess.run(command, check=True)
+        fresh.replace(library)
+
     def test(self, arguments: tuple[str, ...]) -> str:
         """The last line of pytest; "" if all passed."""
         done = self.command("-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *arguments)
@@ -188,7 +198,7 @@ class Copy:
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         if done.returncode:
             raise SystemExit(f"{fault}: does not compile\n{done.stdout}")
-        self.build()
+        self.link(command[0], unit)
         outcome = self.test(fault.tests)
         unit.write_bytes(kept)
         print(f"{'caught' if outcome else 'SURVIVED':8} {time.monotonic() - start:4.0f}s  {fault}", flush=True)
