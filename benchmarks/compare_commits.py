@@ -26,8 +26,8 @@ from typing import Any
 HERE = Path(__file__).resolve()
 SAMPLE_MS = 30.0  # a sample repeats a short call until it lasts this long
 PAUSE = 0.004  # seconds for the threads of the process that has just run to fall asleep
-# glibc gives the end of its heap back to the system, and takes it again as page faults, by thresholds that follow what was
-# freed before: a step of one process then takes none and that of the other 7,000, whatever the libraries do.
+# glibc gives the end of its heap back to the system, and takes it again as page faults, by thresholds that follow what
+# was freed before: a step of one process then takes none and that of the other 7,000, whatever the libraries do.
 KEEP_HEAP = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 
 

@@ -4,6 +4,7 @@ import warnings
 
 from csp_kernels import analysis, layers, models, native, ops, reference
 from csp_kernels.backends import backends, use_backend
+from csp_kernels.explain import explain
 from csp_kernels.layers import (
     ConcatConv,
     CSPDenseStage,
@@ -11,10 +12,12 @@ from csp_kernels.layers import (
     DenseBlock,
     PartialTransition,
     PostDenseBlock,
+    Stage,
     Transition,
     TwoWayDenseBlock,
 )
 from csp_kernels.native import empty_cache
+from csp_kernels.verify import check
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,12 +27,15 @@ __all__ = [
     "DenseBlock",
     "PartialTransition",
     "PostDenseBlock",
+    "Stage",
     "Transition",
     "TwoWayDenseBlock",
     "__version__",
     "analysis",
     "backends",
+    "check",
     "empty_cache",
+    "explain",
     "layers",
     "models",
     "ops",

@@ -1,9 +1,10 @@
-"""A mark for torch.compile that does not import it."""
+"""Marks for torch.compile that do not import it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -12,3 +13,15 @@ def constant_when_traced(function: F) -> F:
     """torch.compiler.assume_constant_result, which imports torch._dynamo: half of what importing this package took."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def cached_constant(function: F) -> F:
+    """constant_when_traced with a cache, for functions of hashable arguments. Dynamo looks through functools' own, with
+    a warning, and traces what is behind it."""
+    cached = lru_cache(maxsize=1024)(function)
+
+    def call(*arguments: Any) -> object:
+        return cached(*arguments)
+
+    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    return cast(F, constant_when_traced(call))

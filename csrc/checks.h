@@ -235,10 +235,10 @@ inline Shape image(const Argument& a, const Tensor& t, int32_t dtype, Sizes size
   return {n[0], n[1], n[2], n[3], extent.pitch(), dtype, data};
 }
 // The image that says which dtype the others have.
-inline Shape first_image(const Argument& a, const Tensor& t) {
+inline Shape first_image(const Argument& a, const Tensor& t, Lies how = Lies::Image) {
   require(t.defined(), a, "got an undefined tensor, expected an image [N, channels, H, W]");
   require(CODES.storage(dtype_of(t)), a, "got ", Shown{t}, ", expected float32, bfloat16, float16 or float64");
-  return image(a, t, dtype_of(t), {ANY, ANY, ANY, ANY});
+  return image(a, t, dtype_of(t), {ANY, ANY, ANY, ANY}, how);
 }
 
 // --- numbers

@@ -6,6 +6,7 @@ from csp_kernels.layers.csp_stage import CSPStage
 from csp_kernels.layers.dense_block import DenseBlock
 from csp_kernels.layers.partial_transition import PartialTransition
 from csp_kernels.layers.post_dense_block import PostDenseBlock
+from csp_kernels.layers.stage import Stage
 from csp_kernels.layers.transition import Transition
 from csp_kernels.layers.two_way_dense_block import TwoWayDenseBlock
 
@@ -16,6 +17,7 @@ __all__ = [
     "DenseBlock",
     "PartialTransition",
     "PostDenseBlock",
+    "Stage",
     "Transition",
     "TwoWayDenseBlock",
 ]

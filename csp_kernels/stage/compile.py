@@ -8,7 +8,7 @@ gradient is G - owed_mean - (x - mean) * owed_slope. So a norm may belong to a r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from csp_kernels.stage.check import check
@@ -27,27 +27,16 @@ from csp_kernels.stage.program import (
     Finish,
     Forward,
     Measure,
+    Norm,
     Place,
     Product,
     ProductBackward,
     Program,
     Segment,
     Settle,
+    Wanted,
+    Weight,
 )
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Gradients that somebody wants: of which inputs, of the parameters of which nodes and norms."""
-
-    inputs: frozenset[int]
-    nodes: frozenset[int]
-    norms: frozenset[int]
-
-    @staticmethod
-    def all(graph: Graph) -> Wanted:
-        nodes = (i for i, node in enumerate(graph.nodes) if isinstance(node, Conv))
-        return Wanted(frozenset(range(len(graph.inputs))), frozenset(nodes), frozenset(range(len(graph.norms))))
 
 
 @lru_cache(maxsize=1024)
@@ -70,7 +59,26 @@ def compile_stage(
     forward = _forward(common)
     backward = _BackwardPass(common, wanted).run() if wanted else ()
     statistics = sum(graph.channels[value] for value in layout.statistics)
-    return Program(layout.buffers, statistics, sum(graph.norms), forward, backward)
+    weights, norms = _parameters(graph, frozen)
+    columns, wanted = sum(graph.norms), wanted or Wanted()
+    return Program(layout.buffers, statistics, columns, weights, norms, wanted, forward, backward)
+
+
+def _parameters(graph: Graph, frozen: Sequence[bool]) -> tuple[tuple[Weight | None, ...], tuple[Norm, ...]]:
+    weights: dict[int, Weight] = {}
+    norms: dict[int, Norm] = {}
+    position = 0
+    for item in graph.order:
+        node = graph.nodes[item.index] if item.kind == "conv" else None
+        if isinstance(node, Conv):
+            in_channels = node.in_channels // node.groups
+            weights[item.index] = Weight(position, node.out_channels, in_channels, node.kernel, node.bias)
+            position += 1 + node.bias
+        else:
+            running = 2 * sum(frozen[: item.index]) if frozen[item.index] else None
+            norms[item.index] = Norm(position, graph.norms[item.index], running)
+            position += 2
+    return tuple(weights.get(i) for i in range(len(graph.nodes))), tuple(norms[i] for i in range(len(graph.norms)))
 
 
 class _Common:

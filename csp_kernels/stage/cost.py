@@ -27,6 +27,7 @@ from csp_kernels.stage.program import (
     ProductBackward,
     Program,
     Segment,
+    needs_value,
 )
 
 
@@ -41,15 +42,16 @@ class Cost:
 
 def costs(program: Program, batch: int, height: int, width: int) -> tuple[list[Cost], list[Cost]]:
     """Of each instruction, forward and backward, on inputs of this size."""
-    pixels = [batch * prod(_side(buffer.size, side) for side in (height, width)) for buffer in program.buffers]
+    pixels = [batch * prod(side(buffer.size, n) for n in (height, width)) for buffer in program.buffers]
     count = _Count(program.buffers, pixels)
     return [count.cost(step) for step in program.forward], [count.cost(step) for step in program.backward]
 
 
-def _side(size: str, side: int) -> int:
+def side(size: str, pixels: int) -> int:
+    """Height or width of a buffer, from that of the inputs: see check.sizes."""
     for half in size:
-        side = side // 2 if half == "f" else (side + 1) // 2
-    return side
+        pixels = pixels // 2 if half == "f" else (pixels + 1) // 2
+    return pixels
 
 
 class _Count:
@@ -89,8 +91,7 @@ class _Count:
         if isinstance(step, ProductBackward):
             through = [segment for segment in step.segments if segment.gradient or segment.sums]
             flops = self.products(step, step.of, through) + weight * self.products(step, step.of, step.segments)
-        sum_act = isinstance(step, AddBackward) and step.act != "identity"
-        values = [s for s in step.segments if weight or sum_act or s.sums or (s.gradient and s.act != "identity")]
+        values = [s for s in step.segments if needs_value(step, s)]
         added = [segment for segment in step.segments if segment.gradient == "add"]
         written = [segment for segment in step.segments if segment.gradient]
         return Cost(flops, incoming + self.places(values) + self.places(added), self.places(written))

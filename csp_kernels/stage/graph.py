@@ -13,7 +13,7 @@ value it normalises. The dataclasses are frozen and hold no tensors: equal graph
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "mish", "hardswish")
 
@@ -150,6 +150,12 @@ class Graph:
         lines = [f"v{i} = input {i} [{c}]" for i, c in enumerate(self.inputs)]
         lines += [f"{name} = {user}" for name, user in self.users()]
         return "\n".join(lines)
+
+
+def without_dropout(graph: Graph) -> Graph:
+    """The graph of evaluation."""
+    nodes = tuple(replace(node, drop_rate=0.0) if isinstance(node, Conv) else node for node in graph.nodes)
+    return graph if nodes == graph.nodes else replace(graph, nodes=nodes)
 
 
 def _act(act: str, slope: float) -> str:

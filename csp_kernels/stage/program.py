@@ -14,10 +14,10 @@ Arrays of numbers beside the buffers, [columns] each:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from csp_kernels.stage.graph import Conv
+from csp_kernels.stage.graph import Conv, Graph
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,42 @@ class Binding:
     def __str__(self) -> str:
         source = "running" if self.statistics is None else f"s{self.statistics}"
         return f"norm{self.norm}[{self.at}:{self.at + self.count}] a{self.column} {source}"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Of a convolution [out_channels, in_channels (of a group), kernel, kernel]: its number among the parameters, and
+    whether its bias follows."""
+
+    position: int
+    out_channels: int
+    in_channels: int
+    kernel: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Number of its weight among the parameters, its bias follows; running: that of its running mean among the running
+    statistics, where the variance follows (None: it uses the batch's)."""
+
+    position: int
+    channels: int
+    running: int | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Gradients that somebody wants, sorted: of which inputs, of the parameters of which nodes and norms."""
+
+    inputs: tuple[int, ...] = ()
+    nodes: tuple[int, ...] = ()
+    norms: tuple[int, ...] = ()
+
+    @staticmethod
+    def all(graph: Graph) -> Wanted:
+        nodes = tuple(i for i, node in enumerate(graph.nodes) if isinstance(node, Conv))
+        return Wanted(tuple(range(len(graph.inputs))), nodes, tuple(range(len(graph.norms))))
 
 
 @dataclass(frozen=True)
@@ -245,11 +281,17 @@ Backward = Settle | Clear | ActivateBackward | ProductBackward | AddBackward | F
 
 @dataclass(frozen=True)
 class Program:
-    """buffers, how many columns there are, and what is done on them. Backward begins with what it computes again."""
+    """buffers, how many columns there are, and what is done on them. Backward begins with what it computes again.
+
+    weights: of each node, None for a sum. norms: of the graph. wanted: what backward computes.
+    """
 
     buffers: tuple[Buffer, ...]
     statistics: int
     columns: int
+    weights: tuple[Weight | None, ...]
+    norms: tuple[Norm, ...]
+    wanted: Wanted
     forward: tuple[Forward, ...]
     backward: tuple[Backward, ...]
 
@@ -258,6 +300,25 @@ class Program:
         lines += ["forward:", *(f"  {item}" for item in self.forward)]
         lines += ["backward:", *(f"  {item}" for item in self.backward)] if self.backward else []
         return "\n".join(lines)
+
+
+def values_read(step: Backward) -> Iterator[Place]:
+    """Of what an instruction of backward reads values, not gradients alone (csrc/program.h has the same rule)."""
+    if isinstance(step, (Product, Add)):  # computed again
+        yield from (segment.place for segment in step.segments)
+    if isinstance(step, (ProductBackward, AddBackward, Finish)) and step.owed is not None:
+        yield step.of
+    if isinstance(step, (ActivateBackward, ProductBackward, AddBackward)):
+        yield from (segment.place for segment in step.segments if needs_value(step, segment))
+
+
+def needs_value(step: ActivateBackward | ProductBackward | AddBackward, segment: Segment) -> bool:
+    """Whether the gradients that come of this segment depend on its values."""
+    if isinstance(step, ProductBackward) and (step.wanted or (segment.gradient and step.conv.kernel == 3)):
+        return True
+    if segment.sums or (isinstance(step, AddBackward) and step.act != "identity"):
+        return True
+    return bool(segment.gradient) and (segment.act != "identity" or segment.column is not None)
 
 
 def _list(segments: Sequence[Segment]) -> str:

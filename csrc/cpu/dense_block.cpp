@@ -150,7 +150,7 @@ template <class S, int M> struct Block {
     bool owes = owed(slice, K, g);
     Dropout<T> dropout(a.drop_rate, a.seed, l);
     Conv3x3<S> conv{a.parallel, tasks3, a.N, a.H, a.W, b, zp, g, C, norm, dropout};
-    Conv3x3Backward<M, S> backward{conv, F + K, G + K, {slice.mean, slice.scale, slice.shift, owes}, z, U2, dn, gp, parts};
+    Conv3x3Backward<M, S> backward{conv, F + K, G + K, {slice.mean, slice.scale, slice.shift, owes}, z, U2, {dn, zp}, gp, parts};
     backward.run();
     backward.finish(static_cast<T*>(p.dw2), weights3x3(l));
     add_up(parts, tasks3, moments2(l), b, static_cast<T*>(p.dgamma2), static_cast<T*>(p.dbeta2));
@@ -169,16 +169,8 @@ template <class S, int M> struct Block {
     }
     PointwiseBackward<U, S> backward{F, G_in, G, P, C, K, b, zp, norm1, dn, z, {norm2.mean, dz.mean, dz.shift, !m2.frozen()}, w1, Kp, parts};
     backward.run(a.parallel, tasks1);
-    T *dgamma = static_cast<T*>(p.dgamma1), *dbeta = static_cast<T*>(p.dbeta1), *dw = static_cast<T*>(p.dw1);
-    for_tasks(a.parallel, tasks1, [&](int task) {
-      Range r = share(b, task, tasks1);
-      for (int64_t n = r.begin; n < r.end; n++)
-        for (int64_t k = 0; k < K; k++) {
-          T sum = parts[0].weight[n * Kp + k];
-          for (int t = 1; t < tasks1; t++) sum += parts[t].weight[n * Kp + k];
-          dw[n * K + k] = sum;
-        }
-    });
+    T *dgamma = static_cast<T*>(p.dgamma1), *dbeta = static_cast<T*>(p.dbeta1);
+    backward.weight_gradient(a.parallel, tasks1, static_cast<T*>(p.dw1));
     add_up(parts, tasks1, m1, K, dgamma, dbeta);
     for (int64_t c = 0; c < K && !m1.frozen(); c++) {
       double s = double(weight(p.gamma1)[c]) * m1.rstd(c) / double(P);

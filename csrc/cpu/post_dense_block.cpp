@@ -49,7 +49,7 @@ template <class S, int M> struct PostBlock {
   };
   Inputs inputs(int64_t l) const {
     Inputs in{{segment<S>(a.x, nullptr), {F, C, l * a.branches * g, &features, G, C, 0}}, l ? 2 : 1};
-    for (Segment<S>& s : in.s) s.add = true;
+    for (Segment<S>& s : in.s) s.g_in = s.g, s.g_in_pitch = s.g_pitch;
     return in;
   }
   int64_t reads(int64_t l) const { return a.x.channels + l * a.branches * g; }
@@ -171,9 +171,9 @@ template <class S, int M> struct PostBlock {
     }
     pack<true>(c, channels);
     int64_t gp = round_up(g, L);
-    PartialSums<T>* parts = PartialSums<T>::take(inner, tasks3, E * from_pitch * gp, from_pitch + 2 * L);
+    PartialSums<T>* parts = PartialSums<T>::take(inner, tasks3, E * round_up(channels, L) * gp, round_up(channels, L) + 2 * L);
     Conv3x3<S> shape{a.parallel, tasks3, a.N, a.H, a.W, channels, from_pitch, g, out_pitch, norm, no_dropout};
-    Conv3x3Backward<M, S> back{shape, out, dout, {owed.mean, owed.scale, owed.shift, !after.frozen()}, from, packed, dfrom, gp, parts};
+    Conv3x3Backward<M, S> back{shape, out, dout, {owed.mean, owed.scale, owed.shift, !after.frozen()}, from, packed, {dfrom, from_pitch}, gp, parts};
     back.run();
     back.finish(static_cast<T*>(c.dweight), {g, channels, c.channels_last});
     reads.add_up(parts, tasks3, 0, channels);

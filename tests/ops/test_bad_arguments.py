@@ -21,6 +21,10 @@ import torch
 from torch import Tensor
 
 import csp_kernels as csp
+from csp_kernels.stage.build import Builder
+from csp_kernels.stage.compile import compile_stage
+from csp_kernels.stage.program import Wanted
+from csp_kernels.stage.text import encode
 
 OPS = torch.ops.csp_kernels
 SIZE = (2, 4, 6)  # N, H, W
@@ -165,6 +169,29 @@ def csp_stage(layer: int, fusion: int, frozen: tuple[int, ...], keep: bool) -> d
     return {"csp_stage": forward, "csp_stage_backward": named("csp_stage_backward", *backward)}
 
 
+def stage(frozen: tuple[bool, ...], drop_rate: float, recompute: str) -> dict[str, Arguments]:
+    """Two inputs, a bottleneck, a 3x3 and a sum, and another output that is averaged."""
+    build = Builder(5, 16)
+    z = build.conv([build.read(0), build.read(1, act="silu")], 20)
+    y = build.conv([build.read(z, build.norm(20), "relu")], 16, 3, drop_rate=drop_rate)
+    build.write([build.read(y)])
+    total = build.sum([build.read(y, build.norm(16), "mish"), build.read(1)])
+    build.write([build.read(total), build.read(z, stop=7)], pool=True)
+    graph = build.graph()
+    params = [conv(20, 21), conv(16, 20, 3), *norm(20), *norm(16)]
+    order = {"conv": [params[:1], params[1:2]], "norm": [params[2:4], params[4:]]}
+    params = [t for item in graph.order for t in order[item.kind][item.index]]
+    running = statistics([c for c, f in zip(graph.norms, frozen, strict=True) if f])
+    program = encode(compile_stage(graph, frozen, Wanted.all(graph), recompute))
+    seed = torch.tensor([3]) if drop_rate else None
+    given = params, running, seed, program, [1e-5, 1e-3], 2
+    inputs = [image(5), image(16)]
+    outputs, kept, stats = call("stage", named("stage", inputs, *given))
+    grads = [torch.randn_like(t) for t in outputs]
+    backward = named("stage_backward", grads, inputs, outputs, kept, stats, *given)
+    return {"stage": named("stage", inputs, *given), "stage_backward": backward}
+
+
 RIGHT: dict[str, Callable[[], dict[str, Arguments]]] = {
     "batch statistics": partial(concat_conv, False),
     "running statistics": partial(concat_conv, True),
@@ -180,6 +207,8 @@ RIGHT: dict[str, Callable[[], dict[str, Arguments]]] = {
     "pre": partial(csp_stage, 0, 0, (0, 1), True),
     "post": partial(csp_stage, 1, 1, (1, 0), False),
     "two ways in a stage": partial(csp_stage, 2, 2, (0,), True),
+    "any stage": partial(stage, (False, True), 0.5, "none"),
+    "any stage, recomputed": partial(stage, (True, False), 0.0, "all"),
 }
 
 # --- how arguments are spoiled ---
@@ -279,6 +308,7 @@ FIRST = {
     "dense_block": "x",
     "post_dense_block": "x",
     "csp_stage": "x",
+    "stage": "inputs",
 }
 
 
@@ -294,7 +324,9 @@ def harmless(op: str, name: str, what: str, arguments: Arguments) -> bool:
         return what in {"None", "size 1: less", "size 1: more"}
     if name in ("z", "middle") and what == "none":
         return name == "z" and not arguments.get("middle")  # computed again
-    return name == "seed" and what == "None" and arguments["drop_rate"] == 0
+    if op == "stage_backward" and what in ("1: NCHW", "1: transposed", "1: stride 0"):
+        return name == "outputs"  # nobody reads this one
+    return name == "seed" and what == "None" and arguments.get("drop_rate") == 0
 
 
 def unambiguous(what: str) -> bool:
@@ -336,7 +368,7 @@ def specific_cases(variant: str, op: str, arguments: Arguments) -> Iterator[Case
         if arguments["seed"] is not None:
             two = torch.tensor([1, 2])
             values += [("seed", s) for s in (two[:0], two, two.int()[:1], two.float()[:1], two[0])]
-    if "seed" in arguments and arguments["seed"] is None:
+    if "drop_rate" in arguments and arguments["seed"] is None:
         values += [("drop_rate", 0.5), ("seed", torch.tensor([1], dtype=torch.int32)), ("seed", torch.zeros(0))]
     if "fusion" in arguments:
         values += [("fusion", f) for f in (0, 1, 2) if f != arguments["fusion"]]
@@ -477,7 +509,10 @@ def good_cases() -> Iterator[Case]:
     for variant, make in RIGHT.items():
         for op, arguments in make().items():
             for what, change in UNUSUAL.items():
-                if op == "dense_block_backward" and what in ("channel slices", "a storage that ends with the tensor"):
+                if op in ("dense_block_backward", "stage_backward") and what in (
+                    "channel slices",
+                    "a storage that ends with the tensor",
+                ):
                     continue  # takes no slices, see `packed`
                 if what == "weights in channels_last" and not op.startswith("dense"):
                     change = lambda t: weights_channels_last(t) if t.shape[2:] == (3, 3) else t  # noqa: E731

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_compile import arguments
+from random_graphs import arguments
 
 from csp_kernels.ops.flops import FORMULAS
 from csp_kernels.ops.partial_transition import FUSIONS
 from csp_kernels.stage.build import Builder, through_norm
-from csp_kernels.stage.compile import Wanted, compile_stage
+from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.concat_conv import concat_conv
 from csp_kernels.stage.cost import Cost, costs
 from csp_kernels.stage.csp_stage import csp_stage
@@ -19,6 +19,7 @@ from csp_kernels.stage.dense_block import dense_block
 from csp_kernels.stage.graph import Conv, Graph
 from csp_kernels.stage.partial_transition import partial_transition
 from csp_kernels.stage.post_dense_block import post_dense_block
+from csp_kernels.stage.program import Wanted
 from csp_kernels.stage.two_way_dense_block import two_way_dense_block
 
 SIZE = 2, 9, 10
@@ -54,7 +55,7 @@ def test_concat_conv() -> None:
     for flags in ((True, True), (True, False)):
         a = SimpleNamespace(inputs=inputs, weight=(9, 12, 1, 1), wanted=flags)
         expected = [FORMULAS["concat_conv"](a), FORMULAS["concat_conv_backward"](a)]
-        wanted = Wanted(frozenset(i for i in range(2) if flags[i]), frozenset({0}), frozenset({0}))
+        wanted = Wanted(tuple(i for i in range(2) if flags[i]), (0,), (0,))
         assert flops(graph, wanted=wanted) == expected
 
 
@@ -105,7 +106,7 @@ def test_traffic_of_a_sum_and_of_halves() -> None:
     total = build.sum([build.read(a), build.read(b)], "relu")
     build.write([build.read(total)], pool=True)
     graph = build.graph()
-    program = compile_stage(graph, (True,), Wanted(frozenset(), frozenset({0, 1}), frozenset()))
+    program = compile_stage(graph, (True,), Wanted((), (0, 1), ()))
     forward, backward = costs(program, 1, 7, 8)  # 56 pixels, 4 x 4 behind the stride, 2 x 2 averaged
     assert [step for step in forward if step != Cost()] == [
         Cost(2 * 16 * 6 * 4 * 9, 56 * 4, 16 * 6),

@@ -7,7 +7,7 @@
 namespace csp::CSP_ISA {
 
 CSP_INLINE Vec<double> exponential(Vec<double> x) {
-  Vec<double> y;
+  Vec<double> y{};
   for (int i = 0; i < LANES<double>; i++) y[i] = std::exp(x[i]);
   return y;
 }

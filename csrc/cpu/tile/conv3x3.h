@@ -128,6 +128,7 @@ template <class S> struct Conv3x3 {
   int64_t N, H, W, b, zp, g, pitch;
   const Affine<T>& norm;   // of z
   const Dropout<T>& dropout;
+  T floor = 0;             // z is read as max(floor, norm(z))
 };
 
 // slice = conv3x3(act(norm(z))), statistics of the slice.
@@ -138,6 +139,7 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
   constexpr int L = LANES<T>, E = (M + 2) * (M + 2);
   Tiling<M> tl(c.N, c.H, c.W);
   int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS), blocks = ceil_div(c.b, L);
+  const Vec<T> floor = Vec<T>{} + c.floor;
   for_tasks(c.parallel, c.tasks, [&](int task) {
     Frame frame;
     T* V = frame.take<T>(E * blocks * Tp * L);
@@ -155,7 +157,7 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
           const S* zk = zi + k * L;
           transform_row<T, M>(tl, tl.y(row + q), columns, V + (k * Tp + q * tl.TW) * L, blocks * Tp * L,
                               [&](int64_t y, int64_t x) __attribute__((always_inline)) {
-                                return act<T>((load(zk + (y * c.W + x) * c.zp) - mean) * scale + shift);
+                                return act<T>((load(zk + (y * c.W + x) * c.zp, c.b - k * L) - mean) * scale + shift, floor);
                               });
         }
       }
@@ -193,6 +195,14 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
 // dY = dropout(G - (F - mean) * slope - offset): the slice's gradient with the deferred correction. owes: else dropout(G).
 template <class T> struct SliceGradient { const T *mean, *slope, *offset; bool owes; };
 
+// Where the gradient of z goes: g = in (null: 0) + dn times the norm's scale; g null: it is not wanted.
+template <class S> struct ReadGradient {
+  S* g;
+  int64_t pitch;
+  const S* in = nullptr;
+  int64_t in_pitch = 0;
+};
+
 template <int M, class S> struct Conv3x3Backward {
   using T = decltype(widen(S{}));
   static constexpr int L = LANES<T>, IN = M + 2, E = IN * IN;
@@ -201,14 +211,17 @@ template <int M, class S> struct Conv3x3Backward {
   SliceGradient<T> correction;
   const S* z;
   const T* U;               // pack_winograd, transposed
-  S* dn;                    // [P][zp]: dh where the activation passes, times the norm's scale
+  ReadGradient<S> dz;
   int64_t gp;               // g rounded up to a vector
-  const PartialSums<T>* parts;  // a task: dU [E][zp][gp], sums [zp] of dn and of dn * (z - mean)
+  const PartialSums<T>* parts;  // a task: dU [E][bp][gp], sums [bp] of dn and of dn * (z - mean)
+  bool wants_dgrad = true, wants_wgrad = true;
+  int64_t g_pitch = c.pitch;
+  int64_t bp = round_up(c.b, L);
   Tiling<M> tl{c.N, c.H, c.W};
 
   CSP_INLINE Vec<T> dY(int64_t pixel, int64_t ch, Vec<T> mean, Vec<T> slope, Vec<T> offset) const {
     int64_t n = c.g - ch;
-    Vec<T> g = load(G + pixel * c.pitch + ch, n);
+    Vec<T> g = load(G + pixel * g_pitch + ch, n);
     if (correction.owes) g -= (load(F + pixel * c.pitch + ch, n) - mean) * slope + offset;
     return c.dropout(g, pixel, ch);
   }
@@ -236,18 +249,19 @@ template <int M, class S> struct Conv3x3Backward {
 
   // Transforms back one channel vector of a batch, masks it, sums it.
   void emit(int64_t row, int64_t nr, int64_t ch, const T* Mb, int64_t e_step, int64_t t_step, const PartialSums<T>& part) const {
-    Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch);
+    Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch), floor = Vec<T>{} + c.floor;
+    int64_t n = c.b - ch;
     Vec<T> sum{}, sum_z{};  // of this batch: short sums lose less
     for (int64_t q = 0; q < nr; q++)
       for (int64_t tx = 0; tx < tl.TW; tx++) {
-        int64_t y0 = tl.y(row + q), x0 = tx * M, o = (tl.image(row + q) + y0 * c.W + x0) * c.zp + ch;
+        int64_t y0 = tl.y(row + q), x0 = tx * M, first = tl.image(row + q) + y0 * c.W + x0;
         int ym = int(min64(M, c.H - y0)), xm = int(min64(M, c.W - x0));
         Vec<T> y[M][M];
         untransform<T, M>(Mb + (q * tl.TW + tx) * t_step, e_step, y);
         auto put = [&](int u, int v) __attribute__((always_inline)) {
-          int64_t at = o + (u * c.W + v) * c.zp;
-          Vec<T> centred = load(z + at) - mean, d = act_gradient<T>(centred * scale + shift, y[u][v]);
-          store(dn + at, d * scale);
+          int64_t pixel = first + u * c.W + v;
+          Vec<T> centred = load(z + pixel * c.zp + ch, n) - mean, d = act_gradient<T>(centred * scale + shift, y[u][v], floor);
+          if (dz.g) store(dz.g + pixel * dz.pitch + ch, dz.in ? load(dz.in + pixel * dz.in_pitch + ch, n) + d * scale : d * scale, n);
           sum += d, sum_z += d * centred;
         };
         if (ym == M && xm == M) { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) put(u, v); }
@@ -283,6 +297,7 @@ template <int M, class S> struct Conv3x3Backward {
 
   void wgrad(int64_t begin, int64_t end, Vec<T>* columns, T* V, T* dM, const PartialSums<T>& part) const {
     int64_t nr = end - begin, tiles = nr * tl.TW, blocks = gp / L;
+    const Vec<T> floor = Vec<T>{} + c.floor;
     transform_gradient(begin, nr, dM);
     for (int64_t k = 0; k < ceil_div(c.b, L); k++) {
       Vec<T> mean = load(c.norm.mean + k * L), scale = load(c.norm.scale + k * L), shift = load(c.norm.shift + k * L);
@@ -290,14 +305,14 @@ template <int M, class S> struct Conv3x3Backward {
         const S* zk = z + tl.image(begin + q) * c.zp + k * L;
         transform_row<T, M>(tl, tl.y(begin + q), columns, V + q * tl.TW * L, tiles * L,
                             [&](int64_t y, int64_t x) __attribute__((always_inline)) {
-                              return act<T>((load(zk + (y * c.W + x) * c.zp) - mean) * scale + shift);
+                              return act<T>((load(zk + (y * c.W + x) * c.zp, c.b - k * L) - mean) * scale + shift, floor);
                             });
       }
       for (int e = 0; e < E; e++)
         for (int i = 0; i < L; i += WROWS<T>)
           for (int64_t o = 0; o < blocks; o += 2) {
             const T *A = V + e * tiles * L + i, *b0 = dM + (e * blocks + o) * tiles * L;
-            T* dU = part.weight + (e * c.zp + k * L + i) * gp + o * L;
+            T* dU = part.weight + (e * bp + k * L + i) * gp + o * L;
             if (o + 1 < blocks) outer_product<Plain<T>, WROWS<T>, 2>(A, b0, b0 + tiles * L, tiles, dU, gp);
             else outer_product<Plain<T>, WROWS<T>, 1>(A, b0, b0, tiles, dU, gp);
           }
@@ -309,7 +324,7 @@ template <int M, class S> struct Conv3x3Backward {
     int64_t group = max64(1, ceil_div(M == 2 ? 98 : 56, tl.TW * batch)) * batch, tiles = group * tl.TW;
     for_tasks(c.parallel, c.tasks, [&](int task) {
       Frame frame;
-      parts[task].clear(E * c.zp * gp, c.zp);
+      parts[task].clear(E * bp * gp, bp);
       T* V = frame.take<T>(max64(E * (gp / L) * Tp, E * tiles) * L);
       T* Mb = frame.take<T>(E * Tp * 2 * L);
       T* dM = frame.take<T>(E * tiles * gp);
@@ -317,8 +332,8 @@ template <int M, class S> struct Conv3x3Backward {
       Range r = share(tl.rows, task, c.tasks);
       for (int64_t row = r.begin; row < r.end; row += group) {
         int64_t end = min64(row + group, r.end);
-        dgrad(row, end, batch, Tp, columns, V, Mb, parts[task]);
-        wgrad(row, end, columns, V, dM, parts[task]);
+        if (wants_dgrad) dgrad(row, end, batch, Tp, columns, V, Mb, parts[task]);
+        if (wants_wgrad) wgrad(row, end, columns, V, dM, parts[task]);
       }
     });
   }
@@ -340,7 +355,7 @@ template <int M, class S> struct Conv3x3Backward {
     CSP_UNROLL(6) for (int j = 0; j < IN; j++) {
       Vec<T> u[IN];
       CSP_UNROLL(6) for (int i = 0; i < IN; i++) {
-        int64_t at = ((i * IN + j) * c.zp + ch) * gp + o;
+        int64_t at = ((i * IN + j) * bp + ch) * gp + o;
         u[i] = load(parts[0].weight + at);
         for (int t = 1; t < c.tasks; t++) u[i] += load(parts[t].weight + at);
       }

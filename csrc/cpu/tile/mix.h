@@ -24,11 +24,13 @@ template <class S> struct Segment {
   using T = typename Types<S>::T;
   const S* x;
   int64_t pitch, channels;
-  const Affine<T>* norm;  // null: read as it is; else relu(norm(x))
+  const Affine<T>* norm;  // null: read as it is; else max(floor, norm(x)), which is ReLU
   S* g;                   // backward, null: not wanted; the gradient of x, times nothing or norm's scale
   int64_t g_pitch;
   int64_t column;         // its first row of the packed weights
-  bool add = false;       // g += instead of =
+  const S* g_in = nullptr;  // g = this + the gradient; null: it begins here
+  int64_t g_in_pitch = 0;
+  T floor = 0;
 };
 
 template <class S> inline Segment<S> segment(const Slice& s, const Affine<typename Types<S>::T>* norm) {
@@ -40,13 +42,14 @@ template <class U, bool ACT, bool POOL, class S>
 CSP_NOINLINE void pack_segment(const Segment<S>& s, const int64_t* source, int64_t W, int m, int64_t c0, int64_t c1, Unit<U>* A) {
   using T = Acc<U>;
   constexpr int MR = TILE_ROWS, L = LANES<T>, LAST = U::DEPTH - 1;
+  const Vec<T> floor = Vec<T>{} + s.floor;
   for (int i = 0; i < m; i++) {
     const S* f = s.x + source[i] * s.pitch;
     auto read = [&](int64_t c) __attribute__((always_inline)) {
       int64_t n = s.channels - c;
       auto at = [&](int64_t pixel) __attribute__((always_inline)) {
         Vec<T> x = load(f + pixel * s.pitch + c, n);
-        if constexpr (ACT) x = act<T>((x - load(s.norm->mean + c)) * load(s.norm->scale + c) + load(s.norm->shift + c));
+        if constexpr (ACT) x = act<T>((x - load(s.norm->mean + c)) * load(s.norm->scale + c) + load(s.norm->shift + c), floor);
         return x;
       };
       if constexpr (POOL) return ((at(0) + at(1)) + (at(W) + at(W + 1))) * T(0.25);
@@ -218,10 +221,14 @@ template <class S> struct OutputGradient final : Gradient<S> {
   }
 };
 
-// The last row and column of an odd map belong to no average: no gradient.
-template <class S> inline void clear_border(const Grid& g, S* gradient, int64_t pitch, int64_t channels) {
-  if (!g.pool) return;
-  auto clear = [&](int64_t pixel) { memset(static_cast<void*>(gradient + pixel * pitch), 0, size_t(channels) * sizeof(S)); };
+// The last row and column of an odd map belong to no average: their gradient is as it was, `in` (null: 0).
+template <class S> inline void clear_border(const Grid& g, S* gradient, int64_t pitch, int64_t channels, const S* in = nullptr, int64_t in_pitch = 0) {
+  if (!g.pool || in == gradient) return;
+  auto clear = [&](int64_t pixel) {
+    void* to = gradient + pixel * pitch;
+    if (in) memcpy(to, in + pixel * in_pitch, size_t(channels) * sizeof(S));
+    else memset(to, 0, size_t(channels) * sizeof(S));
+  };
   for (int64_t i = 0; i < g.N; i++) {
     for (int64_t x = 0; g.H % 2 && x < g.W; x++) clear((i * g.H + g.H - 1) * g.W + x);
     for (int64_t y = 0; g.W % 2 && y < g.H; y++) clear((i * g.H + y) * g.W + g.W - 1);
@@ -237,6 +244,7 @@ template <class S> struct MixBackward {
   const Gradient<S>& gradient;
   const Unit<U>* W;             // packed<true>
   const PartialSums<T>* parts;  // a task: dW [O rounded to a vector][pitch()], sums [pitch()] of dn and dn * (x - mean)
+  bool wgrad = true;
 
   static int64_t pitch(const Mix<S>& mix) { return round_up(mix.Kp, 2 * L); }
   static int64_t weights(const Mix<S>& mix) { return round_up(mix.O, L) * pitch(mix); }
@@ -248,18 +256,17 @@ template <class S> struct MixBackward {
   CSP_NOINLINE void emit(const Segment<S>& s, int64_t c, const int64_t* source, int m, const Vec<T>* da, int nv, Unit<U>* a,
                          const PartialSums<T>& part) const {
     int64_t n = s.channels - c, W = mix.grid.W;
-    Vec<T> mean{}, scale{}, shift{}, sum{}, sum_x{};
+    Vec<T> mean{}, scale{}, shift{}, sum{}, sum_x{}, floor = Vec<T>{} + s.floor;
     if constexpr (ACT) mean = load(s.norm->mean + c), scale = load(s.norm->scale + c), shift = load(s.norm->shift + c);
     auto one = [&](int64_t pixel, Vec<T> d) __attribute__((always_inline)) {
       Vec<T> x = load(s.x + pixel * s.pitch + c, n);
       if constexpr (ACT) {
         Vec<T> centred = x - mean, pre = centred * scale + shift;
-        d = act_gradient<T>(pre, d);
-        sum += d, sum_x += d * centred, d *= scale, x = act<T>(pre);
+        d = act_gradient<T>(pre, d, floor);
+        sum += d, sum_x += d * centred, d *= scale, x = act<T>(pre, floor);
       }
       if (s.g) {
-        S* to = s.g + pixel * s.g_pitch + c;
-        store(to, s.add ? load(to, n) + d : d, n);
+        store(s.g + pixel * s.g_pitch + c, s.g_in ? load(s.g_in + pixel * s.g_in_pitch + c, n) + d : d, n);
       }
       return x;
     };
@@ -295,7 +302,7 @@ template <class S> struct MixBackward {
     int64_t i = mix.count - 1;
     while (mix.segments[i].column > k) i--;
     const Segment<S>& s = mix.segments[i];
-    return s.norm || s.add || k + 2 * L > s.column + s.channels ? nullptr : &s;
+    return s.norm || s.g_in || k + 2 * L > s.column + s.channels ? nullptr : &s;
   }
   CSP_NOINLINE void dgrad_plain(const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks, S* g, int64_t pitch, int m) const {
     Vec<T> acc[MR][2];
@@ -347,7 +354,7 @@ template <class S> struct MixBackward {
               for (int j = 0; j < nv; j++)
                 emit_vector(k + j * L, source + q * MR, mix.rows(t + q), da + j, nv, a + ((k - k0) / L + j) * (M / D) * L + q * MR / D * L, part);
             }
-          for (int64_t k = k0; k < k1; k += 2 * L)
+          for (int64_t k = k0; wgrad && k < k1; k += 2 * L)
             for (int64_t o = 0; o < round_up(O, L); o += WROWS<T>) {
               if constexpr (D == 1 && sizeof(S) == sizeof(T)) {
                 if (const Segment<S>* s = plain(k)) {
@@ -363,8 +370,10 @@ template <class S> struct MixBackward {
         }
       }
     });
-    for (int64_t i = 0; i < mix.count; i++)
-      if (mix.segments[i].g) clear_border(mix.grid, mix.segments[i].g, mix.segments[i].g_pitch, mix.segments[i].channels);
+    for (int64_t i = 0; i < mix.count; i++) {
+      const Segment<S>& s = mix.segments[i];
+      if (s.g) clear_border(mix.grid, s.g, s.g_pitch, s.channels, s.g_in, s.g_in_pitch);
+    }
   }
 
   // dW [out][K], the tasks' sums.

@@ -150,14 +150,15 @@ template <class U, class S> struct PointwiseBackward {
   BottleneckGradient<T> dz;
   const Unit<U>* Wt;            // pack_product, reduction over b, channels K
   int64_t Kp;                   // pitch of dW
-  const PartialSums<T>* parts;  // a task: dW1 [zp][Kp], sums [Kp] of dn1 and of dn1 * (x - mean)
+  const PartialSums<T>* parts;  // a task: dW1 [rows][Kp], sums [Kp] of dn1 and of dn1 * (x - mean)
+  int64_t rows = zp;            // b rounded up to 16
 
   // dz of M rows, m of them real: by_channel for dgrad, by_pixel for wgrad (the same where a unit is one value).
   void pack_dz(int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const {
     auto value = [&](int64_t pixel, int64_t k) __attribute__((always_inline)) {
       int64_t o = pixel * zp + k;
-      if (!dz.owes) return load(dn + o);
-      return load(dn + o) + ((load(z + o) - load(dz.mean + k)) * load(dz.slope + k) + load(dz.offset + k));
+      if (!dz.owes) return load(dn + o, b - k);
+      return load(dn + o, b - k) + ((load(z + o, b - k) - load(dz.mean + k)) * load(dz.slope + k) + load(dz.offset + k));
     };
     pack_gradient<U>(value, round_up(b, L), p0, m, M, by_channel, by_pixel);
   }
@@ -214,23 +215,23 @@ template <class U, class S> struct PointwiseBackward {
     for_tasks(parallel, tasks, [&](int task) {
       Frame frame;
       const PartialSums<T>& part = parts[task];
-      part.clear(zp * Kp, Kp);
+      part.clear(rows * Kp, Kp);
       Range r = share(tiles, task, tasks);
       int64_t chunks = ceil_div(K, CHUNK), chunk = round_up(ceil_div(K, chunks), 2 * L);
-      Unit<U>* by_channel = frame.take<Unit<U>>(round_up(zp, L * D) * ROWS);
-      Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(zp * ROWS);
+      Unit<U>* by_channel = frame.take<Unit<U>>(round_up(rows, L * D) * ROWS);
+      Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(round_up(rows, L * D) * ROWS);
       Unit<U>* a = frame.take<Unit<U>>((chunk + 2 * L) * ROWS);
       for (int64_t k0 = 0; k0 < K; k0 += chunk) {
         int64_t k1 = min64(K, k0 + chunk);
         for (int64_t t = r.begin; t < r.end; t += 8) {
-          int64_t nt = min64(8, r.end - t), M = nt * MR, p0 = t * MR, m = min64(M, P - p0);
-          pack_dz(p0, m, M, by_channel, by_pixel);
+          int64_t nt = min64(8, r.end - t), M = nt * MR, p0 = t * MR;
+          pack_dz(p0, min64(M, P - p0), M, by_channel, by_pixel);
           for (int64_t q = 0; q < nt; q++)
             for (int64_t k = k0; k < k1; k += 2 * L) {
-              int rows = int(min64(MR, P - p0 - q * MR));
+              int m = int(min64(MR, P - p0 - q * MR));
               Unit<U>* aq = a + (k - k0) * (M / D) + q * MR / D * L;
-              if (K - k > L) dgrad_panel<2>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, rows, k, aq, M / D * L, part);
-              else dgrad_panel<1>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, rows, k, aq, M / D * L, part);
+              if (K - k > L) dgrad_panel<2>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, m, k, aq, M / D * L, part);
+              else dgrad_panel<1>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, m, k, aq, M / D * L, part);
             }
           for (int64_t k = k0; k < k1; k += 2 * L)
             for (int64_t n = 0; n < round_up(b, L); n += WROWS<T>) {
@@ -241,6 +242,19 @@ template <class U, class S> struct PointwiseBackward {
             }
         }
       }
+    });
+  }
+
+  // dW1 [b][K], the tasks' sums.
+  void weight_gradient(const Parallel& parallel, int tasks, T* dw) const {
+    for_tasks(parallel, tasks, [&](int task) {
+      Range r = share(b, task, tasks);
+      for (int64_t n = r.begin; n < r.end; n++)
+        for (int64_t k = 0; k < K; k++) {
+          T sum = parts[0].weight[n * Kp + k];
+          for (int t = 1; t < tasks; t++) sum += parts[t].weight[n * Kp + k];
+          dw[n * K + k] = sum;
+        }
     });
   }
 };

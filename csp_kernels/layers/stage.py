@@ -1,0 +1,122 @@
+"""A module made from any graph, run as one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from csp_kernels import ops
+from csp_kernels.layers._children import Fused, hooked_globally, not_plain, recorded, warn_once
+from csp_kernels.layers._norms import frozen_norms, update_running
+from csp_kernels.ops.stage import unsupported
+from csp_kernels.reference.stage import stage as reference_stage
+from csp_kernels.stage.check import check, sizes
+from csp_kernels.stage.cost import side
+from csp_kernels.stage.graph import Conv, Graph, without_dropout
+from csp_kernels.stage.place import RECOMPUTE
+
+
+class Stage(Fused, nn.Module):
+    """What a graph computes: [N, graph.inputs[i], H, W] each -> a tensor, or a tuple of them if it has several outputs.
+
+    graph: made with `csp_kernels.stage.build.Builder` (docs/stages.md). Children are nn.Conv2d and nn.BatchNorm2d under
+    the names of the graph's parameters, where dots make levels; they hold parameters and running statistics and are not
+    called. A norm counts as a plain nn.BatchNorm2d: momentum, eps, affine, track_running_stats, train and eval act as
+    usual. Dropout is on in training mode.
+    recompute: what backward computes again instead of keeping it, "none", "bottleneck" (1x1 convolutions that 3x3 ones
+    alone read) or "all" (all but inputs and outputs).
+    dtypes, memory formats and errors: `csp.ops.stage`. A graph that the kernels cannot run whole (`csp.ops.stage`), or
+    children with hooks, run as the reference does, with one warning; RuntimeError if "native" was chosen, and for
+    children of another kind (SyncBatchNorm).
+    """
+
+    def __init__(self, graph: Graph, *, eps: float = 1e-5, momentum: float = 0.1, recompute: str = "none") -> None:
+        super().__init__()
+        check(graph)
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(RECOMPUTE)}")
+        self.graph, self.recompute = graph, recompute
+        for item in graph.order:
+            node = graph.nodes[item.index] if item.kind == "conv" else None
+            child: nn.Module
+            if isinstance(node, Conv):
+                child = nn.Conv2d(
+                    node.in_channels, node.out_channels, node.kernel, node.stride, node.kernel // 2,
+                    groups=node.groups, bias=node.bias,
+                )  # fmt: skip
+            else:
+                child = nn.BatchNorm2d(graph.norms[item.index], eps=eps, momentum=momentum)
+            _attach(self, item.name, child)
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        children = [self.get_submodule(item.name) for item in self.graph.order]
+        norms = self._norms(children)
+        frozen, running = frozen_norms(norms)
+        params: list[Any] = []
+        for child in children:
+            params += [child.weight, child.bias] if child.bias is not None or child in norms else [child.weight]
+        graph = self.graph if self.training else without_dropout(self.graph)
+        eps = [norm.eps for norm in norms]
+        reason = unsupported(graph) or self._hooked(children)
+        if recorded(inputs[0] if inputs else None):
+            outputs, stats = reference_stage(graph, inputs, params, running, frozen=frozen, eps=eps)
+        else:
+            if reason:
+                warn_once(self, reason)
+            outputs, stats = ops.stage(
+                graph, inputs, params, running, frozen=frozen, eps=eps, recompute=self.recompute
+            )  # fmt: skip
+        if not all(frozen):
+            self._update(norms, stats, inputs[0])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _norms(self, children: Sequence[Any]) -> list[Any]:
+        """In the order of the graph's norms."""
+        found: dict[int, Any] = {}
+        for item, child in zip(self.graph.order, children, strict=True):
+            expected = nn.Conv2d if item.kind == "conv" else nn.BatchNorm2d
+            if not isinstance(child, expected):
+                raise RuntimeError(f"{item.name}: got a {type(child).__name__}, expected an nn.{expected.__name__}")
+            if item.kind == "norm":
+                found[item.index] = child
+        return [found[i] for i in range(len(found))]
+
+    def _hooked(self, children: Sequence[Any]) -> str:
+        """Why somebody would notice that the norms are not called; "" if nobody."""
+        pairs = zip(self.graph.order, children, strict=True)
+        reasons = (not_plain(item.name, child) for item, child in pairs if item.kind == "norm")
+        return hooked_globally() or next((reason for reason in reasons if reason), "")
+
+    def _update(self, norms: Sequence[Any], stats: Tensor, x: Tensor) -> None:
+        """Norms over equally many pixels at a time."""
+        n, _, height, width = x.shape
+        starts = [sum(self.graph.norms[:i]) for i in range(len(norms))]
+        sized = _sizes(self.graph)
+        for size in dict.fromkeys(sized):
+            chosen = [i for i, s in enumerate(sized) if s == size]
+            columns = [(starts[i], self.graph.norms[i]) for i in chosen]
+            update_running([norms[i] for i in chosen], columns, stats, n * side(size, height) * side(size, width))
+
+    def extra_repr(self) -> str:
+        return f"recompute={self.recompute!r}"
+
+
+def _attach(parent: nn.Module, name: str, child: nn.Module) -> None:
+    *levels, last = name.split(".")
+    for level in levels:
+        if level not in parent._modules:
+            parent.add_module(level, nn.Module())
+        parent = parent.get_submodule(level)
+    parent.add_module(last, child)
+
+
+def _sizes(graph: Graph) -> list[str]:
+    """Of what each norm normalises: see check.sizes."""
+    found, sized = sizes(graph), [""] * len(graph.norms)
+    for _, user in graph.users():
+        for read in user.reads:
+            if read.norm is not None:
+                sized[read.norm] = found[read.value]
+    return sized

@@ -1,0 +1,588 @@
+// Runs programs: each instruction by the tile code that it takes. docs/algorithms.md has the mathematics of backward.
+#include "stage.h"
+
+#include <limits>
+
+#include "tile/activate.h"
+#include "tile/conv3x3.h"
+#include "tile/elementwise.h"
+#include "tile/norm.h"
+#include "tile/storage.h"
+
+namespace csp::CSP_ISA {
+namespace {
+
+// Memory of one call that is taken again after it was given back. Nothing else may be taken from the frame meanwhile.
+class Pool {
+  struct Block {
+    char* memory;
+    int64_t bytes;
+    bool free;
+  };
+  Frame& frame;
+  std::vector<Block> blocks;
+
+ public:
+  explicit Pool(Frame& frame) : frame(frame) {}
+  void* take(int64_t bytes) {
+    Block* best = nullptr;
+    for (Block& b : blocks)
+      if (b.free && b.bytes >= bytes && (!best || b.bytes < best->bytes)) best = &b;
+    if (!best) blocks.push_back({frame.take<char>(bytes), bytes, true}), best = &blocks.back();
+    best->free = false;
+    return best->memory;
+  }
+  void give_back(const void* memory) {
+    for (Block& b : blocks)
+      if (b.memory == memory) b.free = true;
+  }
+};
+
+// What a norm takes off the gradient of channels of a value: gradient = G - offset - (x - mean) * slope.
+template <class T> struct Owed {
+  Affine<T> correction;  // scale: slope, shift: offset
+  bool any = false;      // else x, which may be NaN, does not count
+  Owed(Frame& frame, int64_t channels) : correction(frame, channels) {}
+};
+
+// A value's gradient as a product's: see MixBackward.
+template <class S> struct ValueGradient final : Gradient<S> {
+  using typename Gradient<S>::T;
+  using typename Gradient<S>::U;
+  const S *g, *x;
+  int64_t g_pitch, pitch, channels;
+  const Owed<T>& owed;
+  ValueGradient(const S* g, int64_t g_pitch, const S* x, int64_t pitch, int64_t channels, const Owed<T>& owed)
+      : g(g), x(x), g_pitch(g_pitch), pitch(pitch), channels(channels), owed(owed) {}
+  void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const override {
+    pack_gradient<U>([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
+      int64_t left = channels - n;
+      Vec<T> d = load(g + pixel * g_pitch + n, left);
+      const Affine<T>& o = owed.correction;
+      return owed.any ? d - ((load(x + pixel * pitch + n, left) - load(o.mean + n)) * load(o.scale + n) + load(o.shift + n)) : d;
+    }, columns, p0, m, M, by_channel, by_pixel);
+  }
+};
+
+template <class S> struct Stage {
+  using T = typename Types<S>::T;
+  using U = typename Types<S>::Product;
+  static constexpr int L = LANES<T>;
+
+  // Whose gradient the gradient of a channel is: nobody's yet, that which was given for the output, or what `g` holds.
+  enum Source : char { NOTHING, GIVEN, OWN };
+  struct Memory {
+    S* x = nullptr;
+    int64_t pitch = 0;
+    S* g = nullptr;
+    int64_t g_pitch = 0;
+    const S* given = nullptr;
+    std::vector<Source> source;
+    Grid grid{};
+    bool take = false, take_g = true;  // from the pool
+    int64_t last = -1, last_g = -1;    // instructions that touch it
+    int64_t pixels() const { return grid.pixels(); }
+  };
+
+  const StageCall& a;
+  const stage::Program& p;
+  const bool backwards;
+  Frame frame;
+  Pool pool{frame};
+  std::vector<Memory> memory;
+  std::vector<int64_t> pixels;  // behind each column of statistics
+  Affine<T> affine{frame, p.columns};
+  double *rstd = frame.zeroed<double>(p.columns), *lost = frame.zeroed<double>(p.columns);
+  double *sum = frame.zeroed<double>(p.columns), *sum_x = frame.zeroed<double>(p.columns);
+  double *owed_mean = frame.zeroed<double>(p.statistics), *owed_slope = frame.zeroed<double>(p.statistics);
+
+  Stage(const StageCall& call, bool backwards) : a(call), p(*call.program), backwards(backwards), memory(p.buffers.size()), pixels(size_t(p.statistics)) {
+    for (size_t i = 0; i < memory.size(); i++) {
+      const stage::Buffer& b = p.buffers[i];
+      Memory& m = memory[i];
+      m.grid = {a.N, b.side(a.H), b.side(a.W), false};
+      m.x = static_cast<S*>(a.buffers[i].x), m.pitch = a.buffers[i].pitch, m.take = !m.x;
+      m.given = static_cast<const S*>(a.buffers[i].gradient);
+      m.g = static_cast<S*>(a.buffers[i].dx), m.g_pitch = b.kind == stage::Kind::Input ? b.channels : m.pitch, m.take_g = !m.g;
+      m.source.assign(size_t(b.channels), NOTHING);
+    }
+    for (const stage::Instruction& i : p.forward) std::visit([&](const auto& step) { count_pixels(step); }, i);
+  }
+  template <class I> void count_pixels(const I& i) {
+    if constexpr (requires { i.statistics; }) {
+      if (i.statistics < 0) return;
+      const stage::Place* place;
+      if constexpr (requires { i.to; }) place = &i.to;
+      else place = &i.source;
+      for (int64_t c = 0; c < place->channels(); c++) pixels[size_t(i.statistics + c)] = of(*place).pixels();
+    }
+  }
+
+  // --- memory
+  Memory& of(const stage::Place& place) { return memory[size_t(place.buffer)]; }
+  S* value(const stage::Place& place) { return of(place).x + place.start; }
+
+  void run(const std::vector<stage::Instruction>& all) {
+    for (size_t i = 0; i < all.size(); i++)
+      stage::places(all[i], [&](const stage::Place& place, bool gradient) { (gradient ? of(place).last_g : of(place).last) = int64_t(i); });
+    for (size_t i = 0; i < all.size(); i++) {
+      stage::places(all[i], [&](const stage::Place& place, bool gradient) { gradient ? take_gradient(place, all[i]) : take_value(place); });
+      std::visit([&](const auto& step) { Frame inner; (*this)(step, inner); }, all[i]);
+      for (Memory& m : memory) {
+        if (m.take && m.x && m.last == int64_t(i)) pool.give_back(m.x), m.x = nullptr;
+        if (m.take_g && m.g && m.last_g == int64_t(i)) pool.give_back(m.g), m.g = nullptr;
+      }
+    }
+  }
+  void take_value(const stage::Place& place) {
+    Memory& m = of(place);
+    if (!m.x) m.x = static_cast<S*>(pool.take(m.pixels() * m.pitch * int64_t(sizeof(S))));
+  }
+  // What stands for the gradient of an output as it was given needs no memory of its own.
+  void take_gradient(const stage::Place& place, const stage::Instruction& i) {
+    Memory& m = of(place);
+    if (m.g) return;
+    const auto* output = std::get_if<stage::ActivateBackward>(&i);
+    const auto* product = std::get_if<stage::ProductBackward>(&i);
+    const auto* add = std::get_if<stage::AddBackward>(&i);
+    const stage::Place* read = product ? &product->of : add ? &add->of : &place;
+    bool only_read = (product || add || std::holds_alternative<stage::Finish>(i)) && read->buffer == place.buffer && read->start == place.start;
+    if ((output && stands(*output)) || (only_read && all(place, GIVEN))) return;
+    m.g = static_cast<S*>(pool.take(m.pixels() * m.g_pitch * int64_t(sizeof(S))));
+  }
+  bool all(const stage::Place& place, Source source) {
+    for (int64_t c = place.start; c < place.stop; c++)
+      if (of(place).source[size_t(c)] != source) return false;
+    return true;
+  }
+  void mark(const stage::Place& place, Source source) {
+    for (int64_t c = place.start; c < place.stop; c++) of(place).source[size_t(c)] = source;
+  }
+  // The gradient so far, in one piece.
+  const S* gradient(const stage::Place& place) {
+    Memory& m = of(place);
+    if (all(place, GIVEN)) return m.given + place.start;
+    for (int64_t c = place.start; c < place.stop; c++) {
+      if (m.source[size_t(c)] != GIVEN) continue;
+      int64_t end = c;
+      while (end < place.stop && m.source[size_t(end)] == GIVEN) end++;
+      copy_channels<S>(a.parallel, elementwise_tasks(m.pixels(), end - c), m.pixels(), end - c, m.given + c, m.pitch, m.g + c, m.g_pitch, nullptr);
+      mark({place.buffer, c, end}, OWN);
+    }
+    return m.g + place.start;
+  }
+  int64_t gradient_pitch(const stage::Place& place) { return all(place, GIVEN) ? of(place).pitch : of(place).g_pitch; }
+  Spread<S> spread(const stage::Segment& s) {
+    if (s.gradient == stage::Gradient::None) return {nullptr, 0, nullptr, 0};
+    Memory& m = of(s.place);
+    Spread<S> to{nullptr, m.g_pitch, nullptr, 0};
+    if (s.gradient == stage::Gradient::Add) to.in_pitch = gradient_pitch(s.place), to.in = gradient(s.place);
+    to.g = m.g + s.place.start;
+    mark(s.place, OWN);
+    return to;
+  }
+
+  // --- numbers of norms
+  Affine<T> norm(Frame& inner, const stage::Segment& s) {
+    int64_t n = s.place.channels();
+    Affine<T> to(inner, n);
+    if (s.column < 0) std::fill(to.scale, to.scale + n, T(1));
+    else copy(to.mean, affine.mean + s.column, n), copy(to.scale, affine.scale + s.column, n), copy(to.shift, affine.shift + s.column, n);
+    return to;
+  }
+  static void copy(T* to, const T* from, int64_t n) { memcpy(to, from, size_t(n) * sizeof(T)); }
+  Owed<T> owed(Frame& inner, const stage::Place& place, int64_t column) {
+    Owed<T> o(inner, place.channels());
+    for (int64_t c = 0; column >= 0 && c < place.channels(); c++) {
+      double mean = a.mean[column + c], slope = owed_slope[column + c], offset = owed_mean[column + c];
+      o.any = o.any || slope != 0 || offset != 0;
+      o.correction.mean[c] = T(mean), o.correction.scale[c] = T(slope), o.correction.shift[c] = T(offset - slope * (mean - double(T(mean))));
+    }
+    return o;
+  }
+  void add_sums(const stage::Segment& s, const PartialSums<T>* parts, int tasks, int64_t at) {
+    if (!s.sums) return;
+    for (int64_t c = 0; c < s.place.channels(); c++)
+      for (int t = 0; t < tasks; t++) sum[s.column + c] += double(parts[t].sum[at + c]), sum_x[s.column + c] += double(parts[t].sum_x[at + c]);
+  }
+  int elementwise_tasks(int64_t P, int64_t channels) { return choose_tasks(a.parallel, P, 16.0 * double(P * channels)); }
+  Statistics<T>* statistics(Frame& inner, int64_t column, int tasks, int64_t channels) { return column < 0 ? nullptr : take_statistics<T>(inner, tasks, channels); }
+  void merge_statistics(const Statistics<T>* stats, int tasks, const stage::Place& place, int64_t column) {
+    if (stats) merge(a.parallel, stats, tasks, value(place), of(place).pitch, of(place).pixels(), place.channels(), a.mean + column, a.var + column);
+  }
+  static T floor_of(Activation act) { return act == Activation::Relu ? T(0) : -std::numeric_limits<T>::infinity(); }
+  static bool on_load(Activation act) { return act == Activation::Relu || act == Activation::Identity; }
+  Read<S> read(Frame& inner, const stage::Segment& s) {
+    return {value(s.place), of(s.place).pitch, s.place.channels(), norm(inner, s), {s.act, T(s.slope)}};
+  }
+
+  // --- forward
+  void operator()(const stage::Copy& i, Frame& inner) {
+    int tasks = elementwise_tasks(of(i.to).pixels(), i.to.channels());
+    Statistics<T>* stats = statistics(inner, i.statistics, tasks, i.to.channels());
+    copy_channels(a.parallel, tasks, of(i.to).pixels(), i.to.channels(), value(i.source), of(i.source).pitch, value(i.to), of(i.to).pitch, stats);
+    merge_statistics(stats, tasks, i.to, i.statistics);
+  }
+  void operator()(const stage::Measure& i, Frame& inner) {
+    int tasks = elementwise_tasks(of(i.source).pixels(), i.source.channels());
+    Statistics<T>* stats = statistics(inner, i.statistics, tasks, i.source.channels());
+    copy_channels<S>(a.parallel, tasks, of(i.source).pixels(), i.source.channels(), value(i.source), of(i.source).pitch, nullptr, 0, stats);
+    merge_statistics(stats, tasks, i.source, i.statistics);
+  }
+  void operator()(const stage::Fill& i, Frame&) {
+    for (const stage::Binding& b : i.bindings) {
+      const BatchNorm& n = a.norms[b.norm];
+      bool frozen = b.statistics < 0;
+      int64_t at = frozen ? 0 : b.statistics;
+      Moments<T> m{a.mean + at, a.var + at, frozen ? static_cast<const T*>(n.running_mean) + b.at : nullptr, frozen ? static_cast<const T*>(n.running_var) + b.at : nullptr, n.eps};
+      m.fill(affine.from(b.column), static_cast<const T*>(n.gamma) + b.at, static_cast<const T*>(n.beta) + b.at, b.count);
+      for (int64_t c = 0; backwards && c < b.count; c++) rstd[b.column + c] = m.rstd(c), lost[b.column + c] = m.lost(c);
+    }
+  }
+
+  // What a product reads: segments that are normalised on load, and scratch memory that holds those with other activations.
+  struct Reads {
+    std::vector<Segment<S>> segments;
+    std::vector<std::pair<size_t, Read<S>>> activated;  // index, and what was activated
+    std::vector<Affine<T>> norms;
+  };
+  Reads reads(Frame& inner, const std::vector<stage::Segment>& from) {
+    Reads r;
+    r.norms.reserve(from.size());
+    for (const stage::Segment& s : from) {
+      Segment<S> to{value(s.place), of(s.place).pitch, s.place.channels(), nullptr, nullptr, 0, 0};
+      if (!on_load(s.act)) {
+        r.activated.emplace_back(r.segments.size(), read(inner, s));
+        to.pitch = padded_channels(to.channels);
+        S* y = inner.take<S>(of(s.place).pixels() * to.pitch);
+        add_terms<S>(a.parallel, elementwise_tasks(of(s.place).pixels(), to.channels), of(s.place).pixels(), &r.activated.back().second, 1, {Activation::Identity, T(0)}, y, to.pitch, nullptr);
+        to.x = y;
+      } else if (s.column >= 0 || s.act != Activation::Identity) {
+        to.norm = &r.norms.emplace_back(norm(inner, s)), to.floor = floor_of(s.act);
+      }
+      r.segments.push_back(to);
+    }
+    return r;
+  }
+  const T* weight(int64_t node) const { return static_cast<const T*>(a.weights[node].weight); }
+  const T* stacked(Frame& inner, const std::vector<int64_t>& nodes, int64_t K) {  // [out of all][K]
+    if (nodes.size() == 1) return weight(nodes[0]);
+    int64_t rows = 0;
+    for (int64_t node : nodes) rows += p.weights[size_t(node)].out_channels;
+    T* all = inner.take<T>(rows * K);
+    T* to = all;
+    for (int64_t node : nodes) {
+      int64_t n = p.weights[size_t(node)].out_channels * K;
+      memcpy(to, weight(node), size_t(n) * sizeof(T)), to += n;
+    }
+    return all;
+  }
+  static int64_t channels(const std::vector<stage::Segment>& segments) {
+    int64_t n = 0;
+    for (const stage::Segment& s : segments) n += s.place.channels();
+    return n;
+  }
+
+  void operator()(const stage::Product& i, Frame& inner) {
+    if (i.conv.kernel == 3) return with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(i, inner); });
+    Reads r = reads(inner, i.segments);
+    Grid grid = of(i.segments[0].place).grid;
+    grid.pool = i.conv.pool;
+    const int64_t out = i.conv.out_channels;
+    Memory& to = of(i.to);
+    const T* w = stacked(inner, i.nodes, channels(i.segments));
+    if (plain(i.segments, i.conv) && i.to.start == 0 && padded_channels(out) <= to.pitch && i.to.stop == p.buffers[size_t(i.to.buffer)].channels) {
+      int64_t K = channels(i.segments), P = to.pixels();
+      int tasks = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), 2.0 * double(P) * double(K) * double(out));
+      Statistics<T>* stats = statistics(inner, i.statistics, tasks, out);
+      Unit<U>* packed = pack<true>(inner, w, K, out, tasks);
+      pointwise_forward<U>(a.parallel, tasks, P, r.segments[0].x, r.segments[0].pitch, K, r.norms[0], packed, out, to.x, to.pitch, stats);
+      return merge_statistics(stats, tasks, i.to, i.statistics);
+    }
+    Mix<S> mix(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1});
+    Statistics<T>* stats = statistics(inner, i.statistics, mix.tasks, mix.O);
+    mix.forward_raw(mix.template packed<false>(inner, w), value(i.to), to.pitch, out, stats);
+    merge_statistics(stats, mix.tasks, i.to, i.statistics);
+  }
+  // One segment through norm and ReLU: the loops of pointwise.h.
+  static bool plain(const std::vector<stage::Segment>& s, const stage::Conv& conv) { return s.size() == 1 && s[0].column >= 0 && s[0].act == Activation::Relu && !conv.pool; }
+  template <bool BY_CHANNEL> Unit<U>* pack(Frame& inner, const T* w, int64_t depth, int64_t channels, int tasks) {
+    Unit<U>* to = inner.take<Unit<U>>(packed_size<U>(depth, channels));
+    int64_t blocks = ceil_div(depth, depth_block<U>());
+    int n = int(min64(tasks, blocks));
+    for_tasks(a.parallel, n, [&](int task) { pack_product<U, BY_CHANNEL>(to, depth, channels, w, nullptr, share(blocks, task, n)); });
+    return to;
+  }
+
+  // --- the 3x3
+  template <class F> void with_tiles(const stage::Place& place, F f) {
+    const Grid& grid = of(place).grid;
+    if constexpr (sizeof(S) < 8) if (large_tiles(grid.H, grid.W, a.winograd)) return f(std::integral_constant<int, 4>{});
+    f(std::integral_constant<int, 2>{});
+  }
+  template <int M> int tasks3(const Grid& g, int64_t b, int64_t out) {
+    return choose_tasks(a.parallel, Tiling<M>(g.N, g.H, g.W).rows, 18.0 * double(g.pixels()) * double(b) * double(out));
+  }
+  template <int M, bool TRANSPOSED> const T* pack3x3(Frame& inner, int64_t node, const Weights3x3<T>& place) {
+    int64_t depth = TRANSPOSED ? place.g : place.b, channels = TRANSPOSED ? place.b : place.g, blocks = ceil_div(depth, L);
+    T* to = inner.take<T>(winograd_size<T, M>(depth, channels));
+    int tasks = choose_tasks(a.parallel, blocks, 60.0 * double(place.b * place.g * (M + 2) * (M + 2)));
+    for_tasks(a.parallel, tasks, [&](int task) { pack_winograd<T, M, TRANSPOSED>(to, weight(node), place, share(blocks, task, tasks)); });
+    return to;
+  }
+  // The one segment that a 3x3 reads; several are laid side by side in scratch memory.
+  struct Input3x3 {
+    const S* z;
+    int64_t pitch, channels;
+    Affine<T> norm;
+    T floor;
+    std::vector<Read<S>> gathered;  // empty: z is the value itself
+  };
+  Input3x3 input3x3(Frame& inner, const std::vector<stage::Segment>& from) {
+    const stage::Segment& s = from[0];
+    int64_t n = channels(from);
+    if (from.size() == 1 && on_load(s.act)) return {value(s.place), of(s.place).pitch, n, norm(inner, s), floor_of(s.act), {}};
+    Input3x3 in{nullptr, padded_channels(n), n, Affine<T>(inner, n), floor_of(Activation::Identity), {}};
+    std::fill(in.norm.scale, in.norm.scale + n, T(1));
+    S* z = inner.take<S>(of(s.place).pixels() * in.pitch);
+    in.z = z;
+    for (const stage::Segment& each : from) {
+      in.gathered.push_back(read(inner, each));
+      add_terms<S>(a.parallel, elementwise_tasks(of(s.place).pixels(), each.place.channels()), of(s.place).pixels(), &in.gathered.back(), 1, {Activation::Identity, T(0)}, z, in.pitch, nullptr);
+      z += each.place.channels();
+    }
+    return in;
+  }
+  template <int M> void conv3x3(const stage::Product& i, Frame& inner) {
+    Input3x3 in = input3x3(inner, i.segments);
+    const int64_t node = i.nodes[0], out = i.conv.out_channels;
+    const Grid& g = of(i.to).grid;
+    int tasks = tasks3<M>(g, in.channels, out);
+    Dropout<T> dropout(i.conv.drop_rate, a.seed, i.drop);
+    Statistics<T>* stats = statistics(inner, i.statistics, tasks, out);
+    const T* packed = pack3x3<M, false>(inner, node, {out, in.channels, a.weights[node].channels_last});
+    Conv3x3<S> conv{a.parallel, tasks, g.N, g.H, g.W, in.channels, in.pitch, out, of(i.to).pitch, in.norm, dropout, in.floor};
+    conv3x3_forward<M>(conv, in.z, packed, value(i.to), stats);
+    merge_statistics(stats, tasks, i.to, i.statistics);
+  }
+
+  void operator()(const stage::Add& i, Frame& inner) {
+    int64_t P = of(i.to).pixels(), n = i.to.channels();
+    int tasks = elementwise_tasks(P, n * int64_t(i.segments.size()));
+    std::vector<Read<S>> terms;
+    for (const stage::Segment& s : i.segments) terms.push_back(read(inner, s));
+    Statistics<T>* stats = statistics(inner, i.statistics, tasks, n);
+    add_terms(a.parallel, tasks, P, terms.data(), int64_t(terms.size()), AnyActivation<T>{i.act, T(i.slope)}, value(i.to), of(i.to).pitch, stats);
+    merge_statistics(stats, tasks, i.to, i.statistics);
+  }
+  void operator()(const stage::Activate& i, Frame& inner) {
+    int64_t at = 0;
+    for (const stage::Segment& s : i.segments) {
+      const int64_t n = s.place.channels();
+      Grid grid = of(s.place).grid;
+      grid.pool = i.pool;
+      Affine<T> affine = norm(inner, s);
+      Output<S> out{value(i.to) + at, of(i.to).pitch};
+      with_activation<T>(s.act, s.slope, [&](auto act) { activate(a.parallel, grid, value(s.place), of(s.place).pitch, affine, Splits{&n, 1}, &out, act); });
+      at += n;
+    }
+  }
+
+  // --- backward
+  void operator()(const stage::Settle& i, Frame&) {
+    for (const stage::Binding& b : i.bindings) {
+      const BatchNorm& n = a.norms[b.norm];
+      for (int64_t c = 0; c < b.count; c++) {
+        double r = rstd[b.column + c], dbeta = sum[b.column + c], dgamma = r * (sum_x[b.column + c] - lost[b.column + c] * dbeta);
+        if (n.dgamma) static_cast<T*>(n.dgamma)[b.at + c] = T(dgamma), static_cast<T*>(n.dbeta)[b.at + c] = T(dbeta);
+        if (b.statistics < 0) continue;
+        int64_t s = b.statistics + c;
+        double scale = double(static_cast<const T*>(n.gamma)[b.at + c]) * r / double(pixels[size_t(s)]);
+        owed_mean[s] += scale * dbeta, owed_slope[s] += scale * r * dgamma;
+      }
+    }
+  }
+  void operator()(const stage::Clear& i, Frame&) {
+    Memory& m = of(i.place);
+    for (int64_t q = 0; q < m.pixels(); q++) memset(static_cast<void*>(m.g + q * m.g_pitch + i.place.start), 0, size_t(i.place.channels()) * sizeof(S));
+    mark(i.place, OWN);
+  }
+  // Can the gradient of the output stand for that of what it holds?
+  static bool stands(const stage::ActivateBackward& i) {
+    const stage::Segment& s = i.segments[0];
+    return i.segments.size() == 1 && !i.pool && s.gradient == stage::Gradient::Write && s.column < 0 && s.act == Activation::Identity &&
+           s.place.buffer == i.output.buffer && s.place.start == i.output.start;
+  }
+  void operator()(const stage::ActivateBackward& i, Frame& inner) {
+    if (stands(i)) return mark(i.output, GIVEN);
+    int64_t at = i.output.start;
+    for (const stage::Segment& s : i.segments) {
+      Memory &from = of(s.place), &output = of(i.output);
+      Grid grid = from.grid;
+      grid.pool = i.pool;
+      int64_t W = grid.W, H = grid.H, h = grid.rows(), w = grid.columns(), n = s.place.channels(), pitch = output.pitch;
+      const S* dy = output.given + at;
+      auto plain = [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(dy + pixel * pitch + c, n - c); };
+      auto averaged = [&](int64_t pixel, int64_t c) __attribute__((always_inline)) {
+        int64_t y = pixel / W % H / 2, x = pixel % W / 2;
+        return y < h && x < w ? load(dy + ((pixel / (W * H) * h + y) * w + x) * pitch + c, n - c) * T(0.25) : Vec<T>{};
+      };
+      if (i.pool) back(s, inner, averaged);
+      else back(s, inner, plain);
+      at += n;
+    }
+  }
+  template <class Value> void back(const stage::Segment& s, Frame& inner, const Value& dy) {
+    if (s.gradient == stage::Gradient::None && !s.sums) return;
+    Spread<S> to = spread(s);
+    back(read(inner, s), s, to, inner, dy);
+  }
+  template <class Value> void back(const Read<S>& from, const stage::Segment& s, const Spread<S>& to, Frame& inner, const Value& dy) {
+    int64_t P = of(s.place).pixels();
+    int tasks = elementwise_tasks(P, from.channels);
+    PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, 0, round_up(from.channels, L));
+    spread_gradient(a.parallel, tasks, P, from, to, parts, dy);
+    add_sums(s, parts, tasks, 0);
+  }
+  void operator()(const stage::AddBackward& i, Frame& inner) {
+    Owed<T> o = owed(inner, i.of, i.owed);
+    int64_t g_pitch = gradient_pitch(i.of), pitch = of(i.of).pitch, n = i.of.channels();
+    const S *g = gradient(i.of), *x = value(i.of);
+    std::vector<Read<S>> terms;
+    for (const stage::Segment& s : i.segments) terms.push_back(read(inner, s));
+    AnyActivation<T> activation{i.act, T(i.slope)};
+    auto dy = [&](int64_t pixel, int64_t c) __attribute__((always_inline)) {
+      Vec<T> d = load(g + pixel * g_pitch + c, n - c);
+      if (o.any) d -= (load(x + pixel * pitch + c, n - c) - load(o.correction.mean + c)) * load(o.correction.scale + c) + load(o.correction.shift + c);
+      if (activation.kind == Activation::Identity) return d;
+      Vec<T> total = terms[0].value(pixel, c);
+      for (size_t k = 1; k < terms.size(); k++) total += terms[k].value(pixel, c);
+      return activation.gradient(total, d);
+    };
+    for (const stage::Segment& s : i.segments) back(s, inner, dy);
+  }
+
+  void operator()(const stage::ProductBackward& i, Frame& inner) {
+    if (i.conv.kernel == 3) return with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(i, inner); });
+    Owed<T> o = owed(inner, i.of, i.owed);
+    int64_t g_pitch = gradient_pitch(i.of), K = channels(i.segments);
+    const S* g = gradient(i.of);
+    Reads r = reads(inner, i.segments);
+    std::vector<Spread<S>> targets;
+    for (const stage::Segment& s : i.segments) targets.push_back(spread(s));
+    const T* w = stacked(inner, i.nodes, K);
+    if (plain(i.segments, i.conv) && i.segments[0].gradient == stage::Gradient::Add && !i.wanted.empty() && g_pitch == of(i.of).pitch &&
+        targets[0].pitch == r.segments[0].pitch && targets[0].in_pitch == r.segments[0].pitch)
+      return pointwise_backward(i, inner, o, g, r, targets[0], w);
+    for (size_t k = 0; k < r.segments.size(); k++)
+      r.segments[k].g = targets[k].g, r.segments[k].g_pitch = targets[k].pitch, r.segments[k].g_in = targets[k].in, r.segments[k].g_in_pitch = targets[k].in_pitch;
+    for (auto& [k, from] : r.activated) {  // their gradients behind the activation
+      Segment<S>& s = r.segments[k];
+      bool needed = s.g || i.segments[k].sums;
+      s.g = needed ? inner.take<S>(of(i.segments[k].place).pixels() * s.pitch) : nullptr, s.g_pitch = s.pitch, s.g_in = nullptr;
+    }
+    Grid grid = of(i.segments[0].place).grid;
+    grid.pool = i.conv.pool;
+    const int64_t out = i.conv.out_channels;
+    Mix<S> mix(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1});
+    ValueGradient<S> dz(g, g_pitch, value(i.of), of(i.of).pitch, out, o);
+    PartialSums<T>* parts = PartialSums<T>::take(inner, mix.tasks, MixBackward<S>::weights(mix), MixBackward<S>::pitch(mix));
+    MixBackward<S> back_product{mix, dz, mix.template packed<true>(inner, w), parts, !i.wanted.empty()};
+    back_product.run();
+    for (size_t k = 0; k < r.segments.size(); k++) {
+      const stage::Segment& s = i.segments[k];
+      if (on_load(s.act)) add_sums(s, parts, mix.tasks, r.segments[k].column);
+    }
+    for (auto& [k, from] : r.activated) {
+      const Segment<S>& s = r.segments[k];
+      if (s.g) back(from, i.segments[k], targets[k], inner, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(s.g + pixel * s.g_pitch + c, s.channels - c); });
+    }
+    if (!i.wanted.empty()) hand_out(i, inner, K, [&](T* dw) { back_product.weight_gradient(dw); });
+  }
+  // The gradient of stacked weights to those of the nodes that want theirs.
+  template <class Make> void hand_out(const stage::ProductBackward& i, Frame& inner, int64_t K, Make make) {
+    if (i.nodes.size() == 1) return make(static_cast<T*>(a.weights[i.nodes[0]].dweight));
+    T* all = inner.take<T>(i.conv.out_channels * K);
+    make(all);
+    for (int64_t node : i.nodes) {
+      int64_t n = p.weights[size_t(node)].out_channels * K;
+      if (a.weights[node].dweight) memcpy(a.weights[node].dweight, all, size_t(n) * sizeof(T));
+      all += n;
+    }
+  }
+  void pointwise_backward(const stage::ProductBackward& i, Frame& inner, const Owed<T>& o, const S* g, const Reads& r, const Spread<S>& to, const T* w) {
+    int64_t K = channels(i.segments), out = i.conv.out_channels, P = of(i.of).pixels(), Kp = round_up(K, 2 * L), rows = round_up(out, 16);
+    int tasks = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), 4.0 * double(P) * double(K) * double(out));
+    Affine<T> negative(inner, out);
+    for (int64_t c = 0; c < out; c++) negative.scale[c] = -o.correction.scale[c], negative.shift[c] = -o.correction.shift[c];
+    PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, rows * (Kp + 2 * L), Kp + 2 * L);
+    PointwiseBackward<U, S> back_product{r.segments[0].x, to.in, to.g, P, to.pitch, K, out, of(i.of).pitch, r.norms[0], g, value(i.of),
+                                         {o.correction.mean, negative.scale, negative.shift, o.any}, pack<false>(inner, w, out, K, tasks), Kp, parts, rows};
+    back_product.run(a.parallel, tasks);
+    hand_out(i, inner, K, [&](T* dw) { back_product.weight_gradient(a.parallel, tasks, dw); });
+    add_sums(i.segments[0], parts, tasks, 0);
+  }
+  template <int M> void conv3x3_backward(const stage::ProductBackward& i, Frame& inner) {
+    Owed<T> o = owed(inner, i.of, i.owed);
+    const int64_t node = i.nodes[0], out = i.conv.out_channels, E = (M + 2) * (M + 2), gp = round_up(out, L);
+    int64_t g_pitch = gradient_pitch(i.of);
+    const S* g = gradient(i.of);
+    Input3x3 in = input3x3(inner, i.segments);
+    const Grid& grid = of(i.of).grid;
+    int tasks = tasks3<M>(grid, in.channels, out);
+    Dropout<T> dropout(i.conv.drop_rate, a.seed, i.drop);
+    bool wants_dgrad = false;
+    std::vector<Spread<S>> targets;
+    for (const stage::Segment& s : i.segments) targets.push_back(spread(s)), wants_dgrad = wants_dgrad || targets.back().g || s.sums;
+    Spread<S> to = targets[0];
+    if (!in.gathered.empty()) to = {wants_dgrad ? inner.take<S>(grid.pixels() * in.pitch) : nullptr, in.pitch, nullptr, 0};
+    PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, E * round_up(in.channels, L) * gp, round_up(in.channels, L) + 2 * L);
+    Weights3x3<T> lie{out, in.channels, a.weights[node].channels_last};
+    Conv3x3<S> conv{a.parallel, tasks, grid.N, grid.H, grid.W, in.channels, in.pitch, out, of(i.of).pitch, in.norm, dropout, in.floor};
+    Conv3x3Backward<M, S> back_product{conv, value(i.of), g, {o.correction.mean, o.correction.scale, o.correction.shift, o.any}, in.z, pack3x3<M, true>(inner, node, lie),
+                                       {to.g, to.pitch, to.in, to.in_pitch}, gp, parts, wants_dgrad, !i.wanted.empty(), g_pitch};
+    back_product.run();
+    if (!i.wanted.empty()) back_product.finish(static_cast<T*>(a.weights[node].dweight), lie);
+    if (in.gathered.empty()) return add_sums(i.segments[0], parts, tasks, 0);
+    const S* from = to.g;
+    for (size_t k = 0; wants_dgrad && k < i.segments.size(); k++) {
+      int64_t n = in.gathered[k].channels;
+      if (targets[k].g || i.segments[k].sums)
+        back(in.gathered[k], i.segments[k], targets[k], inner, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(from + pixel * in.pitch + c, n - c); });
+      from += n;
+    }
+  }
+
+  void operator()(const stage::Finish& i, Frame& inner) {
+    Owed<T> o = owed(inner, i.of, i.owed);
+    Memory& input = memory[size_t(i.index)];
+    int64_t g_pitch = gradient_pitch(i.of), pitch = of(i.of).pitch, n = i.of.channels(), P = input.pixels();
+    const S *g = gradient(i.of), *x = value(i.of);
+    S* dx = input.take_g ? nullptr : static_cast<S*>(a.buffers[i.index].dx);
+    if (!dx || (dx == g && !o.any)) return;
+    int tasks = elementwise_tasks(P, n);
+    for_tasks(a.parallel, tasks, [&](int task) {
+      Range r = share(P, task, tasks);
+      for (int64_t q = r.begin; q < r.end; q++)
+        for (int64_t c = 0; c < n; c += L) {
+          Vec<T> d = load(g + q * g_pitch + c, n - c);
+          if (o.any) d -= (load(x + q * pitch + c, n - c) - load(o.correction.mean + c)) * load(o.correction.scale + c) + load(o.correction.shift + c);
+          store(dx + q * n + c, d, n - c);
+        }
+    });
+  }
+};
+
+template <class F> void run(const StageCall& a, bool backwards, F f) {
+  with_storage(a.storage, [&](auto s) { Stage<decltype(s)> stage(a, backwards); f(stage); });
+}
+
+}  // namespace
+
+extern const StageKernels stage_kernels;
+const StageKernels stage_kernels = {
+    [](const StageCall& a) { run(a, false, [&](auto& s) { s.run(a.program->forward); }); },
+    [](const StageCall& a) { run(a, true, [&](auto& s) { s.run(a.program->backward); }); },
+};
+
+}  // namespace csp::CSP_ISA

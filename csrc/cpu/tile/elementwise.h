@@ -1,0 +1,119 @@
+// What is done to pixels alone: copies with statistics, sums, and the gradient of a read. Any activation, no tile behind the last
+// channel is read or written.
+#pragma once
+#include "activation.h"
+#include "mix.h"
+
+namespace csp::CSP_ISA {
+
+// An activation chosen at run time.
+template <class T> struct AnyActivation {
+  Activation kind;
+  T negative;
+  CSP_INLINE Vec<T> value(Vec<T> x) const {
+    Vec<T> y = x;
+    if (kind == Activation::Relu) return act<T>(x);
+    if (kind != Activation::Identity) with_activation<T>(kind, double(negative), [&](auto a) __attribute__((always_inline)) { y = a.value(x); });
+    return y;
+  }
+  CSP_INLINE Vec<T> gradient(Vec<T> x, Vec<T> g) const {
+    Vec<T> d = g;
+    if (kind == Activation::Relu) return act_gradient<T>(x, g);
+    if (kind != Activation::Identity) with_activation<T>(kind, double(negative), [&](auto a) __attribute__((always_inline)) { d = a.gradient(x, g); });
+    return d;
+  }
+};
+
+// act((x - mean) * scale + shift) of some channels.
+template <class S> struct Read {
+  using T = typename Types<S>::T;
+  const S* x;
+  int64_t pitch, channels;
+  Affine<T> norm;
+  AnyActivation<T> activation;
+  CSP_INLINE Vec<T> value(int64_t pixel, int64_t c) const {
+    return activation.value((load(x + pixel * pitch + c, channels - c) - load(norm.mean + c)) * load(norm.scale + c) + load(norm.shift + c));
+  }
+};
+
+// Where the gradient of what is read goes: g = in (null: 0) + scale * dn.
+template <class S> struct Spread {
+  S* g;  // null: not wanted
+  int64_t pitch;
+  const S* in;
+  int64_t in_pitch;
+};
+
+// The statistics of x [P][pitch], and to = x (null: no copy). stats: take_statistics of `tasks` tasks, null: not wanted.
+template <class S>
+void copy_channels(const Parallel& parallel, int tasks, int64_t P, int64_t channels, const S* x, int64_t pitch, S* to, int64_t to_pitch,
+                   Statistics<typename Types<S>::T>* stats) {
+  constexpr int L = LANES<typename Types<S>::T>;
+  int64_t tiles = ceil_div(P, 16);
+  for_tasks(parallel, tasks, [&](int task) {
+    Range r = share(tiles, task, tasks);
+    int64_t seen = 0;
+    for (int64_t t = r.begin; t < r.end; t++) {
+      int64_t m = min64(16, P - t * 16);
+      const S* xt = x + t * 16 * pitch;
+      for (int64_t i = 0; to && i < m; i++) memcpy(static_cast<void*>(to + (t * 16 + i) * to_pitch), xt + i * pitch, size_t(channels) * sizeof(S));
+      for (int64_t c = 0; stats && c < channels; c += L)
+        add_rows(stats[task], c, seen, m, [&](int64_t i) __attribute__((always_inline)) { return load(xt + i * pitch + c, channels - c); });
+      seen += m;
+    }
+    if (stats) stats[task].count = seen;
+  });
+}
+
+// to[P][pitch] = activation(sum of the terms); statistics of it.
+template <class S>
+void add_terms(const Parallel& parallel, int tasks, int64_t P, const Read<S>* terms, int64_t count, const AnyActivation<typename Types<S>::T>& activation,
+               S* to, int64_t pitch, Statistics<typename Types<S>::T>* stats) {
+  using T = typename Types<S>::T;
+  constexpr int L = LANES<T>;
+  int64_t tiles = ceil_div(P, 16), channels = terms[0].channels;
+  for_tasks(parallel, tasks, [&](int task) {
+    Range r = share(tiles, task, tasks);
+    int64_t seen = 0;
+    for (int64_t t = r.begin; t < r.end; t++) {
+      int64_t m = min64(16, P - t * 16), first = t * 16;
+      for (int64_t c = 0; c < channels; c += L) {
+        Vec<T> y[16];
+        for (int64_t i = 0; i < m; i++) {
+          Vec<T> sum = terms[0].value(first + i, c);
+          for (int64_t k = 1; k < count; k++) sum += terms[k].value(first + i, c);
+          store(to + (first + i) * pitch + c, y[i] = activation.value(sum), channels - c);
+        }
+        if (stats) add_rows(stats[task], c, seen, m, [&](int64_t i) __attribute__((always_inline)) { return y[i]; });
+      }
+      seen += m;
+    }
+    if (stats) stats[task].count = seen;
+  });
+}
+
+// The gradient of what is read, from dy(pixel, channel) of what that became; its sums of dn and of dn * (x - mean).
+template <class S, class Value>
+void spread_gradient(const Parallel& parallel, int tasks, int64_t P, const Read<S>& read, const Spread<S>& to, const PartialSums<typename Types<S>::T>* parts,
+                     const Value& dy) {
+  using T = typename Types<S>::T;
+  constexpr int L = LANES<T>, RUN = 32;  // pixels of a short sum: it loses less than a long one
+  for_tasks(parallel, tasks, [&](int task) {
+    Range r = share(P, task, tasks);
+    parts[task].clear(0, round_up(read.channels, L));
+    for (int64_t begin = r.begin; begin < r.end; begin += RUN)
+      for (int64_t c = 0; c < read.channels; c += L) {
+        Vec<T> mean = load(read.norm.mean + c), scale = load(read.norm.scale + c), shift = load(read.norm.shift + c), sum{}, sum_x{};
+        int64_t n = read.channels - c;
+        for (int64_t p = begin; p < min64(begin + RUN, r.end); p++) {
+          Vec<T> centred = load(read.x + p * read.pitch + c, n) - mean, dn = read.activation.gradient(centred * scale + shift, dy(p, c));
+          if (to.g) store(to.g + p * to.pitch + c, to.in ? load(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale, n);
+          sum += dn, sum_x += dn * centred;
+        }
+        T *s = parts[task].sum + c, *sx = parts[task].sum_x + c;
+        store(s, load(s) + sum), store(sx, load(sx) + sum_x);
+      }
+  });
+}
+
+}  // namespace csp::CSP_ISA

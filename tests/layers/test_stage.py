@@ -1,0 +1,209 @@
+"""`csp.Stage` and `csp.check`: a graph as a module, against a network written by hand."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import csp_kernels as csp
+from csp_kernels.stage.build import Builder, conv_norm
+from csp_kernels.stage.graph import Graph
+from csp_kernels.stage.place import RECOMPUTE
+
+
+def osa(in_channels: int, width: int, layers: int, out_channels: int, drop_rate: float = 0.0) -> Graph:
+    """One-shot aggregation (VoVNet, arXiv 1904.09730), and its averages as a second output."""
+    build = Builder(in_channels)
+    features = [build.read(0)]
+    for i in range(layers):
+        features.append(conv_norm(build, features[-1:], width, 3, prefix=f"layers.{i}."))
+    joined = build.conv(features, out_channels, name="concat.conv")
+    down = build.conv([build.read(joined, build.norm(out_channels, "concat.norm"), "relu")], 8, pool=True, name="down")
+    build.write([build.read(joined, 3, "relu")])
+    build.write([build.read(down, build.norm(8, "last"), "silu")])
+    return build.graph()
+
+
+class Naive(nn.Module):
+    """The same in PyTorch's words."""
+
+    def __init__(self, in_channels: int, width: int, layers: int, out_channels: int) -> None:
+        super().__init__()
+        widths = [in_channels, *[width] * layers]
+        self.layers = nn.ModuleList(self.unit(a, width, 3) for a in widths[:-1])
+        self.concat = self.unit(sum(widths), out_channels, 1)
+        self.down = nn.Conv2d(out_channels, 8, 1, bias=False)
+        self.last = nn.BatchNorm2d(8)
+
+    @staticmethod
+    def unit(a: int, b: int, kernel: int) -> nn.ModuleDict:
+        return nn.ModuleDict(
+            {"conv": nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False), "norm": nn.BatchNorm2d(b)}
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = [x]
+        for unit in self.layers:
+            features.append(F.relu(unit["norm"](unit["conv"](features[-1]))))
+        y = F.relu(self.concat["norm"](self.concat["conv"](torch.cat(features, 1))))
+        return y, F.silu(self.last(self.down(F.avg_pool2d(y, 2))))
+
+
+def pair(recompute: str = "none") -> tuple[csp.Stage, Naive]:
+    stage = csp.Stage(osa(20, 17, 3, 24), recompute=recompute).double()
+    naive = Naive(20, 17, 3, 24).double()
+    for p in naive.parameters():
+        nn.init.normal_(p, mean=p.dim() == 1, std=0.3)
+    stage.load_state_dict(naive.state_dict())
+    return stage, naive
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("train", [True, False])
+def test_equals_the_network_by_hand(recompute: str, train: bool, native: None) -> None:
+    """Outputs, gradients, running statistics: of norms over different numbers of pixels too."""
+    stage, naive = (m.train(train) for m in pair(recompute))
+    x = torch.randn(2, 20, 9, 10, dtype=torch.float64)
+    results = []
+    for module in (stage, naive):
+        leaf = x.clone().requires_grad_()
+        outputs = module(leaf)
+        sum((y * torch.arange(y.numel()).view_as(y).cos()).sum() for y in outputs).backward()
+        grads = {name: p.grad for name, p in module.named_parameters()}
+        results.append([*outputs, leaf.grad, *(grads[n] for n in sorted(grads)), *module.state_dict().values()])
+    assert list(stage.state_dict()) == list(naive.state_dict())
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_keeps_what_it_must(native: None) -> None:
+    """A step keeps raw values of convolutions, and neither concatenation, norms nor activations."""
+    stage, naive = (m.float() for m in pair())
+    x = torch.randn(2, 20, 8, 8).contiguous(memory_format=torch.channels_last)
+
+    def saved(module: nn.Module) -> int:
+        return csp.analysis.saved_bytes(lambda: module(x), [x, *module.parameters(), *module.buffers()])
+
+    pixels = 2 * 64
+    values = pixels * (64 + 32) + pixels // 4 * 16  # of 3 x 17, 24 and 8 channels, padded to multiples of 16
+    columns = 3 * 17 + 24 + 8
+    assert saved(stage) == values * 4 + 2 * columns * 8
+    assert saved(stage) * 2 < saved(naive)
+
+
+def test_dropout_in_training_alone() -> None:
+    build = Builder(8)
+    build.write([build.read(build.conv([build.read(0)], 8, 3, drop_rate=0.5))])
+    stage = csp.Stage(build.graph())
+    x = torch.randn(2, 8, 16, 16)
+    assert 0.4 < (stage(x) == 0).float().mean().item() < 0.6
+    assert not (stage.eval()(x) == 0).any()
+
+
+def test_a_norm_that_is_frozen(native: None) -> None:
+    stage, naive = pair()
+    for module in (stage, naive):
+        module.layers[1]["norm"].eval() if module is naive else stage.get_submodule("layers.1.norm").eval()
+    x = torch.randn(2, 20, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(stage(x), naive(x), rtol=1e-9, atol=1e-10)
+    assert stage.get_submodule("layers.1.norm").num_batches_tracked == 0
+    assert stage.get_submodule("layers.0.norm").num_batches_tracked == 1
+
+
+def test_frozen_parameters_have_no_gradient(native: None) -> None:
+    stage, _ = pair()
+    stage.requires_grad_(False)
+    stage.last.weight.requires_grad_(True)
+    _, z = stage(torch.randn(2, 20, 8, 8, dtype=torch.float64))
+    z.square().sum().backward()
+    assert [n for n, p in stage.named_parameters() if p.grad is not None] == ["last.weight"]
+
+
+def test_copies_and_pickles() -> None:
+    stage, _ = pair()
+    stage.eval()
+    x = torch.randn(1, 20, 8, 8, dtype=torch.float64)
+    for other in (copy.deepcopy(stage), pickle.loads(pickle.dumps(stage))):
+        assert torch.equal(other(x)[0], stage(x)[0])
+
+
+def test_says_what_it_cannot_run() -> None:
+    build = Builder(8)
+    build.write([build.read(build.conv([build.read(0)], 8, 3, groups=2))])
+    stage, x = csp.Stage(build.graph()), torch.randn(1, 8, 4, 4)
+    with pytest.warns(RuntimeWarning, match="csp.Stage runs its plain PyTorch reference: v1 has groups"):
+        stage(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stage(x)  # said once
+    csp.use_backend("native")
+    with pytest.raises(RuntimeError, match="v1 has groups"):
+        stage(x)
+
+
+def test_children_of_another_kind() -> None:
+    stage, _ = pair()
+    stage.last = nn.SyncBatchNorm(8).double()
+    with pytest.raises(RuntimeError, match=r"last: got a SyncBatchNorm, expected an nn\.BatchNorm2d"):
+        stage(torch.randn(1, 20, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: csp.Stage(osa(4, 4, 3, 4), recompute="some"), "recompute: got 'some'"),
+        (lambda: csp.Stage(Graph((), (), (), (), ())), "inputs: got"),
+    ],
+)
+def test_bad_arguments(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_check_agrees(dtype: torch.dtype, native: None) -> None:
+    verdict = csp.check(
+        pair()[0].to(torch.float64 if dtype == torch.float64 else torch.float32), torch.randn(2, 20, 9, 9).to(dtype)
+    )
+    assert verdict, str(verdict)
+    names = [item.name for item in verdict.items]
+    assert {"output 1", "gradient of input 0", "gradient of last.bias", "last.running_var"} <= {*names}
+    assert str(verdict).startswith("backend 'native' against the reference")
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_check_sees_a_wrong_number(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output, a gradient or a statistic that is off by one part in a thousand."""
+    module = sys.modules["csp_kernels.ops.stage"]
+    real = module._fused
+
+    def wrong(*arguments: Any) -> Any:
+        y, stats = real(*arguments)
+        if part == 0:
+            y = [t * 1.001 for t in y]
+        elif part == 1:
+            y = [t + (t - t.detach()) * 1e-3 for t in y]
+        return y, stats * 1.001 if part == 2 else stats
+
+    monkeypatch.setattr(module, "_fused", wrong)
+    verdict = csp.check(pair()[0].float(), torch.randn(2, 20, 9, 9))
+    assert not verdict
+    assert "DIFFERS" in str(verdict)
+    kinds = {item.name.split()[0] for item in verdict.items if not item.agrees}
+    assert ("output" in kinds, "gradient" in kinds, bool(kinds - {"output", "gradient"})) == (
+        part == 0, part < 2, part == 2,
+    )  # fmt: skip
+
+
+def test_check_needs_tensors() -> None:
+    with pytest.raises(TypeError, match="inputs: got none"):
+        csp.check(pair()[0])
