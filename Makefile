@@ -84,11 +84,11 @@ mutate: $(VENV)/.test $(VENV)/.native
 SANITIZED = CSP_KERNELS_LIBRARY=build/sanitize/_C.so OMP_NUM_THREADS=2 UBSAN_OPTIONS=print_stacktrace=1 \
   ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0 \
   LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"
-SANITIZE_TESTS ?= (odd or growth or layout) and not channels_last
+SANITIZE_TESTS ?= (odd or growth or layout or random_graphs or changed_programs or dtypes) and not channels_last
 sanitize: $(VENV)/.test
 	CXX=c++ CSP_KERNELS_SANITIZE=1 CSP_KERNELS_CUDA=0 CSP_KERNELS_ISAS="$${CSP_KERNELS_ISAS:-native}" $(PY) setup.py -q build_ext
 	$(SANITIZED) $(PY) tests/fuzz/compare.py --cases 300
-	$(SANITIZED) $(PY) -m pytest -p no:benchmark -n 2 tests/ops -k "$(SANITIZE_TESTS)" $(ARGS)
+	$(SANITIZED) $(PY) -m pytest -p no:benchmark -n 2 tests/ops tests/stage/test_operator.py -k "$(SANITIZE_TESTS)" $(ARGS)
 
 fuzz: $(VENV)/.test $(VENV)/.native
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz/compare.py --cases 50000 $(ARGS)

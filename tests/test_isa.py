@@ -12,7 +12,14 @@ from csp_kernels import native
 
 CHECK = """
 import torch, csp_kernels as csp
+from csp_kernels.stage.build import Builder, conv_norm
 torch.manual_seed(0)
+build = Builder(20)
+y = conv_norm(build, [build.read(0)], 19, 3, "silu")
+z = build.sum([conv_norm(build, [y, build.read(0)], 20), build.read(0)], "relu")
+build.write([build.read(z), y])
+build.write([build.read(z, start=3)], pool=True)
+graph = build.graph()
 print(torch.ops.csp_kernels.cpu_isa())
 for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
     block = csp.DenseBlock(3, 20, 12).to(dtype)
@@ -27,6 +34,9 @@ for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloa
     for p, q in zip(block.parameters(), twin.parameters()):
         error = ((p.grad.double() - q.grad).norm() / q.grad.norm()).item()
         assert error < 10 * bound, (dtype, error)
+    stage = csp.Stage(graph).to(dtype if dtype == torch.float64 else torch.float32)
+    items = csp.check(stage, x).items
+    assert all(item.agrees or item.error < 10 * bound for item in items), str(items)
     last = csp.DenseBlock(3, 20, 12).to(dtype)
     last.load_state_dict(block.state_dict())
     last.to(memory_format=torch.channels_last)(x).double().square().mean().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -145,21 +146,32 @@ def _norm_label(graph: Graph) -> checks.Label:
 def _check_sizes(graph: Graph, x: Tensor, frozen: Sequence[bool]) -> None:
     """Something is left after pooling, and two values a channel where a norm takes statistics."""
     n, _, height, width = x.shape
-    found = sizes(graph)
-    pixels = [n * side(size, height) * side(size, width) for size in found]
-    if n and 0 in pixels:
+    everything, normalised = _sizes(graph)
+    pixels = {size: n * side(size, height) * side(size, width) for size in everything}
+    if n and 0 in pixels.values():
         raise ValueError(
             f"inputs[0]: got {height} x {width} pixels {list(x.shape)}, expected more: pooling leaves none"
         )
-    for _, user in graph.users():
-        for read in user.reads:
-            if read.norm is not None:
-                checks.check_values(x, pixels[read.value], frozen[read.norm : read.norm + 1], "inputs[0]")
+    for norm, size in normalised:
+        checks.check_values(x, pixels[size], frozen[norm : norm + 1], "inputs[0]")
+
+
+@cached_constant
+def _sizes(graph: Graph) -> tuple[tuple[str, ...], tuple[tuple[int, str], ...]]:
+    """The sizes (check.sizes) of all values, and those of what norms normalise, with the norm."""
+    found = sizes(graph)
+    reads = (read for _, user in graph.users() for read in user.reads if read.norm is not None)
+    normalised = {(read.norm, found[read.value]) for read in reads if read.norm is not None}
+    return tuple(sorted({*found})), tuple(sorted(normalised))
 
 
 def _seed(graph: Graph, x: Tensor) -> Tensor | None:
-    drops = any(isinstance(conv, Conv) and conv.drop_rate > 0 for conv in graph.nodes)
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if drops else None
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if _drops(graph) else None
+
+
+@cached_constant
+def _drops(graph: Graph) -> bool:
+    return any(isinstance(conv, Conv) and conv.drop_rate > 0 for conv in graph.nodes)
 
 
 # --- the operator ---
@@ -181,19 +193,19 @@ def _fused(
     full = checks.filled(params, parameter_shapes(graph)[1], x)
     used = [node.in_place(t) for t in inputs]
     wanted = wanted_gradients(graph, used, full) if node.wants_gradients(*used, *full) else None
-    text, columns = _program(graph, tuple(frozen), wanted, recompute)
+    text = _program(graph, tuple(frozen), wanted, recompute)
     fixed = node.fixed(running, checks.ACCUMULATE[x.dtype], wanted is not None)
     op = torch.ops.csp_kernels.stage.default
     arguments = used, full, fixed, seed, text, eps, node.winograd(x.dtype)
     if wanted is None:
         y, _, stats = op(*arguments)
-        return y, by_norm(columns, stats)
+        return y, by_norm(text, stats)
     _GRAPHS[text] = graph, frozen
     y, _, stats = node.call(op, _FORMULA, arguments)
     for i in read_again(text):
         if i < len(used):
             node.watch(y[0], f"inputs[{i}] of stage", inputs[i], used[i])
-    return y, by_norm(columns, stats)
+    return y, by_norm(text, stats)
 
 
 @cached_constant
@@ -222,15 +234,36 @@ def wanted_gradients(graph: Graph, inputs: Sequence[Tensor], params: Sequence[Te
 
 
 @cached_constant
-def _program(
-    graph: Graph, frozen: tuple[bool, ...], wanted: Indices | None, recompute: str
-) -> tuple[str, tuple[int, ...]]:
-    """The text of the program, and for each channel of each norm its column of statistics, -1: it is frozen."""
-    program = compile_stage(graph, frozen, Wanted(*wanted) if wanted else None, recompute)
-    return encode(program), statistics_of_norms(program)
+def _program(graph: Graph, frozen: tuple[bool, ...], wanted: Indices | None, recompute: str) -> str:
+    return encode(compile_stage(graph, frozen, Wanted(*wanted) if wanted else None, recompute))
 
 
-def statistics_of_norms(program: Program) -> tuple[int, ...]:
+def by_norm(text: str, stats: Tensor) -> Tensor:
+    """Statistics of values' channels as those of the norms', norm after norm; 0 for frozen ones."""
+    find = _where if torch.compiler.is_compiling() else _known_where  # a compiled function has its own tensors
+    index, frozen = find(text, stats.device)
+    if not stats.shape[1]:
+        return stats.new_zeros(2, index.shape[0])
+    found = stats.index_select(1, index)
+    return found if frozen is None else found.masked_fill(frozen, 0.0)
+
+
+def _where(text: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Where each channel's statistics are, and which have none."""
+    columns = _columns(text)
+    index = torch.tensor([max(c, 0) for c in columns], dtype=torch.int64, device=device)
+    if min(columns, default=0) >= 0:
+        return index, None
+    return index, torch.tensor([c < 0 for c in columns], device=device)
+
+
+_known_where = lru_cache(maxsize=1024)(_where)
+
+
+@cached_constant
+def _columns(text: str) -> tuple[int, ...]:
+    """For each channel of each norm its column of statistics, -1: it is frozen."""
+    program = decode(text)
     starts = [0]
     for norm in program.norms:
         starts.append(starts[-1] + norm.channels)
@@ -240,18 +273,6 @@ def statistics_of_norms(program: Program) -> tuple[int, ...]:
             for c in range(b.count):
                 columns[starts[b.norm] + b.at + c] = -1 if b.statistics is None else b.statistics + c
     return tuple(columns)
-
-
-def by_norm(columns: Sequence[int], stats: Tensor) -> Tensor:
-    """Statistics of values' channels as those of the norms' in these columns; 0 where there is none."""
-    if list(columns) == list(range(stats.shape[1])):
-        return stats
-    if not stats.shape[1]:
-        return stats.new_zeros(2, len(columns))
-    found = stats.index_select(1, torch.tensor([max(c, 0) for c in columns], device=stats.device))
-    if min(columns, default=0) >= 0:
-        return found
-    return found.masked_fill(torch.tensor([c < 0 for c in columns], device=stats.device), 0.0)
 
 
 # --- fake kernels ---

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "mish", "hardswish")
 
@@ -131,6 +132,18 @@ class Graph:
     norms: tuple[int, ...]
     outputs: tuple[Write, ...]
     order: tuple[Parameters, ...]
+
+    def __hash__(self) -> int:
+        """Computed once: every call of the operator looks several things up by its graph."""
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = hash((self.inputs, self.nodes, self.norms, self.outputs, self.order))
+            object.__setattr__(self, "_hash", known)
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash, which is another one in another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
     @property
     def channels(self) -> tuple[int, ...]:
