@@ -157,7 +157,7 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
           const S* zk = zi + k * L;
           transform_row<T, M>(tl, tl.y(row + q), columns, V + (k * Tp + q * tl.TW) * L, blocks * Tp * L,
                               [&](int64_t y, int64_t x) __attribute__((always_inline)) {
-                                return act<T>((load(zk + (y * c.W + x) * c.zp, c.b - k * L) - mean) * scale + shift, floor);
+                                return act<T>((load_masked(zk + (y * c.W + x) * c.zp, c.b - k * L) - mean) * scale + shift, floor);
                               });
         }
       }
@@ -242,13 +242,19 @@ template <int M, class S> struct Conv3x3Backward {
       for (int64_t p = 0; p < panels<T>(c.b); p++) {
         int nv = panel_vectors<T>(c.b, p);
         winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, U + p * E * blocks * L * 2 * L, nv, Mb);
-        for (int j = 0; j < nv; j++) emit(row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L, part);
+        for (int j = 0; j < nv; j++) {
+          auto put = [&](auto how) { emit<decltype(how)::value>(row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L, part); };
+          if (!dz.g) put(std::integral_constant<Put, Put::Nothing>{});
+          else if (dz.in) put(std::integral_constant<Put, Put::Add>{});
+          else put(std::integral_constant<Put, Put::Write>{});
+        }
       }
     }
   }
 
   // Transforms back one channel vector of a batch, masks it, sums it.
-  void emit(int64_t row, int64_t nr, int64_t ch, const T* Mb, int64_t e_step, int64_t t_step, const PartialSums<T>& part) const {
+  enum class Put { Nothing, Write, Add };
+  template <Put PUT> void emit(int64_t row, int64_t nr, int64_t ch, const T* Mb, int64_t e_step, int64_t t_step, const PartialSums<T>& part) const {
     Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch), floor = Vec<T>{} + c.floor;
     int64_t n = c.b - ch;
     Vec<T> sum{}, sum_z{};  // of this batch: short sums lose less
@@ -260,8 +266,9 @@ template <int M, class S> struct Conv3x3Backward {
         untransform<T, M>(Mb + (q * tl.TW + tx) * t_step, e_step, y);
         auto put = [&](int u, int v) __attribute__((always_inline)) {
           int64_t pixel = first + u * c.W + v;
-          Vec<T> centred = load(z + pixel * c.zp + ch, n) - mean, d = act_gradient<T>(centred * scale + shift, y[u][v], floor);
-          if (dz.g) store(dz.g + pixel * dz.pitch + ch, dz.in ? load(dz.in + pixel * dz.in_pitch + ch, n) + d * scale : d * scale, n);
+          Vec<T> centred = load_masked(z + pixel * c.zp + ch, n) - mean, d = act_gradient<T>(centred * scale + shift, y[u][v], floor);
+          if constexpr (PUT == Put::Write) store_masked(dz.g + pixel * dz.pitch + ch, d * scale, n);
+          if constexpr (PUT == Put::Add) store_masked(dz.g + pixel * dz.pitch + ch, load_masked(dz.in + pixel * dz.in_pitch + ch, n) + d * scale, n);
           sum += d, sum_z += d * centred;
         };
         if (ym == M && xm == M) { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) put(u, v); }
@@ -305,7 +312,7 @@ template <int M, class S> struct Conv3x3Backward {
         const S* zk = z + tl.image(begin + q) * c.zp + k * L;
         transform_row<T, M>(tl, tl.y(begin + q), columns, V + q * tl.TW * L, tiles * L,
                             [&](int64_t y, int64_t x) __attribute__((always_inline)) {
-                              return act<T>((load(zk + (y * c.W + x) * c.zp, c.b - k * L) - mean) * scale + shift, floor);
+                              return act<T>((load_masked(zk + (y * c.W + x) * c.zp, c.b - k * L) - mean) * scale + shift, floor);
                             });
       }
       for (int e = 0; e < E; e++)

@@ -155,12 +155,15 @@ template <class U, class S> struct PointwiseBackward {
 
   // dz of M rows, m of them real: by_channel for dgrad, by_pixel for wgrad (the same where a unit is one value).
   void pack_dz(int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const {
-    auto value = [&](int64_t pixel, int64_t k) __attribute__((always_inline)) {
-      int64_t o = pixel * zp + k;
-      if (!dz.owes) return load(dn + o, b - k);
-      return load(dn + o, b - k) + ((load(z + o, b - k) - load(dz.mean + k)) * load(dz.slope + k) + load(dz.offset + k));
+    auto pack = [&](auto load_some) __attribute__((always_inline)) {
+      pack_gradient<U>([&](int64_t pixel, int64_t k) __attribute__((always_inline)) {
+        int64_t o = pixel * zp + k;
+        Vec<T> d = load_some(dn + o, k);
+        return dz.owes ? d + ((load_some(z + o, k) - load(dz.mean + k)) * load(dz.slope + k) + load(dz.offset + k)) : d;
+      }, round_up(b, L), p0, m, M, by_channel, by_pixel);
     };
-    pack_gradient<U>(value, round_up(b, L), p0, m, M, by_channel, by_pixel);
+    if (b % L == 0) pack([](const S* p, int64_t) __attribute__((always_inline)) { return load(p); });
+    else pack([&](const S* p, int64_t k) __attribute__((always_inline)) { return load(p, b - k); });
   }
 
   // One tile of dgrad for NV vectors of channels from k on; leaves act(norm(F)) for wgrad in a[j][row][LANES].
