@@ -59,7 +59,7 @@ class Reader {
   void read(Gradient& x) { choose(x, {"-", "write", "add"}); }
   void read(Kind& x) { choose(x, {"input", "output", "kept", "scratch"}); }
   template <class X> void read(std::vector<X>& x) {
-    int64_t n;
+    int64_t n = 0;
     read(n);
     if (n < 0 || n > (1 << 20)) bad("a length");
     x.clear();
@@ -92,7 +92,7 @@ class Reader {
   void read(Finish& x) { all(x.index, x.of, x.owed); }
   template <class X> void make(Instruction& i) { read(i.emplace<X>()); }
   void read(Instruction& i) {
-    int kind;
+    int kind = 0;
     choose(kind, {"Copy", "Measure", "Fill", "Product", "Add", "Activate", "Settle", "Clear", "ActivateBackward", "ProductBackward", "AddBackward", "Finish"});
     using Make = void (Reader::*)(Instruction&);
     static constexpr Make MAKE[] = {&Reader::make<Copy>, &Reader::make<Measure>, &Reader::make<Fill>, &Reader::make<Product>, &Reader::make<Add>, &Reader::make<Activate>,

@@ -3,7 +3,7 @@
 Counted as torch counts a convolution: 2 per multiplication of the direct form, norms and activations nothing. What is
 counted is what the operators run: a product behind a 2x2 average sees a quarter of the pixels, a bottleneck that
 backward computes again counts again, and so do gradients of frozen parameters and of an x that wants none, which come
-with the others. `concat_conv` alone leaves out the gradients of inputs that nobody wants.
+with the others. `concat_conv` leaves out the gradients of inputs that nobody wants, `stage` all that nobody wants.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 from csp_kernels import native
 from csp_kernels.ops.csp_stage import LAYERS
 from csp_kernels.ops.partial_transition import FUSIONS, count
+from csp_kernels.stage.cost import costs
+from csp_kernels.stage.text import decode
 
 Shape = Sequence[int]
 Formula = Callable[[Any], int]  # arguments by their names in the operator's schema, shapes in place of tensors
@@ -78,23 +80,31 @@ def _partial_transition(a: Any) -> int:
     return _transition(a.dense, a.params, a.fusion, a.post, a.pool)
 
 
-def _stage(a: Any) -> tuple[list[Shape], str, int]:
+def _csp_stage_parts(a: Any) -> tuple[list[Shape], str, int]:
     """The parameters of the dense layers, their kind, and the transition's FLOPs."""
     kind, last = list(LAYERS)[a.layer], count(FUSIONS[a.fusion])
     return a.params[:-last], kind, _transition(a.x, a.params[-last:], a.fusion, kind != "pre", a.pool)
 
 
 def _csp_stage(a: Any) -> int:
-    params, _, transition = _stage(a)
+    params, _, transition = _csp_stage_parts(a)
     return _products(_pixels(a.x), params) + transition
 
 
 def _csp_stage_backward(a: Any) -> int:
-    params, kind, transition = _stage(a)
+    params, kind, transition = _csp_stage_parts(a)
     return _layers_backward(a.x, params, a.z, kind) + 2 * transition
 
 
+def _program(a: Any, backward: bool) -> int:
+    """From the program that runs: see stage/cost.py."""
+    n, _, height, width = a.inputs[0]
+    return sum(step.flops for step in costs(decode(a.program), n, height, width)[backward])
+
+
 FORMULAS: dict[str, Formula] = {
+    "stage": lambda a: _program(a, False),
+    "stage_backward": lambda a: _program(a, True),
     "dense_block": _block,
     "dense_block_backward": _dense_block_backward,
     "dense_block_inference": _block,

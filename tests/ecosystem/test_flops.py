@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import csp_kernels as csp
 from csp_kernels.ops.flops import FORMULAS
+from csp_kernels.stage.dense_block import dense_block
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -164,6 +165,16 @@ def test_network_counts_as_with_plain_layers(name: str) -> None:
     with csp.use_backend("reference"):
         expected = counted(model, [x])[:2]
     assert counted(model, [x])[:2] == expected
+
+
+def test_any_stage() -> None:
+    """A dense block's graph counts as the dense block; frozen weights take their half of backward away."""
+    stage = csp.Stage(dense_block(3, 10, 6, 24))
+    naive = csp.reference.DenseBlock(3, 10, 6)
+    check_same(stage, naive, lambda: [image(10)])
+    forward, backward, _ = counted(stage, [image(10)])
+    stage.requires_grad_(False)
+    assert counted(stage, [image(10)])[:2] == (forward, backward // 2)
 
 
 def test_every_operator_that_multiplies_has_a_formula() -> None:
