@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from csp_kernels import ops
 from csp_kernels.layers._children import Fused, hooked_globally, not_plain, recorded, warn_once
 from csp_kernels.layers._norms import frozen_norms, update_running
-from csp_kernels.ops.stage import unsupported
+from csp_kernels.ops.stage import stage_sizes, unsupported
 from csp_kernels.reference.stage import stage as reference_stage
-from csp_kernels.stage.check import check, sizes
+from csp_kernels.stage.check import check
 from csp_kernels.stage.cost import side
 from csp_kernels.stage.graph import Conv, Graph, without_dropout
 from csp_kernels.stage.place import RECOMPUTE
@@ -38,6 +38,7 @@ class Stage(Fused, nn.Module):
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(RECOMPUTE)}")
         self.graph, self.recompute = graph, recompute
+        self._evaluated = without_dropout(graph)
         for item in graph.order:
             node = graph.nodes[item.index] if item.kind == "conv" else None
             child: nn.Module
@@ -57,7 +58,7 @@ class Stage(Fused, nn.Module):
         params: list[Any] = []
         for child in children:
             params += [child.weight, child.bias] if child.bias is not None or child in norms else [child.weight]
-        graph = self.graph if self.training else without_dropout(self.graph)
+        graph = self.graph if self.training else self._evaluated
         eps = [norm.eps for norm in norms]
         reason = unsupported(graph) or self._hooked(children)
         if recorded(inputs[0] if inputs else None):
@@ -93,9 +94,9 @@ class Stage(Fused, nn.Module):
         """Norms over equally many pixels at a time."""
         n, _, height, width = x.shape
         starts = [sum(self.graph.norms[:i]) for i in range(len(norms))]
-        sized = _sizes(self.graph)
-        for size in dict.fromkeys(sized):
-            chosen = [i for i, s in enumerate(sized) if s == size]
+        sized = stage_sizes(self.graph)[1]
+        for size in dict.fromkeys(size for _, size in sized):
+            chosen = [i for i, s in sized if s == size]
             columns = [(starts[i], self.graph.norms[i]) for i in chosen]
             update_running([norms[i] for i in chosen], columns, stats, n * side(size, height) * side(size, width))
 
@@ -110,13 +111,3 @@ def _attach(parent: nn.Module, name: str, child: nn.Module) -> None:
             parent.add_module(level, nn.Module())
         parent = parent.get_submodule(level)
     parent.add_module(last, child)
-
-
-def _sizes(graph: Graph) -> list[str]:
-    """Of what each norm normalises: see check.sizes."""
-    found, sized = sizes(graph), [""] * len(graph.norms)
-    for _, user in graph.users():
-        for read in user.reads:
-            if read.norm is not None:
-                sized[read.norm] = found[read.value]
-    return sized

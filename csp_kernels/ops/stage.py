@@ -146,7 +146,7 @@ def _norm_label(graph: Graph) -> checks.Label:
 def _check_sizes(graph: Graph, x: Tensor, frozen: Sequence[bool]) -> None:
     """Something is left after pooling, and two values a channel where a norm takes statistics."""
     n, _, height, width = x.shape
-    everything, normalised = _sizes(graph)
+    everything, normalised = stage_sizes(graph)
     pixels = {size: n * side(size, height) * side(size, width) for size in everything}
     if n and 0 in pixels.values():
         raise ValueError(
@@ -157,7 +157,7 @@ def _check_sizes(graph: Graph, x: Tensor, frozen: Sequence[bool]) -> None:
 
 
 @cached_constant
-def _sizes(graph: Graph) -> tuple[tuple[str, ...], tuple[tuple[int, str], ...]]:
+def stage_sizes(graph: Graph) -> tuple[tuple[str, ...], tuple[tuple[int, str], ...]]:
     """The sizes (check.sizes) of all values, and those of what norms normalise, with the norm."""
     found = sizes(graph)
     reads = (read for _, user in graph.users() for read in user.reads if read.norm is not None)
@@ -240,7 +240,8 @@ def _program(graph: Graph, frozen: tuple[bool, ...], wanted: Indices | None, rec
 
 def by_norm(text: str, stats: Tensor) -> Tensor:
     """Statistics of values' channels as those of the norms', norm after norm; 0 for frozen ones."""
-    find = _where if torch.compiler.is_compiling() else _known_where  # a compiled function has its own tensors
+    # what traces (torch.compile, FakeTensorMode, make_fx) must not leave its tensors to real calls
+    find = _where if torch.compiler.is_compiling() or type(stats) is not Tensor else _known_where
     index, frozen = find(text, stats.device)
     if not stats.shape[1]:
         return stats.new_zeros(2, index.shape[0])

@@ -12,6 +12,7 @@ import torch
 from random_graphs import RandomGraph, arguments, some
 from tolerances import error, limit
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import csp_kernels as csp
 from csp_kernels.ops.stage import by_norm, unsupported
@@ -220,6 +221,21 @@ def test_compiles() -> None:
     csp.ops.stage(graph, [x], params)[0][0].relu().sum().backward()
     assert grad is not None and x.grad is not None
     torch.testing.assert_close(grad, x.grad)
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    """A first call under FakeTensorMode, then a real one of the same program."""
+    graph = dense_block(1, 5, 3, 16)
+    csp.use_backend("auto")
+    with FakeTensorMode():
+        inputs, params, _ = arguments(graph, (False,) * 2)
+        csp.ops.stage(graph, inputs, params)
+    inputs, params, _ = arguments(graph, (False,) * 2)
+    y, stats = csp.ops.stage(graph, inputs, params)
+    exact, expected = reference(graph, inputs, params)
+    assert type(stats) is Tensor
+    torch.testing.assert_close(y[0], exact[0])
+    torch.testing.assert_close(stats, expected)
 
 
 # --- text ---
