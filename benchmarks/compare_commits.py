@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -212,29 +213,52 @@ def compare(row: Row, ours: Process, other: Process, rounds: int) -> dict[str, A
     }  # fmt: skip
 
 
-def compare_afresh(row: Row, roots: Sequence[Path], threads: int | None, rounds: int, starts: int) -> dict[str, Any]:
-    """The same over processes started anew, whose memory lies elsewhere: rounds inside one do not show what that does.
-    The ratio is the mean of the processes' medians, its quartiles are that less and plus the standard error."""
-    found = []
-    for _ in range(starts):
-        ours, other = (Process(root, threads) for root in roots)
-        found.append(compare(row, ours, other, rounds))
-        for process in (ours, other):
-            process.end()
+def over_starts(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row's results of several processes as one: the ratio is the mean of their medians, its quartiles that mean less
+    and plus the standard error."""
+    if len(found) == 1:
+        return found[0]
     ratios = [result["ratio"] for result in found]
     mean, error = statistics.mean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5
     spread = {"ratio": round(mean, 4), "ratio_q1": round(mean - error, 4), "ratio_q3": round(mean + error, 4)}
     return found[0] | spread | {key: statistics.median(r[key] for r in found) for key in ("ms", "before_ms")}
 
 
+def show(result: dict[str, Any]) -> None:
+    times = f"{result['ms']:>9.3f} {result['before_ms']:>9.3f} ms"
+    spread = f"[{result['ratio_q1']:.3f}, {result['ratio_q3']:.3f}]"
+    print(f"{result['row']:<72} {times}  {result['ratio']:.3f} {spread}", flush=True)
+
+
+def compare_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Results of all rows that contain --only. Each start is a new process on either side, whose memory lies elsewhere
+    and which takes the rows in another order: rounds inside one process do not show what that does."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for start in range(args.starts):
+        ours, other = Process(HERE.parents[1], args.threads), Process(args.other.resolve(), args.threads)
+        wanted = [row for row in rows(ours.ask("names")) if any(only in str(row) for only in args.only)]
+        other.ask("names")
+        order = random.Random(start).sample(wanted, len(wanted)) if start else wanted
+        for row in order:
+            found.setdefault(str(row), []).append(compare(row, ours, other, args.rounds))
+            if args.starts == 1:
+                show(found[str(row)][0])
+        ours.end()
+        other.end()
+        print(f"start {start + 1} of {args.starts} done", file=sys.stderr, flush=True)
+    results = [over_starts(each) for each in found.values()]
+    if args.starts > 1:
+        for result in results:
+            show(result)
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, nargs="?", help="the other checkout, built in place")
-    parser.add_argument("--only", default="", help="rows that contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows that contain one of these")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument(
-        "--starts", type=int, default=1, help="start both processes so often for each row: slower, and surer"
-    )
+    parser.add_argument("--starts", type=int, default=1, help="start both processes so often, for a standard error")
     parser.add_argument("--threads", type=int, help="threads of each (default: PyTorch's choice)")
     parser.add_argument("--allowed", type=float, default=1.02, help="a larger ratio is named as slower")
     parser.add_argument("--csv", type=Path, help="where to write the rows to")
@@ -243,22 +267,9 @@ def main() -> int:
     if args.serve:
         serve(args.serve)
         return 0
-    if args.other is None or args.rounds < 2:
-        parser.error("expected the other checkout, and at least two rounds")
-    ours, other = Process(HERE.parents[1], args.threads), Process(args.other.resolve(), args.threads)
-    names = ours.ask("names")
-    other.ask("names")
-    results = []
-    for row in rows(names):
-        if args.only in str(row):
-            if args.starts > 1:
-                roots = HERE.parents[1], args.other.resolve()
-                results.append(compare_afresh(row, roots, args.threads, args.rounds, args.starts))
-            else:
-                results.append(compare(row, ours, other, args.rounds))
-            r = results[-1]
-            print(f"{r['row']:<72} {r['ms']:>9.3f} {r['before_ms']:>9.3f} ms  {r['ratio']:.3f}"
-                  f" [{r['ratio_q1']:.3f}, {r['ratio_q3']:.3f}]", flush=True)  # fmt: skip
+    if args.other is None or args.rounds < 2 or args.starts < 1:
+        parser.error("expected the other checkout, at least two rounds and one start")
+    results = compare_rows(args)
     if args.csv and results:
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(results[0]))

@@ -32,11 +32,10 @@ class Triton(TorchDispatchMode):
     ) -> Any:
         if func.namespace != "csp_kernels":
             return func(*args, **(kwargs or {}))
-        stem, function = func._schema.name.partition("::")[2], "forward"
-        for suffix in ("backward", "inference"):
-            if stem.endswith(f"_{suffix}"):
-                stem, function = stem.removesuffix(f"_{suffix}"), suffix
-        return getattr(importlib.import_module(f"csp_kernels.kernels.{stem}"), function)(*args)
+        from csp_kernels.kernels import stage
+
+        launcher = {"stage": stage.forward, "stage_backward": stage.backward}.get(func._opname, func)
+        return launcher(*args, **(kwargs or {}))
 
 
 def step(case: Case, dtype: torch.dtype, precision: str, images: int | None, recompute: bool) -> None:
@@ -67,22 +66,21 @@ def benchmark_jobs(cases: Sequence[tuple[str, Case]], args: argparse.Namespace) 
 
 
 def test_jobs() -> Iterator[Job]:
-    """The tables of tests/gpu and of the tests that it takes from tests/ops, trained and frozen."""
+    """The tables of tests/gpu, trained and frozen."""
     sys.path[:0] = [str(TESTS), str(TESTS / "gpu")]
-    cases, dense, table = (importlib.import_module(name) for name in ("cases", "ops.test_dense_block", "gpu_cases"))
+    cases, stages, table = (importlib.import_module(name) for name in ("cases", "stage_cases", "gpu_cases"))
     tables = {"operators": table.OPERATORS, "large": table.LARGE}
-    for operator in ("concat_conv", "partial_transition", "post_dense_block", "two_way_dense_block", "csp_stage"):
-        module = importlib.import_module(f"ops.test_{operator}")
-        tables[operator] = {**getattr(module, "KINDS", {}), **module.SHAPES}
     for where, members in tables.items():
         for name, member in members.items():
             for dtype in STORAGE:
                 for frozen in ((), (True,)):
                     case = replace(member, dtype=dtype, frozen=frozen)
                     yield f"tests, {where}: {name}, {dtype}", partial(_run, cases, case)
-    for name, member in dense.SHAPES.items():
+    for name, graph in stages.GRAPHS.items():
         for dtype in STORAGE:
-            yield f"tests, dense_block: {name}, {dtype}", partial(_dense, dense, replace(member, dtype=dtype))
+            for fixed in (False, True):
+                case = stages.Case(graph, (fixed,), dtype=dtype)
+                yield f"tests, stage: {name}, {dtype}", partial(_stage, stages, case)
 
 
 def _run(cases: Any, case: Any) -> None:
@@ -92,9 +90,17 @@ def _run(cases: Any, case: Any) -> None:
         case(csp.ops, leaves, running)
 
 
-def _dense(module: Any, case: Any) -> None:
-    grad = torch.empty(case.size[0], case.total, *case.size[1:])
-    module.run(csp.ops.dense_block, case, [case.x(), case.params(), case.running()], grad)
+def _stage(stages: Any, case: Any) -> None:
+    """csp.ops.stage with gradients and without."""
+    inputs, params, running = stages.random_arguments(case.graph, case.flags)
+    leaves = [*(t.to(case.dtype) for t in inputs), *(t.to(case.wide) for t in params)]
+    leaves = [t.requires_grad_() for t in leaves]
+    given = case.graph, leaves[: len(inputs)], leaves[len(inputs) :], [t.to(case.wide) for t in running]
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            outputs, _ = csp.ops.stage(*given, frozen=case.flags, eps=case.eps)
+        if training:
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
 
 
 # --- the table ---

@@ -62,9 +62,9 @@ All of these times are predictions.
 ## Where the kernels and `csp_kernels.analysis` differ
 
 - Dense layer, forward: K + 2b + g, the same. Backward: 3K + 5b + 4g against 3K + 4b + 2g, because each gradient of the
-  3x3 is a kernel that reads the bottleneck and the layer's slices of the features and of the gradient. Where one pass
-  over the input of the 1x1 needs too many registers (float32, float64, more than 128 outputs, averages, some GPUs) it
-  takes two, 4K + 7b + 4g.
+  3x3 is a kernel that reads the bottleneck and the layer's slices of the features and of the gradient; 3K + 5b + 2g
+  where no norm uses what the layer adds. Where one pass over the input of the 1x1 needs too many registers (float32,
+  float64, more than 128 outputs, averages, some GPUs) it takes two, K + 2b more.
 - A block also copies its input into the buffer of features and pays what its norms owe when it leaves: {entry} elements
   a pixel forward and {exit} backward for block 1, of which the analysis counts none.
 - concat_conv from K to b channels: K + 3b forward and 2K + 4b backward, the same.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar, cast
@@ -25,3 +26,13 @@ def cached_constant(function: F) -> F:
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
     return cast(F, constant_when_traced(call))
+
+
+def static(number: int) -> int:
+    """The number, as a constant also where torch.compile takes sizes for symbols: it compiles again for another one."""
+    return operator.index(number)
+
+
+def static_float(number: float) -> float:
+    """The same of a float, which torch.compile takes for a symbol too if it is an attribute: its text is exact."""
+    return float(f"{float(number)}")

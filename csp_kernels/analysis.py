@@ -1,7 +1,8 @@
 """What a network costs: parameters, FLOPs, convolutional input/output, DRAM traffic, saved activations.
 
 Operations are counted on the meta device over the plain PyTorch twins of the fused layers: nothing is computed, and a
-fused layer shows its convolutions. DRAM traffic is an estimate from sizes, not a measurement; saved bytes are measured.
+fused layer shows its convolutions. DRAM traffic is counted from sizes, for plain PyTorch operation by operation, for a
+fused layer from its program; it is not a measurement. Saved bytes are measured.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,14 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from csp_kernels import layers, reference
 from csp_kernels.backends import use_backend
+from csp_kernels.programs import Call, calls, graph_of, images_of, program_of
+from csp_kernels.stage.cost import costs
+from csp_kernels.stage.program import Wanted
 
-_FUSED = ("ConcatConv", "CSPDenseStage", "DenseBlock", "PartialTransition", "PostDenseBlock", "TwoWayDenseBlock")
 _ACTIVATIONS = ("relu", "leaky_relu", "silu", "mish", "hardswish")
 
 
 @dataclass
 class Row:
-    """One module: what its own operations cost, without its children's. Bytes and FLOPs are of the whole batch."""
+    """One module: what its own operations cost, without its children's. Bytes and FLOPs are of the whole batch.
+
+    dram_bytes_fused of a fused layer is that of its whole program, its children have none.
+    """
 
     name: str
     kind: str
@@ -95,12 +102,13 @@ def profile(model: nn.Module, shape: Sequence[int]) -> Profile:
     flops: 2 per multiply-add of convolutions and linear layers. cio: see `cio`. max_layer_flops: the largest one.
     dram_bytes_naive: each operation of plain PyTorch reads its inputs and writes its output; in training mode
     forward and backward (batch norm reads its input twice, backward of each operation as autograd runs it), in eval
-    mode forward alone. dram_bytes_fused: in the fused layers only what their algorithm must move, a prediction:
-    a 1x1 over K channels to b moves K+b elements a pixel forward and 2K+2b backward (3K+2b in a dense block, whose
-    gradients add up), a 3x3 from b to g b+g and 2b+2g, the activation of a ConcatConv 2b and 2b, norms and
-    concatenations nothing; the same as naive elsewhere.
+    mode forward alone. dram_bytes_fused: of a fused layer, on its own row, what the instructions of its program read
+    and write (`csp.explain` lists them), in training mode with a backward pass that computes every gradient: images
+    alone, every read and write from memory; weights, which naive has, are not counted. The same as naive elsewhere, and
+    in fused layers that run as the reference (hooks, other norms).
     saved_bytes: the distinct storages kept for backward of one forward pass of the model as it is, on its device and
-    the chosen backend, without the input, parameters and buffers.
+    the chosen backend, without the input, parameters and buffers. Of a fused layer that are the kept buffers of its
+    program, outputs that backward reads, and 16 bytes a channel of batch statistics (mean and variance in float64).
     The model, its statistics and the random state are left as they are. Raises ValueError for a shape of other
     than four sizes.
     """
@@ -167,10 +175,24 @@ def _input(model: nn.Module, shape: Sequence[int]) -> Tensor:
 
 def _count(model: nn.Module, shape: Sequence[int]) -> list[Row]:
     naive = copy.deepcopy(model).to("meta").eval()
-    counter, x = _Counter(naive, model.training), _input(naive, shape)
+    x = _input(naive, shape)
+    counter = _Counter(naive, model.training, _moved(calls(model, x), model.training))
     with use_backend("reference"), torch.no_grad(), counter:
         naive(x)
     return counter.finish()
+
+
+def _moved(found: Iterable[Call], training: bool) -> dict[str, int]:
+    """Bytes that the programs of all calls of each fused layer read and write, by the layer's name."""
+    moved: dict[str, int] = {}
+    for name, layer, inputs in found:
+        graph, images = graph_of(layer), images_of(layer, inputs)
+        program = program_of(layer, graph, Wanted.all(graph) if training else None)
+        batch, _, height, width = images[0].shape
+        steps = chain(*costs(program, batch, height, width))
+        numbers = sum(cost.read + cost.written for cost in steps)
+        moved[name] = moved.get(name, 0) + numbers * images[0].element_size()
+    return moved
 
 
 def _to_twin(module: nn.Module) -> None:
@@ -182,25 +204,24 @@ def _to_twin(module: nn.Module) -> None:
 
 
 class _Counter(TorchDispatchMode):
-    """Charges every operation to the innermost module that runs."""
+    """Charges every operation to the innermost module that runs. fused: bytes of the layers that run programs."""
 
-    def __init__(self, model: nn.Module, training: bool) -> None:
+    def __init__(self, model: nn.Module, training: bool, fused: dict[str, int]) -> None:
         super().__init__()
-        self.training, self.stack = training, [""]
+        self.training, self.fused, self.stack = training, fused, [""]
         self.names = {module: name for name, module in model.named_modules()}
         self.rows: dict[str, Row] = {}
-        self.fused: set[str] = set()
-        self.last: Tensor | None = None  # result of the last convolution in a fused layer
-        for module, name in self.names.items():
-            if type(module).__name__ in _FUSED and type(module).__module__.startswith("csp_kernels."):
-                self.fused.add(name)
+        for module in self.names:
             _to_twin(module)
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave)
         self.modules = dict(model.named_modules())
 
     def _enter(self, module: nn.Module, _: Any) -> None:
-        self.stack.append(self.names[module])
+        name = self.names[module]
+        self.stack.append(name)
+        if name in self.fused:
+            self._row(name).dram_bytes_fused = self.fused[name]
 
     def _leave(self, module: nn.Module, _: Any, result: Any) -> None:
         self.stack.pop()
@@ -209,10 +230,6 @@ class _Counter(TorchDispatchMode):
 
     def _row(self, name: str) -> Row:
         return self.rows.setdefault(name, Row(name, type(self.modules[name]).__name__))
-
-    def _outer(self) -> str | None:
-        """Name of the innermost fused module that runs."""
-        return next((name for name in reversed(self.stack) if name in self.fused), None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -224,7 +241,7 @@ class _Counter(TorchDispatchMode):
         return result
 
     def _charge(self, op: str, args: tuple[Any, ...], out: Tensor) -> None:
-        row, outer = self._row(self.stack[-1]), self._outer()
+        row = self._row(self.stack[-1])
         x = next((t for t in _flat(args) if t.dim() > 1), None)
         if x is None:  # numbers and vectors
             return
@@ -244,13 +261,10 @@ class _Counter(TorchDispatchMode):
             row.cio += x.numel() + out.numel()
         elif op == "add" and sum(t.dim() == 4 for t in _flat(args)) == 2:
             row.shortcut_flops += out.numel()
-        row.dram_bytes_naive += _naive_bytes(op, args, out, self.training)
-        if outer is None:
-            row.dram_bytes_fused += _naive_bytes(op, args, out, self.training)
-        else:
-            last, self.last = self.last, out if op == "convolution" else None
-            kind = type(self.modules[outer]).__name__
-            row.dram_bytes_fused += _fused_bytes(op, args, out, self.training, kind, last)
+        moved = _naive_bytes(op, args, out, self.training)
+        row.dram_bytes_naive += moved
+        if not any(name in self.fused for name in self.stack[1:]):
+            row.dram_bytes_fused += moved
 
     def _parts(self, out: Tensor) -> tuple[int, ...]:
         """The outputs that one convolution computes for a ConcatConv with several."""
@@ -309,17 +323,3 @@ def _naive_bytes(op: str, args: tuple[Any, ...], out: Tensor, training: bool) ->
     if op == "mul":
         return forward + 5 * o
     return 2 * forward
-
-
-def _fused_bytes(op: str, args: tuple[Any, ...], out: Tensor, training: bool, kind: str, last: Tensor | None) -> int:
-    """What the fused layers move for it. kind: of the fused layer; last: the convolution before."""
-    i, w, o = _sizes(op, args, out)
-    passes = 3 if training else 1
-    if op == "convolution":  # backward reads input, output and its gradient, and writes that of the input
-        added = i if training and kind.endswith("DenseBlock") and args[1].shape[2:].numel() == 1 else 0
-        return passes * (i + w + o) + added
-    if op == "avg_pool2d":  # on load in front of the product, which then reads i, or behind it, which then writes o
-        return (o - i if args[0] is last else i - o) * passes
-    if op in _ACTIVATIONS and kind == "ConcatConv":  # of the result; backward: the sums that its norm needs
-        return (2 if training else 1) * (i + o)
-    return 0

@@ -1,26 +1,27 @@
-"""What a call of a stage would do: the instructions of its program, what each costs, and what is kept for backward."""
+"""What a call of a layer would do: the instructions of its program, what each costs, and what is kept for backward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import get_args
 
 from torch import Tensor, nn
 
-from csp_kernels.layers._norms import frozen_norms
-from csp_kernels.layers.stage import Stage
+from csp_kernels.backends import selected
 from csp_kernels.ops import _node as node
-from csp_kernels.ops.stage import checked_inputs, unsupported, wanted_gradients
-from csp_kernels.stage.compile import compile_stage
+from csp_kernels.ops._program import wanted_gradients
+from csp_kernels.ops.stage import checked_inputs
+from csp_kernels.programs import Layer, graph_of, holders_of, images_of, program_of, recompute_of
 from csp_kernels.stage.cost import Cost, costs, side
-from csp_kernels.stage.graph import Graph, without_dropout
+from csp_kernels.stage.graph import Graph
 from csp_kernels.stage.program import (
     Activate,
     ActivateBackward,
     Add,
     AddBackward,
     Backward,
+    Bottleneck,
     Clear,
     Copy,
     Finish,
@@ -120,44 +121,50 @@ class Explanation:
             yield f"read again by backward: {_sum_in_words(again)}"
 
 
-def explain(module: nn.Module, *inputs: Tensor) -> Explanation:
+def explain(module: nn.Module, *inputs: Tensor | Sequence[Tensor] | None) -> Explanation:
     """The program that `module(*inputs)` would compile and run now, and what its instructions cost; nothing is run.
 
-    It depends on what the call depends on: training or eval, frozen norms, which parameters and inputs require
-    gradients and whether gradients are on, autocast, `recompute`. Meta tensors will do: sizes and dtypes are all that
-    counts. FLOPs and bytes are counted from sizes, not measured: csp_kernels/stage/cost.py says what counts. Bytes that
-    are kept are those that the kernels allocate, whose rows have channels in multiples of 16.
-    A call that the reference runs (`unsupported`, csp.use_backend("reference"), hooks on norms) computes the same at
-    other costs.
-    Raises TypeError for another module than csp.Stage, TypeError or ValueError for inputs that it does not take.
+    module: csp.DenseBlock, PostDenseBlock, TwoWayDenseBlock, CSPDenseStage, PartialTransition, ConcatConv or Stage;
+    inputs: what it takes when it is called. It depends on what the call depends on: training or eval, frozen norms,
+    which parameters and inputs require gradients and whether gradients are on, autocast, `recompute`. Meta tensors will
+    do: sizes and dtypes are all that counts. FLOPs and bytes are counted from sizes, not measured:
+    csp_kernels/stage/cost.py says what counts. Bytes that are kept are those that the kernels allocate, whose rows have
+    channels in multiples of 16.
+    A call that the reference runs (`unsupported`: hooks, other norms, what the kernels cannot do; or
+    csp.use_backend("reference")) computes at other costs: these would be the kernels', were its children plain.
+    Raises TypeError for another module, TypeError or ValueError for inputs that it does not take, RuntimeError for one
+    whose convolutions are other modules.
     """
-    if not isinstance(module, Stage):
-        raise TypeError(
-            f"module: got {type(module).__name__}, expected csp.Stage, the only module so far that runs a program"
-        )
-    graph = module.graph if module.training else without_dropout(module.graph)
-    images = checked_inputs(graph, inputs)
-    program = _program(module, graph, images)
-    device = images[0].device.type
-    missing = unsupported(graph)
-    if not missing and device not in ("cpu", "meta"):
-        missing = f"the inputs are on {device}, where stages have no kernels yet"
+    if not isinstance(module, Layer):
+        *kinds, last = (f"csp.{kind.__name__}" for kind in get_args(Layer))
+        raise TypeError(f"module: got {type(module).__name__}, expected {', '.join(kinds)} or {last}")
+    graph = graph_of(module)
+    images = checked_inputs(graph, images_of(module, inputs))
+    program = program_of(module, graph, _wanted(module, graph, images))
+    missing = module.holders()[1] or _elsewhere(images[0].device.type)
     names = {item.index: item.name for item in graph.order if item.kind == "conv"}
     table = _Table(program, images[0], names)
     return Explanation(_title(module, images, program), *table.rows(), missing)
 
 
-def _program(module: Stage, graph: Graph, images: Sequence[Tensor]) -> Program:
-    """As the module's forward and the operator choose it."""
-    children: list[Any] = [module.get_submodule(item.name) for item in graph.order]
-    norms = {item.index: child for item, child in zip(graph.order, children, strict=True) if item.kind == "norm"}
-    frozen, _ = frozen_norms([norms[i] for i in range(len(norms))])
+def _wanted(module: Layer, graph: Graph, images: Sequence[Tensor]) -> Wanted | None:
+    """The gradients of a call, as the operator chooses them; None: nobody wants any."""
     params: list[Tensor] = []
-    for item, child in zip(graph.order, children, strict=True):
-        found = [child.weight, child.bias] if item.kind == "norm" or child.bias is not None else [child.weight]
+    for item, child in zip(graph.order, holders_of(module, graph), strict=True):
+        found = [getattr(child, name, None) for name in ("weight", "bias")]
+        found = found if item.kind == "norm" or found[1] is not None else found[:1]
         params += [images[0].new_empty(0) if p is None else p for p in found]  # None: of a norm without affine
-    wanted = Wanted(*wanted_gradients(graph, images, params)) if node.wants_gradients(*images, *params) else None
-    return compile_stage(graph, tuple(frozen), wanted, module.recompute)
+    wants = [t.requires_grad for t in (*images, *params)]
+    return wanted_gradients(graph, wants) if node.wants_gradients(*images, *params) else None
+
+
+def _elsewhere(device: str) -> str:
+    """Why no kernels run on this device, in words; "" if they do."""
+    if device in ("cpu", "meta") or (device == "cuda" and selected() in ("native", "triton")):
+        return ""
+    if device == "cuda":
+        return "the inputs are on cuda, where kernels have to be chosen: csp.use_backend('triton')"
+    return f"the inputs are on {device}, for which there are no kernels"
 
 
 class _Table:
@@ -185,7 +192,7 @@ class _Table:
         return tuple(self.step(step, cost) for step, cost in zip(steps, counted, strict=True))
 
     def step(self, step: Backward, cost: Cost) -> Step:
-        names = tuple(self.names[i] for i in step.nodes) if isinstance(step, (Product, ProductBackward)) else ()
+        names = tuple(self.names[i] for i in _nodes(step))
         place, size = _place(step), self.x.element_size()
         shape = () if place is None else self.shape(place)
         return Step(str(step), names, shape, cost.flops, cost.read * size, cost.written * size)
@@ -196,10 +203,19 @@ class _Table:
         return (batch, place.stop - place.start, *(side(size, n) for n in pixels))
 
 
+def _nodes(step: Backward) -> tuple[int, ...]:
+    """Of the convolutions whose weights an instruction uses."""
+    if isinstance(step, Bottleneck):
+        return *step.reduce.nodes, *step.conv.nodes
+    return step.nodes if isinstance(step, (Product, ProductBackward)) else ()
+
+
 def _place(step: Backward) -> Place | None:
     """What an instruction writes; what it reads where it writes gradients; None: the numbers of norms alone."""
     if isinstance(step, (Copy, Product, Add, Activate)):
         return step.to
+    if isinstance(step, Bottleneck):
+        return step.conv.to
     if isinstance(step, Measure):
         return step.source
     if isinstance(step, Clear):
@@ -214,7 +230,7 @@ def _place(step: Backward) -> Place | None:
 # --- as text ---
 
 
-def _title(module: Stage, images: Sequence[Tensor], program: Program) -> str:
+def _title(module: Layer, images: Sequence[Tensor], program: Program) -> str:
     shapes = ", ".join(str(list(x.shape)) for x in images)
     wanted = program.wanted
     counts = [(len(wanted.inputs), "input"), (len(wanted.nodes), "convolution"), (len(wanted.norms), "norm")]
@@ -222,7 +238,8 @@ def _title(module: Stage, images: Sequence[Tensor], program: Program) -> str:
     dtype = str(images[0].dtype).removeprefix("torch.")
     mode = "training" if module.training else "eval"
     return (
-        f"csp.Stage, {mode}, recompute={module.recompute!r}: inputs {shapes} {dtype}, gradients of {words or 'nothing'}"
+        f"csp.{type(module).__name__}, {mode}, recompute={recompute_of(module)!r}: inputs {shapes} {dtype}, "
+        f"gradients of {words or 'nothing'}"
     )
 
 

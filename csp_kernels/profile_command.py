@@ -15,23 +15,23 @@ NETWORKS = sorted(name for name in models.__all__ if name.islower() and callable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("network", choices=NETWORKS, metavar="network", help=", ".join(NETWORKS))
-    parser.add_argument("--size", type=_positive, help="height and width (default 224; digits 28)")
-    parser.add_argument("--batch", type=_positive, default=1, help="images (default 1)")
-    parser.add_argument("--depth", type=_positive, default=2, help="parts of the module names in the table (default 2)")
+    parser.add_argument("--size", type=positive, help="height and width (default 224; digits 28)")
+    parser.add_argument("--batch", type=positive, default=1, help="images (default 1)")
+    parser.add_argument("--depth", type=positive, default=2, help="parts of the module names in the table (default 2)")
     parser.add_argument("--eval", action="store_true", help="inference: forward alone")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it beside its (CSP) other form")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the table, draw the picture; return the exit status."""
-    size = args.size or (28 if "digits" in args.network else 224)
+    shape = input_shape(args.network, args.batch, args.size)
     try:
-        own = _profile(args.network, args.batch, size, not args.eval)
-        print(f"{args.network}, {args.batch} x {size} x {size}, {'inference' if args.eval else 'training step'}")
+        own = _profile(args.network, shape, not args.eval)
+        print(f"{args.network}, {shape[0]} x {shape[2]} x {shape[3]}, {'inference' if args.eval else 'training step'}")
         print(own.table(args.depth))
         if args.plot:
             other = _counterpart(args.network)
-            _draw({n: own if n == args.network else _profile(n, args.batch, size, not args.eval)
+            _draw({n: own if n == args.network else _profile(n, shape, not args.eval)
                    for n in sorted({args.network, other}, key=lambda n: n.startswith("csp_"))}, args.plot)  # fmt: skip
             print(f"picture: {args.plot}")
     except (ValueError, RuntimeError, OSError) as error:
@@ -43,7 +43,15 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
+def input_shape(network: str, batch: int, size: int | None) -> tuple[int, int, int, int]:
+    """[N, C, H, W] of what a network takes; size None: as it was made for."""
+    digits = "digits" in network
+    size = size or (28 if digits else 224)
+    return batch, 1 if digits else 3, size, size
+
+
+def positive(text: str) -> int:
+    """Of an argument on the command line."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected a positive number")
@@ -55,9 +63,8 @@ def _counterpart(name: str) -> str:
     return name.removeprefix("csp_") if name.startswith("csp_") else f"csp_{name}"
 
 
-def _profile(name: str, batch: int, size: int, training: bool) -> Profile:
-    model = getattr(models, name)().train(training)
-    return profile(model, (batch, 1 if "digits" in name else 3, size, size))
+def _profile(name: str, shape: tuple[int, int, int, int], training: bool) -> Profile:
+    return profile(getattr(models, name)().train(training), shape)
 
 
 def _draw(profiles: dict[str, Profile], path: Path) -> None:

@@ -246,10 +246,6 @@ inline Shape first_image(const Argument& a, const Tensor& t, Lies how = Lies::Im
 inline void check_count(const Argument& a, size_t got, size_t expected, const char* what) {
   require(got == expected, a, "got ", got, ", expected ", expected, ": ", what);
 }
-inline void check_flags(const char* op, const char* name, const std::vector<int64_t>& flags, size_t count, const char* what) {
-  check_count({op, name}, flags.size(), count, what);
-  for (size_t i = 0; i < count; i++) require(flags[i] == 0 || flags[i] == 1, {op, name, int64_t(i)}, "got ", flags[i], ", expected 0 or 1");
-}
 inline void check_eps(const Argument& a, double eps, bool frozen) {
   require(eps < HUGE_VAL && (frozen ? eps >= 0 : eps > 0), a, "got ", eps, ", expected a finite number above 0 (or 0 for a frozen norm)");
 }

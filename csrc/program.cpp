@@ -81,22 +81,24 @@ class Reader {
   void read(Copy& x) { all(x.source, x.to, x.statistics); }
   void read(Measure& x) { all(x.source, x.statistics); }
   void read(Fill& x) { all(x.bindings); }
-  void read(Product& x) { all(x.nodes, x.conv, x.segments, x.to, x.statistics, x.drop); }
-  void read(Add& x) { all(x.segments, x.to, x.act, x.slope, x.statistics); }
+  void read(Product& x) { all(x.nodes, x.conv, x.segments, x.to, x.statistics, x.drop, x.column, x.act, x.slope); }
+  void read(Add& x) { all(x.node, x.segments, x.to, x.act, x.slope, x.statistics); }
   void read(Activate& x) { all(x.segments, x.to, x.pool); }
+  void read(Bottleneck& x) { all(x.reduce, x.conv); }
   void read(Settle& x) { all(x.bindings); }
   void read(Clear& x) { all(x.place); }
   void read(ActivateBackward& x) { all(x.segments, x.output, x.pool); }
-  void read(ProductBackward& x) { all(x.nodes, x.conv, x.segments, x.of, x.owed, x.wanted, x.drop); }
+  void read(ProductBackward& x) { all(x.nodes, x.conv, x.segments, x.of, x.owed, x.wanted, x.drop, x.behind); }
+  void read(Behind& x) { all(x.segment, x.output); }
   void read(AddBackward& x) { all(x.segments, x.of, x.act, x.slope, x.owed); }
   void read(Finish& x) { all(x.index, x.of, x.owed); }
   template <class X> void make(Instruction& i) { read(i.emplace<X>()); }
   void read(Instruction& i) {
     int kind = 0;
-    choose(kind, {"Copy", "Measure", "Fill", "Product", "Add", "Activate", "Settle", "Clear", "ActivateBackward", "ProductBackward", "AddBackward", "Finish"});
+    choose(kind, {"Copy", "Measure", "Fill", "Product", "Add", "Activate", "Bottleneck", "Settle", "Clear", "ActivateBackward", "ProductBackward", "AddBackward", "Finish"});
     using Make = void (Reader::*)(Instruction&);
     static constexpr Make MAKE[] = {&Reader::make<Copy>, &Reader::make<Measure>, &Reader::make<Fill>, &Reader::make<Product>, &Reader::make<Add>, &Reader::make<Activate>,
-                                    &Reader::make<Settle>, &Reader::make<Clear>, &Reader::make<ActivateBackward>, &Reader::make<ProductBackward>, &Reader::make<AddBackward>, &Reader::make<Finish>};
+                                    &Reader::make<Bottleneck>, &Reader::make<Settle>, &Reader::make<Clear>, &Reader::make<ActivateBackward>, &Reader::make<ProductBackward>, &Reader::make<AddBackward>, &Reader::make<Finish>};
     (this->*MAKE[kind])(i);
   }
   void read(Program& x) { all(x.buffers, x.statistics, x.columns, x.weights, x.norms, x.wanted, x.forward, x.backward); }
@@ -141,7 +143,7 @@ class Check {
       expect(w.kernel == c.kernel && w.bias == c.bias && w.in_channels == K, "a weight does not fit what its product reads");
       O += w.out_channels;
     }
-    expect(O == to.channels() && buffer(to).size == size + (c.pool ? "f" : ""), "a product does not fit where it is written");
+    expect(O == c.out_channels && O == to.channels() && buffer(to).size == size + (c.pool ? "f" : ""), "a product does not fit where it is written");
     expect(c.stride == 1 && c.groups == 1 && !c.bias, "strides, groups and biases are the reference's");
     expect((drop == -1) == (c.drop_rate == 0) && c.drop_rate >= 0 && c.drop_rate < 1, "a drop rate is not in [0, 1)");
     expect(c.kernel == 3 ? !c.pool : drop == -1, "a 3x3 averages, or a 1x1 drops");
@@ -163,6 +165,19 @@ class Check {
       expect(inside(b.at, b.count, n.channels) && inside(b.column, b.count, p.columns), "a binding lies beyond its norm or the columns");
       expect(b.statistics == -1 ? n.running >= 0 : n.running == -1 && inside(b.statistics, b.count, p.statistics), "a binding has no statistics");
     }
+  }
+  // Side by side they are all that a 1x1 gives, each from a whole vector of channels on.
+  void behind(const ProductBackward& i) const {
+    int64_t at = i.of.start;
+    for (const Behind& b : i.behind) {
+      activate({b.segment}, b.output, false);
+      const Segment& s = b.segment;
+      expect(buffer(b.output).kind == Kind::Output && i.conv.kernel == 1, "a gradient comes from no output, or is a 3x3's");
+      expect(s.place.buffer == i.of.buffer && s.place.start == at && (at - i.of.start) % 16 == 0, "outputs behind a product do not lie side by side");
+      expect(s.act == i.behind[0].segment.act && s.slope == i.behind[0].segment.slope, "outputs behind a product have several activations");
+      at = s.place.stop;
+    }
+    expect(i.behind.empty() || at == i.of.stop, "outputs behind a product leave some of it out");
   }
   static bool has(const std::vector<int64_t>& all, int64_t x) { return std::find(all.begin(), all.end(), x) != all.end(); }
   // Whatever is wanted is computed.
@@ -192,7 +207,24 @@ class Check {
   }
   void operator()(const Measure& i) const { buffer(i.source), statistics(i.statistics, i.source); }
   void operator()(const Fill& i) const { bindings(i.bindings); }
-  void operator()(const Product& i) const { written(i.to), statistics(i.statistics, i.to), product(i.nodes, i.conv, i.segments, i.to, i.drop); }
+  void operator()(const Product& i) const {
+    written(i.to), statistics(i.statistics, i.to), product(i.nodes, i.conv, i.segments, i.to, i.drop);
+    expect(i.column == -1 || inside(i.column, i.to.channels(), p.columns), "a norm lies beyond the columns");
+    bool through = i.column >= 0 || i.act != Activation::Identity;
+    expect(!through || (i.conv.kernel == 1 && i.statistics == -1), "a norm or an activation follows a 3x3, or what statistics are taken of");
+  }
+  void operator()(const Bottleneck& i) const {
+    (*this)(i.reduce), (*this)(i.conv);
+    expect(buffer(i.reduce.to).kind == Kind::Scratch, "what lies inside a bottleneck is not scratch memory");
+    const auto& from = i.reduce.segments;
+    expect(from.size() == 1 && from[0].column >= 0 && from[0].act == Activation::Relu && i.reduce.conv.kernel == 1 && !i.reduce.conv.pool &&
+               i.reduce.column >= 0 && i.reduce.act == Activation::Relu && i.conv.conv.kernel == 3 && i.conv.conv.drop_rate == 0 && i.conv.statistics == -1,
+           "a bottleneck is not a 1x1 through norms and ReLUs with a 3x3 behind it");
+    const auto& between = i.conv.segments;
+    expect(between.size() == 1 && between[0].column == -1 && between[0].act == Activation::Identity && between[0].place.buffer == i.reduce.to.buffer &&
+               between[0].place.start == i.reduce.to.start && between[0].place.stop == i.reduce.to.stop,
+           "the 3x3 of a bottleneck does not read its 1x1");
+  }
   void operator()(const Add& i) const { written(i.to), statistics(i.statistics, i.to), sum(i.segments, i.to); }
   void operator()(const Activate& i) const { written(i.to), activate(i.segments, i.to, i.pool); }
   void operator()(const Settle& i) const { bindings(i.bindings); }
@@ -204,6 +236,7 @@ class Check {
   void operator()(const ProductBackward& i) const {
     statistics(i.owed, i.of), product(i.nodes, i.conv, i.segments, i.of, i.drop);
     for (int64_t node : i.wanted) expect(has(i.nodes, node) && has(p.wanted.nodes, node), "what is wanted is not there");
+    behind(i);
   }
   void operator()(const AddBackward& i) const { statistics(i.owed, i.of), sum(i.segments, i.of); }
   void operator()(const Finish& i) const {
@@ -226,7 +259,7 @@ class Check {
     indices(p.wanted.inputs, counts[0]), indices(p.wanted.nodes, int64_t(p.weights.size())), indices(p.wanted.norms, int64_t(p.norms.size()));
     for (int64_t node : p.wanted.nodes) expect(p.weights[size_t(node)].position >= 0, "what is wanted is not there");
     for (const Instruction& i : p.forward) {
-      expect(i.index() <= 5, "backward begins in forward");
+      expect(i.index() <= 6, "backward begins in forward");
       std::visit(*this, i);
     }
     for (const Instruction& i : p.backward) std::visit(*this, i);

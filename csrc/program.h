@@ -7,7 +7,7 @@
 #include <variant>
 #include <vector>
 
-#include "cpu/concat_conv.h"
+#include "cpu/call.h"
 
 namespace csp::stage {
 
@@ -40,8 +40,12 @@ struct Product {
   std::vector<Segment> segments;
   Place to;
   int64_t statistics = -1, drop = -1;
+  int64_t column = -1;  // inference: a norm behind the 1x1, folded into its weights, and its activation
+  Activation act = Activation::Identity;
+  double slope = 0;
 };
 struct Add {
+  int64_t node = 0;
   std::vector<Segment> segments;
   Place to;
   Activation act = Activation::Identity;
@@ -49,9 +53,11 @@ struct Add {
   int64_t statistics = -1;
 };
 struct Activate { std::vector<Segment> segments; Place to; bool pool = false; };
+struct Bottleneck { Product reduce, conv; };  // inference: nothing but conv reads reduce.to, which need not be written
 struct Settle { std::vector<Binding> bindings; };
 struct Clear { Place place; };
 struct ActivateBackward { std::vector<Segment> segments; Place output; bool pool = false; };
+struct Behind { Segment segment; Place output; };  // what an output reads, and where it lies there
 struct ProductBackward {
   std::vector<int64_t> nodes;
   Conv conv;
@@ -60,6 +66,7 @@ struct ProductBackward {
   int64_t owed = -1;
   std::vector<int64_t> wanted;
   int64_t drop = -1;
+  std::vector<Behind> behind;  // from whose gradients that of `of` is computed on load; empty: it lies in memory
 };
 struct AddBackward {
   std::vector<Segment> segments;
@@ -69,7 +76,7 @@ struct AddBackward {
   int64_t owed = -1;
 };
 struct Finish { int64_t index = 0; Place of; int64_t owed = -1; };
-using Instruction = std::variant<Copy, Measure, Fill, Product, Add, Activate, Settle, Clear, ActivateBackward, ProductBackward, AddBackward, Finish>;
+using Instruction = std::variant<Copy, Measure, Fill, Product, Add, Activate, Bottleneck, Settle, Clear, ActivateBackward, ProductBackward, AddBackward, Finish>;
 
 enum class Kind { Input, Output, Kept, Scratch };
 struct Buffer {
@@ -124,10 +131,15 @@ template <class F> void places(const Instruction& instruction, F f) {
     void operator()(const Product& i) { values(i.segments), f(i.to, false); }
     void operator()(const Add& i) { values(i.segments), f(i.to, false); }
     void operator()(const Activate& i) { values(i.segments), f(i.to, false); }
+    void operator()(const Bottleneck& i) { values(i.reduce.segments), f(i.conv.to, false); }
     void operator()(const Settle&) {}
     void operator()(const Clear& i) { f(i.place, true); }
     void operator()(const ActivateBackward& i) { both(i.segments); }
-    void operator()(const ProductBackward& i) { both(i.segments), complete(i.of, i.owed); }
+    void operator()(const ProductBackward& i) {
+      both(i.segments);
+      if (i.behind.empty()) complete(i.of, i.owed);
+      else f(i.of, false);
+    }
     void operator()(const AddBackward& i) { both(i.segments), complete(i.of, i.owed); }
     void operator()(const Finish& i) { complete(i.of, i.owed); }
   };
@@ -149,7 +161,7 @@ template <class F> void values_read(const Instruction& instruction, F f) {
     void operator()(const ActivateBackward& i) { read(i.segments, false, false); }
     void operator()(const ProductBackward& i) {
       read(i.segments, !i.wanted.empty(), i.conv.kernel == 3);
-      if (i.owed >= 0) f(i.of);
+      if (i.owed >= 0 || !i.behind.empty()) f(i.of);
     }
     void operator()(const AddBackward& i) {
       read(i.segments, i.act != Activation::Identity, false);
@@ -159,6 +171,7 @@ template <class F> void values_read(const Instruction& instruction, F f) {
     void operator()(const Copy& i) { f(i.source); }
     void operator()(const Measure& i) { f(i.source); }
     void operator()(const Activate& i) { read(i.segments, true, false); }
+    void operator()(const Bottleneck& i) { read(i.reduce.segments, true, false); }
     void operator()(const Fill&) {}
     void operator()(const Settle&) {}
     void operator()(const Clear&) {}

@@ -19,7 +19,6 @@ namespace csp {
 inline Storage storage_of(int32_t dtype) {
   return dtype == CODES.float32 ? Storage::Float32 : dtype == CODES.bfloat16 ? Storage::BFloat16 : dtype == CODES.float16 ? Storage::Float16 : Storage::Float64;
 }
-inline Slice slice_of(const Shape& s) { return {s.data, s.pitch, s.C, nullptr, 0}; }
 
 inline const Isa& isa() {
   const Isa* chosen = chosen_isa();
@@ -71,26 +70,6 @@ inline Tensor buffer(const Tensor& like, const std::vector<int64_t>& size) { ret
 inline Tensor channels_last(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W) {
   return empty_strided(like, dtype_of(like), {N, C, H, W}, {H * W * C, 1, W * C, C});
 }
-// What layers keep, a tensor each: large allocations go back to the system and come back as page faults, smaller ones do not.
-struct Kept {
-  std::vector<Tensor> tensors;
-  std::vector<void*> pointers;
-  Kept() = default;
-  Kept(const Tensor& like, int64_t count, const std::vector<int64_t>& size) {
-    for (int64_t i = 0; i < count; i++) tensors.push_back(buffer(like, size));
-    point();
-  }
-  // What forward kept, `count` tensors; optional: or none.
-  Kept(const Argument& a, const std::vector<Tensor>& given, int32_t dtype, int64_t count, Sizes size, bool optional = false) : tensors(given) {
-    const bool none = optional && given.empty();
-    if (!none) check_count(a, given.size(), size_t(count), optional ? "one a layer, or none at all" : "as many as forward returned");
-    for (size_t i = 0; i < given.size(); i++) pointers.push_back(const_cast<void*>(checked({a.op, a.name, int64_t(i)}, given[i], dtype, size)));
-  }
-  void* const* data() const { return pointers.empty() ? nullptr : pointers.data(); }
-
- private:
-  void point() { for (const Tensor& t : tensors) pointers.push_back(const_cast<void*>(t.const_data_ptr())); }
-};
 inline Tensor statistics(const Tensor& like, int64_t columns) {
   Tensor stats = contiguous(like, aoti_torch_dtype_float64(), {2, columns});
   memset(stats.mutable_data_ptr(), 0, size_t(stats.numel()) * sizeof(double));
@@ -109,71 +88,5 @@ inline void append_gradients(std::vector<Tensor>& grads, const std::vector<Tenso
     if (zero) memset(grads.back().mutable_data_ptr(), 0, size_t(p.numel()) * p.element_size());
   }
 }
-
-// The parameters and the norms of a call, in order, each checked when it is taken.
-class Parameters {
-  const int32_t dtype;
-  const std::vector<Tensor>&params, &running;
-  const std::vector<int64_t>* frozen;  // null: all are
-  const std::vector<double>& eps;
-  size_t at = 0, norm = 0, statistic = 0;
-
-  const Tensor& take(const char* name, const std::vector<Tensor>& from, size_t i, const char* what) const {
-    require(i < from.size(), {op, name}, "got ", from.size(), " tensors, expected more: ", what);
-    return from[i];
-  }
-  const void* running_statistic(int64_t channels, const char* role) {
-    const Tensor& t = take("running", running, statistic, "mean and variance of each frozen norm");
-    return checked({op, "running", int64_t(statistic++), role}, t, dtype, {channels});
-  }
-
- public:
-  const char* const op;
-
-  size_t layers;
-
-  // image_dtype: of what they are applied to. each: tensors a layer, in front of `last` others.
-  Parameters(const char* op, int32_t image_dtype, const std::vector<Tensor>& params, const std::vector<Tensor>& running,
-             const std::vector<int64_t>* frozen, const std::vector<double>& eps, size_t each, size_t last = 0)
-      : dtype(CODES.accumulation(image_dtype)), params(params), running(running), frozen(frozen), eps(eps), op(op) {
-    const bool whole = params.size() > last && (params.size() - last) % each == 0;
-    if (last) require(whole, {op, "params"}, "got ", params.size(), " tensors, expected ", each, " a layer, at least one layer, and ", last, " for the transition");
-    require(whole, {op, "params"}, "got ", params.size(), " tensors, expected ", each, " a layer, at least one layer");
-    layers = (params.size() - last) / each;
-    const size_t norms = params.size() / 3;  // of 3 tensors each
-    if (frozen) check_flags(op, "frozen", *frozen, norms, "a flag for each norm");
-    check_count({op, "eps"}, eps.size(), norms, "a number for each norm");
-    for (size_t i = 0; i < norms; i++) check_eps({op, "eps", int64_t(i)}, eps[i], fixed(i));
-  }
-  bool fixed(size_t i) const { return !frozen || (*frozen)[i]; }
-
-  // The output channels of the convolution whose weight is `ahead` of the next parameter.
-  int64_t rows(size_t ahead, const char* role, int64_t in, int64_t taps) const {
-    const Argument a{op, "params", int64_t(at + ahead), role};
-    const Tensor& t = take("params", params, at + ahead, role);
-    checked(a, t, dtype, {ANY, in, taps, taps}, taps > 1 ? Lies::Either : Lies::Contiguous);
-    require(t.size(0) > 0, a, "got ", Shown{t}, ", expected at least one output channel");
-    return t.size(0);
-  }
-  const void* next(const char* role, Sizes size, Lies how = Lies::Contiguous) {
-    const void* data = checked({op, "params", int64_t(at), role}, take("params", params, at, role), dtype, size, how);
-    at++;
-    return data;
-  }
-  // A 3x3 weight, and whether it lies as [out, 3, 3, in] and not as contiguous too.
-  const void* next(const char* role, int64_t out, int64_t in, bool& channels_last) {
-    const void* data = next(role, {out, in, 3, 3}, Lies::Either);
-    channels_last = !Extent(params[at - 1]).contiguous();
-    return data;
-  }
-  // The eps of the next norm, and its running statistics if it is frozen, else null.
-  void next_norm(int64_t channels, double& epsilon, const void*& mean, const void*& var) {
-    epsilon = eps[norm], mean = var = nullptr;
-    if (fixed(norm++)) mean = running_statistic(channels, "mean"), var = running_statistic(channels, "variance");
-  }
-  void end() const {
-    check_count({op, "running"}, running.size(), statistic, "mean and variance of each frozen norm");
-  }
-};
 
 }  // namespace csp

@@ -15,9 +15,11 @@ T = TypeVar("T")
 # Part of folder/file::function -> cases of a function that are enough for each change; others are marked "verify".
 # The first part that is there counts. Sanitizers are slow to compile for.
 SAMPLES = {
-    "kernels/test_csp_stage.py::test_gradcheck": 0, "kernels/test_csp_stage.py::test_large_mean": 0,
-    "kernels/test_post_dense_block.py::test_gradcheck": 0, "kernels/test_post_dense_block.py::test_large_mean": 0,
     "ops/test_csp_stage.py::test_gradcheck": 3,
+    "kernels/test_stage.py::test_in_float64": 7, "kernels/test_stage.py::test_in_float32": 3,
+    "kernels/test_stage.py::test_inference": 5, "kernels/test_stage.py::test_random_graphs": 12,
+    "kernels/test_stage.py::test_recompute": 0,
+    "kernels/test_stage.py::test_frozen_norms": 2, "kernels/test_arguments.py::test_wrong_arguments": 2,
     "_sanitizer": 0, "fuzz/test_compare": 3, "kernels/test_cuda": 0, "kernels/": 1, "cuda/": 2, "ops/test_schemas": 3,
     "::test_opcheck": 2, "::test_compiled": 2, "::test_onnx": 5, "::test_jit_trace": 10,
     "::test_any_size_and_channels": 3, "::test_csp_densenet_costs_less_traffic": 2, "::test_too_little_memory": 2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import csp_kernels as csp
 from csp_kernels import analysis, models, profile_command
+from csp_kernels.stage.build import Builder
 
 SUMS = ("params", "weights", "flops", "pool_flops", "shortcut_flops", "cio", "dram_bytes_naive", "dram_bytes_fused")
 
@@ -70,7 +72,7 @@ def test_fused_layers_show_their_convolutions() -> None:
 
 
 def test_traffic_of_a_dense_layer() -> None:
-    """Bytes of a training step: naive 21K + 19b + 3g, fused 4K + 6b + 3g elements a pixel, and the weights."""
+    """Bytes of a training step: naive 21K + 19b + 3g elements a pixel and the weights, fused 4K + 6b + 3g."""
     g, b, pixels = 32, 128, 4 * 7 * 9
     totals = [analysis.profile(csp.DenseBlock(m, 64, g, 4), (4, 64, 7, 9)).total for m in (2, 3)]
     naive, fused = (totals[1][f"dram_bytes_{kind}"] - totals[0][f"dram_bytes_{kind}"] for kind in ("naive", "fused"))
@@ -78,7 +80,59 @@ def test_traffic_of_a_dense_layer() -> None:
     weights = 3 * (k * b + 9 * b * g)
     # the output's concatenation grows by g: 2 forward, 3 backward; the reference leaves it out of the layer's count
     assert naive == 4 * (pixels * (21 * k + 19 * b + 3 * g + 5 * g) + weights)
-    assert fused == 4 * (pixels * (4 * k + 6 * b + 3 * g) + weights)
+    # the gradient of the output is copied to where the layers add to it
+    assert fused == 4 * pixels * (4 * k + 6 * b + 3 * g + 2 * g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic_of_a_concat_conv(dtype: torch.dtype) -> None:
+    """By hand, on the layer's own row: from k channels to b, forward k + b and 2b; backward 2b for the norm's sums,
+    2k + 2b for the gradients, 2k where that of the input leaves."""
+    k, b, pixels = 12, 10, 2 * 6 * 5
+    model = nn.Sequential(nn.Conv2d(3, k, 1), csp.ConcatConv([k], b)).to(dtype)
+    row = next(row for row in analysis.profile(model, (2, 3, 6, 5)).rows if row.name == "1")
+    assert row.dram_bytes_fused == dtype.itemsize * pixels * (5 * k + 7 * b)
+    row = next(row for row in analysis.profile(model.eval(), (2, 3, 6, 5)).rows if row.name == "1")
+    assert row.dram_bytes_fused == dtype.itemsize * pixels * (k + b)  # norm and activation on the way out
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_traffic_of_fused_layers_is_that_of_their_programs(training: bool) -> None:
+    """On their own rows and nowhere below; elsewhere it is the naive one. `recompute` and frozen norms count."""
+    stage = csp.CSPDenseStage(16, 12, 2, 4, 2, recompute="bottleneck")
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), stage, csp.Transition(12, 8)).train(training)
+    stage.dense.denselayer1.norm1.eval()
+    found = analysis.profile(model, (2, 3, 10, 9))
+    with torch.set_grad_enabled(training):
+        explanation = csp.explain(stage, torch.empty(2, 16, 8, 7, device="meta", requires_grad=True))
+    totals = (explanation.forward_total, explanation.backward_total)
+    rows = {row.name: row for row in found.rows}
+    assert rows["1"].dram_bytes_fused == sum(total.bytes_read + total.bytes_written for total in totals)
+    for name, row in rows.items():
+        if name != "1":
+            assert row.dram_bytes_fused == (0 if name.startswith("1.") else row.dram_bytes_naive)
+    names = [row.name for row in found.rows]
+    assert names.index("0") < names.index("1") < names.index("1.dense.denselayer1.norm1") < names.index("2.norm")
+
+
+def test_traffic_of_a_stage_of_one_s_own() -> None:
+    """A dense block's graph moves what the block does; one that the kernels cannot run, what plain PyTorch does."""
+    block, shape = csp.DenseBlock(2, 12, 8, 2), (2, 12, 6, 5)
+    stage = csp.Stage(block.graph)
+    totals = [analysis.profile(module, shape).total for module in (stage, block)]
+    assert totals[0]["dram_bytes_fused"] == totals[1]["dram_bytes_fused"] < totals[0]["dram_bytes_naive"]
+    build = Builder(12)
+    build.write([build.read(build.conv([build.read(0)], 12, 3, groups=2))])
+    total = analysis.profile(csp.Stage(build.graph()).eval(), shape).total
+    assert total["dram_bytes_fused"] == total["dram_bytes_naive"] > 0
+
+
+def test_layers_that_run_as_the_reference_move_what_plain_ones_do() -> None:
+    block = csp.DenseBlock(2, 12, 8, 2)
+    assert analysis.profile(block, (2, 12, 6, 5)).total["dram_bytes_fused"] > 0
+    for plain in (nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(block)), csp.reference.DenseBlock(2, 12, 8, 2)):
+        total = analysis.profile(plain.eval(), (2, 12, 6, 5)).total
+        assert total["dram_bytes_fused"] == total["dram_bytes_naive"] > 0
 
 
 @pytest.mark.parametrize("name", ["csp_peleenet", "densenet121", "csp_resnext50", "csp_densenet_digits"])
@@ -132,6 +186,30 @@ def test_saved_bytes() -> None:
     assert 0 < fused < 0.5 * naive
     features, bottlenecks = (16 + 4 * 8) * 2 * 64 * 4, 4 * 32 * 2 * 64 * 4
     assert fused == pytest.approx(features + bottlenecks, rel=0.1)
+
+
+SAVING: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
+    # layers of 16 channels; channels whose batch statistics norms use; whether the output holds what backward reads
+    "dense": (lambda: csp.DenseBlock(3, 16, 8, 2), 16 + 2 * 8 + 3 * 16, True),
+    "bottleneck": (lambda: csp.DenseBlock(3, 16, 8, 2, recompute="bottleneck"), 16 + 2 * 8 + 3 * 16, True),
+    "post": (lambda: csp.PostDenseBlock(2, 16, 8, 2), 2 * (16 + 8), False),
+    "stage": (lambda: csp.CSPDenseStage(16, 24, 2, 8, 2, layer="post"), 2 * (16 + 8) + 24 + 24, False),
+    "concat": (lambda: csp.ConcatConv([16], 12, act="silu"), 12, False),
+}
+
+
+@pytest.mark.parametrize("case", SAVING)
+def test_saved_bytes_of_a_fused_layer_are_what_its_program_keeps(native: None, case: str) -> None:
+    """Its kept buffers, outputs that backward reads, and mean and variance in float64 of each channel that a norm
+    normalises with the batch's statistics."""
+    make, channels, holds = SAVING[case]
+    layer, x = make(), torch.randn(2, 16, 6, 5).contiguous(memory_format=torch.channels_last)
+    explanation = csp.explain(layer, x)
+    outputs = [memory.bytes for memory in explanation.read_again if memory.kind == "output"]
+    assert outputs == ([layer(x).nbytes] if holds else [])
+    measured = analysis.saved_bytes(lambda: layer(x), [x, *layer.parameters(), *layer.buffers()])
+    assert measured == explanation.kept_bytes + sum(outputs) + 16 * channels
+    assert explanation.kept or case == "bottleneck"
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,12 +17,7 @@ from csp_kernels.__main__ import main
 from csp_kernels._tracing import constant_when_traced
 from csp_kernels.backends import _find_triton, resolve, selected, why_not_cuda, why_not_triton
 
-OPERATORS = [
-    *("dense_block", "dense_block_backward", "dense_block_inference"),
-    *("concat_conv", "concat_conv_backward", "concat_conv_inference"),
-    *("partial_transition", "partial_transition_backward"),
-    *("post_dense_block", "post_dense_block_backward", "csp_stage", "csp_stage_backward"),
-]
+OPERATORS = ["stage", "stage_backward"]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 

@@ -235,7 +235,7 @@ def test_commands_are_imported_only_when_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`info` leaves the others' modules alone; `profile` and `demo` parse their own arguments."""
-    modules = ("csp_kernels.demo", "csp_kernels.profile_command")
+    modules = ("csp_kernels.demo", "csp_kernels.profile_command", "csp_kernels.explain_command")
     for name in modules:
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert command_line(["info"]) == 0
@@ -243,7 +243,7 @@ def test_commands_are_imported_only_when_asked_for(
     with pytest.raises(SystemExit):
         command_line(["--help"])
     text = capsys.readouterr().out
-    assert all(name in text for name in ("info", "demo", "profile", "bench"))
+    assert all(name in text for name in ("info", "demo", "profile", "explain", "bench"))
     assert not any(name in sys.modules for name in modules)
     with pytest.raises(SystemExit):
         command_line(["demo", "--help"])

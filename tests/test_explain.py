@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import csp_kernels as csp
-from csp_kernels.explain import Explanation
+from csp_kernels.explain import Explanation, _elsewhere
+from csp_kernels.ops import _program
 from csp_kernels.stage.build import Builder, conv_norm
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.dense_block import dense_block
 from csp_kernels.stage.graph import Graph
 from csp_kernels.stage.program import Wanted
-from csp_kernels.stage.text import encode
+from csp_kernels.stage.text import decode, encode
 
 OPS = torch.ops.csp_kernels
 N, H, W = 3, 5, 7
@@ -37,6 +39,75 @@ def two_convolutions() -> Graph:
 def image(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     x = torch.randn(N, channels, H, W, dtype=dtype)
     return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+Case = tuple[nn.Module, tuple[Any, ...]]
+LAYERS: dict[str, Callable[[], Case]] = {  # every fused layer, and the arguments of a call
+    "dense": lambda: (csp.DenseBlock(3, 12, 4, 2), (image(12),)),
+    "dense, drop": lambda: (csp.DenseBlock(2, 12, 4, 2, drop_rate=0.25, recompute="bottleneck"), (image(12),)),
+    "post": lambda: (csp.PostDenseBlock(3, 12, 4, 2), (image(12),)),
+    "two_way": lambda: (csp.TwoWayDenseBlock(3, 12, 4, 2), (image(12),)),
+    "stage, pre": lambda: (csp.CSPDenseStage(16, 20, 2, 4, 2, recompute="bottleneck"), (image(16),)),
+    "stage, post, first": lambda: (
+        csp.CSPDenseStage(16, 20, 2, 4, 2, layer="post", fusion="first", part_ratio=0.25), (image(16),)
+    ),
+    "stage, two_way, last": lambda: (
+        csp.CSPDenseStage(16, 20, 2, 4, 1, layer="two_way", fusion="last", pool=None), (image(16),)
+    ),
+    "stage, no bypass": lambda: (csp.CSPDenseStage(16, 20, 2, 4, 2, part_ratio=0), (image(16),)),
+    "transition, pre": lambda: (csp.PartialTransition(8, 12, 10, 6, order="pre"), (image(8), image(12))),
+    "transition, first": lambda: (csp.PartialTransition(8, 12, 10, 6, fusion="first"), (image(8), image(12))),
+    "transition, last": lambda: (csp.PartialTransition(8, 12, 10, 18, fusion="last"), (image(8), image(12))),
+    "transition, no bypass": lambda: (csp.PartialTransition(0, 12, 10, 6, pool=None), (None, image(12))),
+    "concat": lambda: (csp.ConcatConv([8, 12], 10, act="leaky_relu"), ([image(8), image(12)],)),
+    "concat, split": lambda: (csp.ConcatConv([8], [6, 10], act="silu", negative_slope=0.3), (image(8),)),
+    "stage of one's own": lambda: (csp.Stage(dense_block(2, 12, 4, 8, 0.25), recompute="all"), (image(12),)),
+}  # fmt: skip
+each_layer = pytest.mark.parametrize("case", LAYERS)
+
+
+@each_layer
+def test_a_graph_names_the_children_that_hold_parameters(case: str) -> None:
+    layer, _ = LAYERS[case]()
+    children = [name for name, child in layer.named_modules() if [*child.parameters(recurse=False)]]
+    assert [item.name for item in layer.graph.order] == children
+    kinds = [nn.Conv2d if item.kind == "conv" else nn.BatchNorm2d for item in layer.graph.order]
+    assert [type(layer.get_submodule(name)) for name in children] == kinds
+
+
+@each_layer
+@pytest.mark.parametrize("mode", ["training", "eval", "inference", "frozen", "first input alone"])
+def test_it_is_the_program_that_a_call_runs(
+    native: None, monkeypatch: pytest.MonkeyPatch, case: str, mode: str
+) -> None:
+    layer, inputs = LAYERS[case]()
+    layer.train(mode not in ("eval", "inference"))
+    if mode == "frozen":
+        norms = [child for child in layer.modules() if isinstance(child, nn.BatchNorm2d)]
+        norms[0].eval().requires_grad_(False)
+        next(child for child in layer.modules() if isinstance(child, nn.Conv2d)).requires_grad_(False)
+    layer.requires_grad_(mode != "first input alone") if mode != "frozen" else None
+    texts: list[str] = []
+    compiled = _program._program
+
+    def spy(*arguments: Any) -> str:
+        texts.append(compiled(*arguments))
+        return texts[-1]
+
+    monkeypatch.setattr(_program, "_program", spy)
+    with torch.set_grad_enabled(mode != "inference"):
+        explanation = csp.explain(layer, *inputs)
+        layer(*inputs)
+    (text,) = texts
+    program = decode(text)
+    assert [step.text for step in explanation.forward] == [str(step) for step in program.forward]
+    assert [step.text for step in explanation.backward] == [str(step) for step in program.backward]
+    assert [memory.text for memory in explanation.buffers] == [str(buffer) for buffer in program.buffers]
+    assert bool(program.backward) == (mode != "inference")
+    recompute = getattr(layer, "recompute", "none")
+    kind = "training" if layer.training else "eval"
+    assert explanation.title.startswith(f"csp.{type(layer).__name__}, {kind}, recompute={recompute!r}: ")
+    assert not explanation.unsupported
 
 
 def counts(explanation: Explanation, direction: str) -> dict[tuple[str, ...], tuple[int, int, int]]:
@@ -177,9 +248,71 @@ def test_what_the_kernels_cannot_run() -> None:
     assert not csp.explain(stage.eval(), image(8)).unsupported
 
 
+def test_dropout_is_in_the_graph_where_it_is_on() -> None:
+    block = csp.DenseBlock(3, 12, 4, 2, drop_rate=0.25)
+    assert rates(block.graph) == [0.0, 0.25] * 3
+    block.get_submodule("denselayer2").eval()
+    assert rates(block.graph) == [0.0, 0.25, 0.0, 0.0, 0.0, 0.25]
+    assert csp.explain(block, image(12)).unsupported == "its layers drop at different rates: 0.0, 0.25"
+    assert rates(block.eval().graph) == [0.0] * 6
+
+
+def rates(graph: Graph) -> list[float]:
+    return [getattr(conv, "drop_rate", -1.0) for conv in graph.nodes]
+
+
+@pytest.mark.parametrize("case", [case for case in LAYERS if case != "stage of one's own"])
+def test_what_makes_a_layer_run_as_the_reference(case: str) -> None:
+    layer, inputs = LAYERS[case]()
+    plain = csp.explain(layer, *inputs)
+    name = next(name for name, child in layer.named_modules() if isinstance(child, nn.BatchNorm2d))
+    layer.get_submodule(name).register_forward_hook(lambda *_: None)
+    explanation = csp.explain(layer, *inputs)
+    assert explanation.unsupported == f"{name} has a forward hook"
+    assert (
+        str(explanation).splitlines()[1] == f"not run by the kernels, but by the reference: {name} has a forward hook"
+    )
+    assert (explanation.forward, explanation.backward) == (plain.forward, plain.backward)
+    layer, inputs = LAYERS[case]()
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    assert csp.explain(layer, *inputs).unsupported == f"{name} is a SyncBatchNorm, not an nn.BatchNorm2d"
+    parent, _, last = name.rpartition(".")
+    setattr(layer.get_submodule(parent), last, nn.GroupNorm(1, layer.get_submodule(name).num_features))
+    assert csp.explain(layer, *inputs).unsupported == f"{name} is a GroupNorm, not an nn.BatchNorm2d"
+
+
+def test_a_stage_whose_dense_layers_drop_runs_as_the_reference() -> None:
+    stage = csp.CSPDenseStage(16, 20, 2, 4, 2)
+    stage.dense.drop_rate = 0.5
+    assert csp.explain(stage, image(16)).unsupported == "dense has dropout"
+    assert not csp.explain(stage.eval(), image(16)).unsupported
+
+
+def test_other_devices_in_words() -> None:
+    assert not _elsewhere("cpu") and not _elsewhere("meta")
+    assert _elsewhere("cuda") == "the inputs are on cuda, where kernels have to be chosen: csp.use_backend('triton')"
+    assert _elsewhere("mps") == "the inputs are on mps, for which there are no kernels"
+
+
 def test_errors() -> None:
-    with pytest.raises(TypeError, match=r"got DenseBlock, expected csp\.Stage, the only module so far"):
-        csp.explain(csp.DenseBlock(2, 8, 4), image(8))
+    kinds = (
+        "ConcatConv, csp.CSPDenseStage, csp.DenseBlock, csp.PartialTransition, csp.PostDenseBlock, csp.Stage or csp."
+    )
+    with pytest.raises(TypeError, match=f"^module: got Transition, expected csp.{kinds}TwoWayDenseBlock$"):
+        csp.explain(csp.Transition(8, 4), image(8))
+    with pytest.raises(ValueError, match=r"inputs\[0\]: got 9 channels"):
+        csp.explain(csp.DenseBlock(2, 8, 4), image(9))
+    with pytest.raises(ValueError, match=r"inputs: got tensors of \[8\] channels, expected \[8, 8\]"):
+        csp.explain(csp.ConcatConv([8, 8], 4), image(8))
+    with pytest.raises(ValueError, match="part: got None, expected a Tensor"):
+        csp.explain(csp.PartialTransition(8, 8, 4, 4), None, image(8))
+    stage = csp.CSPDenseStage(16, 20, 2, 4, 2)
+    stage.dense.denselayer1.conv2 = nn.Sequential(stage.dense.denselayer1.conv2)
+    with pytest.raises(RuntimeError, match=r"^denselayer1\.conv2: got a Sequential, expected an nn\.Conv2d$"):
+        csp.explain(stage, image(16))
+    stage.dense = nn.Identity()
+    with pytest.raises(RuntimeError, match=r"got a Identity, expected a csp\.DenseBlock"):
+        csp.explain(stage, image(16))
     with pytest.raises(ValueError, match=r"inputs\[0\]: got 9 channels"):
         csp.explain(csp.Stage(two_convolutions()), image(9))
 

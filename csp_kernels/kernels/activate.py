@@ -123,7 +123,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    d, d_pitch, z, z_pitch, mean, scale, shift, dn, dn_pitch, sums, P, N, H, W,
+    d, d_pitch, z, z_pitch, mean, scale, shift, dn, dn_pitch, source, source_pitch, sums, P, N, H, W,
     UNIT: tl.constexpr, POOL: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr, ACC: tl.constexpr,
     STEPS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -159,6 +159,8 @@ def _backward(
                 dgamma += tl.sum(value * centred, 0)
                 value = value * s
         if dn is not None:
+            if source is not None:
+                value += tl.load(source + p[:, None] * (source_pitch * UNIT) + n[None, :], ok, 0.0).to(ACC)
             tl.store(dn + p[:, None] * (dn_pitch * UNIT) + n[None, :], value.to(dn.dtype.element_ty), ok)
     if mean is not None:
         to = sums + tl.program_id(0).to(tl.int64) * 2 * N + n
@@ -214,34 +216,49 @@ def forward(z: Tensor, norm: Norm | None, out: Tensor, geometry: Geometry, act: 
 
 
 def backward(
-    d: Tensor, z: Tensor | None, norm: Norm | None, dn: Tensor | None, geometry: Geometry, act: Activation
+    d: Tensor,
+    z: Tensor | None,
+    norm: Norm | None,
+    dn: Tensor | None,
+    geometry: Geometry,
+    act: Activation,
+    source: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor | None:
     """d [P', O] view: gradient of what forward gives; dn' = d spread over the pixels of its average * act'(norm(z)),
-    zero on the border of an odd map. dn [P, O] view: takes dn' * norm.scale (dn' without a norm). z [P, O] view, None:
-    act is the identity. Returns sums [2, O] of dn' and dn' * (z - norm.mean), None without a norm."""
+    zero on the border of an odd map. dn [P, O] view: takes dn' * norm.scale (dn' without a norm), added to source
+    [P, O] view (None: to nothing; it may be dn). z [P, O] view, None: act is the identity. Returns sums [2, O] of dn'
+    and dn' * (z - norm.mean), or adds them to the given sums [2, O] view and returns that; None without a norm."""
     pixels, channels = geometry.pixels, d.shape[1]
-    _check({"d": (d, geometry.outputs), "z": (z, pixels), "dn": (dn, pixels)}, channels)
+    _check({"d": (d, geometry.outputs), "z": (z, pixels), "dn": (dn, pixels), "source": (source, pixels)}, channels)
     if z is None and (act.code != IDENTITY.code or norm is not None):
         raise ValueError("z is needed for the derivative")
     steps = 1 if launch.few(pixels) else 4
-    sums = d.new_empty((2, channels), dtype=launch.sum_dtype(d.dtype)) if norm else None
-    u = launch.unit(channels, d.stride(0), _pitch(z), _pitch(dn))
+    adds, wide = sums is not None, launch.sum_dtype(d.dtype)
+    if not adds and norm is not None:
+        sums = d.new_empty((2, channels), dtype=wide)
+    u = launch.unit(channels, d.stride(0), _pitch(z), _pitch(dn), _pitch(source))
 
-    def run(tile: tuple[int, int]) -> Tensor | None:
+    def run(tile: tuple[int, int], dn: Tensor | None) -> Tensor | None:
         """Partial sums."""
         bp, bn = tile
         programs = blocks(pixels, bp * steps)
-        partials = None if sums is None else sums.new_empty((programs, 2, channels))
+        partials = None if norm is None else d.new_empty((programs, 2, channels), dtype=wide)
         _backward[(programs, blocks(channels, bn))](
-            d, d.stride(0) // u, z, _pitch(z) // u, *_vectors(norm), dn, _pitch(dn) // u, partials, pixels,
-            channels // u, geometry.h, geometry.w,
+            d, d.stride(0) // u, z, _pitch(z) // u, *_vectors(norm), dn, _pitch(dn) // u, source,
+            _pitch(source) // u, partials, pixels, channels // u, geometry.h, geometry.w,
             UNIT=u, POOL=geometry.pool, ACT=act.code, NEGATIVE=act.negative_slope, ACC=launch.sum_type(d.dtype),
             STEPS=steps, BP=bp, BN=bn, num_warps=4,
         )  # fmt: skip
         return partials
 
-    key = *_key(d, geometry, act), norm is not None, dn is not None
-    partials = run(tune.choose("activate.backward", key, _tiles(d.dtype, channels), run))
+    key = *_key(d, geometry, act), norm is not None, dn is not None, source is not None
+
+    def trial(tile: tuple[int, int]) -> None:
+        """Into scratch memory what would be added."""
+        run(tile, dn if dn is None or source is None else torch.empty_like(dn))
+
+    partials = run(tune.choose("activate.backward", key, _tiles(d.dtype, channels), trial), dn)
     if sums is not None and partials is not None:
-        total(partials, sums)
+        total(partials, sums, add=adds)
     return sums

@@ -1,6 +1,6 @@
-"""The 3x3 convolution of a dense layer, padding 1: forward, and both gradients. An implicit product over taps and
-channels: its input is normalised and activated on load, its output is a channel slice. The portable form: where that
-of the compiled library (kernels/cuda.py) takes a layer, it runs instead.
+"""The 3x3 convolution, padding 1: forward, and both gradients. An implicit product over taps and channels: its input is
+read through norm and ReLU or as it is, its output is a channel slice. The portable form: where that of the compiled
+library (kernels/cuda.py) takes a layer, which reads through norm and ReLU, it runs instead.
 
 P = N * H * W pixels, b channels enter, g leave. Weights are packed as [9, b, g] in the type of the input."""
 
@@ -60,12 +60,15 @@ def _inside(p, P, H, W):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _activation(rows, ok, k, K, mean, scale, shift, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[rows, k] of relu(norm(z)), zero where not ok: the padding is of what the convolution reads."""
+    """[rows, k] of relu(norm(z)), of z without a norm; zero where not ok: the padding is of what the convolution
+    reads."""
     z = tl.load(rows + k[None, :], mask=ok[:, None] & (k < K)[None, :], other=0.0).to(ACC)
-    m = tl.load(mean + k, mask=k < K, other=0.0)
-    s = tl.load(scale + k, mask=k < K, other=0.0)
-    t = tl.load(shift + k, mask=k < K, other=0.0)
-    return tl.where(ok[:, None], activate.relu((z - m[None, :]) * s[None, :] + t[None, :]), 0.0)
+    if mean is not None:
+        m = tl.load(mean + k, mask=k < K, other=0.0)
+        s = tl.load(scale + k, mask=k < K, other=0.0)
+        t = tl.load(shift + k, mask=k < K, other=0.0)
+        z = tl.where(ok[:, None], activate.relu((z - m[None, :]) * s[None, :] + t[None, :]), 0.0)
+    return z
 
 
 @triton.jit
@@ -73,15 +76,17 @@ def _slice_gradient(  # type: ignore[no-untyped-def]
     features, gradient, ok, n, N, mean, slope, offset, pixel, seed, layer,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dY [rows, n] = dropout(G - ((F - mean) * slope + offset)), zero where not ok. features, gradient: rows."""
+    """dY [rows, n] = dropout(G - ((F - mean) * slope + offset)), zero where not ok; mean None: nothing is owed.
+    features, gradient: rows."""
     inside = ok[:, None] & (n < N)[None, :]
-    f = tl.load(features + n[None, :], mask=inside, other=0.0).to(ACC)
     d = tl.load(gradient + n[None, :], mask=inside, other=0.0).to(ACC)
-    m = tl.load(mean + n, mask=n < N, other=0.0)
-    s = tl.load(slope + n, mask=n < N, other=0.0)
-    t = tl.load(offset + n, mask=n < N, other=0.0)
-    owed = (f - m[None, :]) * s[None, :] + t[None, :]
-    d = d - tl.where((s == 0.0)[None, :], t[None, :], owed)  # where nothing is owed, NaN in F is not seen
+    if mean is not None:
+        f = tl.load(features + n[None, :], mask=inside, other=0.0).to(ACC)
+        m = tl.load(mean + n, mask=n < N, other=0.0)
+        s = tl.load(slope + n, mask=n < N, other=0.0)
+        t = tl.load(offset + n, mask=n < N, other=0.0)
+        owed = (f - m[None, :]) * s[None, :] + t[None, :]
+        d = d - tl.where((s == 0.0)[None, :], t[None, :], owed)  # where nothing is owed, NaN in F is not seen
     if seed is not None:
         d = _drop(d, pixel, n, seed, layer, THRESHOLD, SCALE)
     return tl.where(ok[:, None], d, 0.0)
@@ -125,12 +130,13 @@ def _forward(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["layer"])
 def _dgrad(  # type: ignore[no-untyped-def]
     features, f_pitch, gradient, g_pitch, N, c_mean, slope, offset, weight, z, z_pitch, K, mean, scale, shift, out,
-    out_pitch, sums, P, H, W, seed, layer,
+    out_pitch, source, source_pitch, sums, P, H, W, seed, layer,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UK: tl.constexpr, UN: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, STEPS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out [P, K], and sums [tiles, 2, K]. STEPS: of BN channels. The product's columns are pixels: cheap sums."""
+    """out [P, K], added to source, and sums [tiles, 2, K]. STEPS: of BN channels. The product's columns are pixels:
+    cheap sums."""
     K, z_pitch, out_pitch = K * UK, tl.cast(z_pitch, tl.int64) * UK, tl.cast(out_pitch, tl.int64) * UK
     N, f_pitch, g_pitch = N * UN, tl.cast(f_pitch, tl.int64) * UN, tl.cast(g_pitch, tl.int64) * UN
     columns = tl.cdiv(K, BK)
@@ -154,16 +160,23 @@ def _dgrad(  # type: ignore[no-untyped-def]
         w_ok = (k < K)[:, None] & (n < N)[None, :]
         w = tl.load(weight + row[:, None] * N + n[None, :], mask=w_ok, other=0.0)
         dh = tl.dot(w, tl.trans(dy.to(w.dtype)), dh, input_precision=PRECISION, out_dtype=ACC)
-    m = tl.load(mean + k, mask=k < K, other=0.0)[:, None]
-    s = tl.load(scale + k, mask=k < K, other=0.0)[:, None]
-    t = tl.load(shift + k, mask=k < K, other=0.0)[:, None]
     ok = (k < K)[:, None] & (p < P)[None, :]
-    centred = tl.load(z + q[None, :] * z_pitch + k[:, None], mask=ok, other=0.0).to(ACC) - m
-    dn = tl.where(ok, activate.relu_gradient(dh, centred * s + t), 0.0)
-    tl.store(out + q[None, :] * out_pitch + k[:, None], (dn * s).to(out.dtype.element_ty), mask=ok)
-    to = sums + tile.to(tl.int64) * 2 * K + k
-    tl.store(to, tl.sum(dn, 1), mask=k < K)
-    tl.store(to + K, tl.sum(dn * centred, 1), mask=k < K)
+    dz = dh
+    if mean is not None:
+        m = tl.load(mean + k, mask=k < K, other=0.0)[:, None]
+        s = tl.load(scale + k, mask=k < K, other=0.0)[:, None]
+        t = tl.load(shift + k, mask=k < K, other=0.0)[:, None]
+        centred = tl.load(z + q[None, :] * z_pitch + k[:, None], mask=ok, other=0.0).to(ACC) - m
+        dn = tl.where(ok, activate.relu_gradient(dh, centred * s + t), 0.0)
+        to = sums + tile.to(tl.int64) * 2 * K + k
+        tl.store(to, tl.sum(dn, 1), mask=k < K)
+        tl.store(to + K, tl.sum(dn * centred, 1), mask=k < K)
+        dz = dn * s
+    if out is not None:
+        if source is not None:
+            at = q[None, :] * (tl.cast(source_pitch, tl.int64) * UK) + k[:, None]
+            dz += tl.load(source + at, mask=ok, other=0.0).to(ACC)
+        tl.store(out + q[None, :] * out_pitch + k[:, None], dz.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -254,15 +267,26 @@ def _mask(dropout: Dropout | None) -> cuda.Mask:
     return dropout.seed, dropout.layer, dropout.threshold, dropout.scale
 
 
-def _check(geometry: Geometry, weight: Tensor, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+def _vectors(affine: Norm | Correction | None) -> tuple[Tensor | None, ...]:
+    if isinstance(affine, Norm):
+        return affine.mean, affine.scale, affine.shift
+    return (affine.mean, affine.slope, affine.offset) if affine else (None, None, None)
+
+
+def _pitch(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _check(geometry: Geometry, weight: Tensor, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor]) -> None:
     """inputs: [P, b] views, outputs: [P, g] views."""
     g, b = weight.shape[:2]
     if weight.shape != (g, b, 3, 3):
         raise ValueError(f"weight: expected [g, b, 3, 3], got {tuple(weight.shape)}")
     if geometry.pool:
         raise ValueError("a 3x3 convolution does not pool")
-    dtype = inputs["z"].dtype
-    for views, channels in ((inputs, b), (outputs, g)):
+    given = {name: x for name, x in inputs.items() if x is not None}
+    dtype = given["z"].dtype
+    for views, channels in ((given, b), (outputs, g)):
         for name, x in views.items():
             launch.check_view(x, name)
             if x.shape != (geometry.pixels, channels) or x.dtype != dtype:
@@ -273,7 +297,7 @@ def _check(geometry: Geometry, weight: Tensor, inputs: dict[str, Tensor], output
 
 def forward(
     z: Tensor,
-    norm: Norm,
+    norm: Norm | None,
     weight: Tensor,
     out: Tensor,
     geometry: Geometry,
@@ -281,13 +305,13 @@ def forward(
     statistics: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> None:
-    """out [P, g] view = dropout(conv3x3(relu(norm(z)), weight)), z [P, b] view, weight [g, b, 3, 3]; statistics [2, g]
-    float64 view: takes out's mean and biased variance."""
+    """out [P, g] view = dropout(conv3x3(relu(norm(z)), weight)), of z as it is without a norm; z [P, b] view, weight
+    [g, b, 3, 3]; statistics [2, g] float64 view: takes out's mean and biased variance."""
     _check(geometry, weight, {"z": z}, {"out": out})
     (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
     if statistics is not None:
         check_statistics(statistics, g)
-    if cuda.takes(z, weight, out, geometry, precision):
+    if norm is not None and cuda.takes(z, weight, out, geometry, precision):
         return cuda.forward(z, norm, weight, out, geometry, precision, statistics, _mask(dropout))
     uk, un = launch.unit(b, z.stride(0)), launch.unit(g, out.stride(0))
     seed, layer, threshold, scale = _mask(dropout)
@@ -300,7 +324,7 @@ def forward(
     def run(tile: Tile, partials: Tensor | None) -> None:
         tiles = blocks(pixels, tile.pixels)
         _forward[(tiles * blocks(g, tile.outputs),)](
-            z, z.stride(0) // uk, b // uk, norm.mean, norm.scale, norm.shift, packed, out, out.stride(0) // un, g // un,
+            z, z.stride(0) // uk, b // uk, *_vectors(norm), packed, out, out.stride(0) // un, g // un,
             partials, pixels, geometry.h, geometry.w, tiles, seed, layer,
             THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
             STEPS=blocks(b, tile.depth), BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages,
@@ -318,56 +342,66 @@ def forward(
 def dgrad(
     features: Tensor,
     gradient: Tensor,
-    correction: Correction,
+    correction: Correction | None,
     weight: Tensor,
     z: Tensor,
-    norm: Norm,
-    out: Tensor,
+    norm: Norm | None,
+    out: Tensor | None,
     geometry: Geometry,
     precision: str = "ieee",
     dropout: Dropout | None = None,
-) -> Tensor:
-    """features, gradient: F and G, [P, g] views of the slice; dY = G - ((F - mean) * slope + offset). out [P, b] view
-    takes dn * scale, dn being the gradient of norm(z). Returns sums [2, b] of dn and dn * (z - mean); float32 (float64
-    for float64)."""
-    _check(geometry, weight, {"z": z, "out": out}, {"features": features, "gradient": gradient})
+    source: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> Tensor | None:
+    """features, gradient: F and G, [P, g] views of the slice; dY = G - ((F - mean) * slope + offset), G without a
+    correction. out [P, b] view (None: unwanted) takes dn * scale, dn being the gradient of norm(z), or without a norm
+    that of z, added to source [P, b] view (it may be out). Returns sums [2, b] of dn and dn * (z - mean), float32
+    (float64 for float64), or adds them to the given sums [2, b] view and returns that; None without a norm."""
+    _check(geometry, weight, {"z": z, "out": out, "source": source}, {"features": features, "gradient": gradient})
     (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
-    if cuda.takes(z, weight, features, geometry, precision):
+    adds = sums is not None
+    if norm is not None and cuda.takes(z, weight, features, geometry, precision):
         slices = features, gradient, correction, weight, z, norm
-        return cuda.dgrad(*slices, out, geometry, precision, _mask(dropout))
-    uk, un = launch.unit(b, z.stride(0), out.stride(0)), launch.unit(g, features.stride(0), gradient.stride(0))
+        found = cuda.dgrad(*slices, out, geometry, precision, _mask(dropout), source)
+        return found if sums is None else sums.add_(found)
+    uk = launch.unit(b, z.stride(0), _pitch(out), _pitch(source))
+    un = launch.unit(g, features.stride(0), gradient.stride(0))
     seed, layer, threshold, scale = _mask(dropout)
     packed = _packed(weight, dtype)
 
-    def partials_of(tile: Tile) -> Tensor:
-        return z.new_empty((blocks(pixels, tile.pixels), 2, b), dtype=launch.sum_dtype(dtype))
-
-    def run(tile: Tile, partials: Tensor) -> None:
-        _dgrad[(len(partials) * blocks(b, tile.outputs),)](
-            features, features.stride(0) // un, gradient, gradient.stride(0) // un, g // un, correction.mean,
-            correction.slope, correction.offset, packed, z, z.stride(0) // uk, b // uk, norm.mean, norm.scale,
-            norm.shift, out, out.stride(0) // uk, partials, pixels, geometry.h, geometry.w, seed, layer,
+    def run(tile: Tile, out: Tensor | None) -> Tensor | None:
+        """Partial sums."""
+        tiles = blocks(pixels, tile.pixels)
+        partials = None if norm is None else z.new_empty((tiles, 2, b), dtype=launch.sum_dtype(dtype))
+        _dgrad[(tiles * blocks(b, tile.outputs),)](
+            features, features.stride(0) // un, gradient, gradient.stride(0) // un, g // un, *_vectors(correction),
+            packed, z, z.stride(0) // uk, b // uk, *_vectors(norm), out, _pitch(out) // uk, source,
+            _pitch(source) // uk, partials, pixels, geometry.h, geometry.w, seed, layer,
             THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
             STEPS=blocks(g, tile.depth), BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages,
             num_warps=tile.warps,
         )  # fmt: skip
+        return partials
+
+    def trial(tile: Tile) -> None:
+        """Into scratch memory what would be added."""
+        run(tile, out if out is None or source is None else torch.empty_like(out))
 
     key, candidates = _key(z, g, precision, dropout), _dgrad_tiles(dtype, b, g)
-    tile = tune.choose("conv3x3.dgrad", key, candidates, lambda tile: run(tile, partials_of(tile)))
-    partials = partials_of(tile)
-    run(tile, partials)
-    sums = partials.new_empty((2, b))
-    total(partials, sums)
+    partials = run(tune.choose("conv3x3.dgrad", key, candidates, trial), out)
+    if partials is not None:
+        sums = partials.new_empty((2, b)) if sums is None else sums
+        total(partials, sums, add=adds)
     return sums
 
 
 def wgrad(
     features: Tensor,
     gradient: Tensor,
-    correction: Correction,
+    correction: Correction | None,
     weight: Tensor,
     z: Tensor,
-    norm: Norm,
+    norm: Norm | None,
     geometry: Geometry,
     precision: str = "ieee",
     dropout: Dropout | None = None,
@@ -375,7 +409,7 @@ def wgrad(
     """Arguments of `dgrad`. Returns dweight [g, b, 3, 3], contiguous; float32 (float64 for float64)."""
     _check(geometry, weight, {"z": z}, {"features": features, "gradient": gradient})
     (pixels, b), g, dtype = z.shape, weight.shape[0], z.dtype
-    if cuda.takes(z, weight, features, geometry, precision):
+    if norm is not None and cuda.takes(z, weight, features, geometry, precision):
         slices = features, gradient, correction, weight, z, norm
         return cuda.wgrad(*slices, geometry, precision, _mask(dropout))
     uk, un = launch.unit(b, z.stride(0)), launch.unit(g, features.stride(0), gradient.stride(0))
@@ -392,10 +426,9 @@ def wgrad(
 
     def run(tile: Tile, partials: Tensor) -> None:
         _wgrad[(programs(tile) * len(partials),)](
-            features, features.stride(0) // un, gradient, gradient.stride(0) // un, g // un, correction.mean,
-            correction.slope, correction.offset, z, z.stride(0) // uk, b // uk, norm.mean, norm.scale, norm.shift,
-            partials, pixels, geometry.h, geometry.w, chunk(tile), seed, layer,
-            THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
+            features, features.stride(0) // un, gradient, gradient.stride(0) // un, g // un, *_vectors(correction),
+            z, z.stride(0) // uk, b // uk, *_vectors(norm), partials, pixels, geometry.h, geometry.w, chunk(tile), seed,
+            layer, THRESHOLD=threshold, SCALE=scale, UK=uk, UN=un, ACC=launch.sum_type(dtype), PRECISION=precision,
             BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
 

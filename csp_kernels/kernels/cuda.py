@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from csp_kernels.backends import running, why_not_cuda
+from csp_kernels.kernels import activate
 from csp_kernels.kernels.launch import Correction, Geometry, Norm
+from csp_kernels.ops._node import padded
 
 Mask = tuple[Tensor | None, int, int, float]  # of dropout: seed, layer, threshold, scale
 
@@ -39,25 +41,29 @@ def forward(
 def dgrad(
     features: Tensor,
     gradient: Tensor,
-    correction: Correction,
+    correction: Correction | None,
     weight: Tensor,
     z: Tensor,
     norm: Norm,
-    out: Tensor,
+    out: Tensor | None,
     geometry: Geometry,
     precision: str,
     mask: Mask,
+    source: Tensor | None = None,
 ) -> Tensor:
-    """out [P, b] = dn * scale; returns sums [2, b] of dn and dn * (z - mean)."""
-    tensors = features, _aligned(gradient), _vectors(correction), weight, z, _vectors(norm)
-    sums: Tensor = torch.ops.csp_kernels.conv3x3_dgrad(*tensors, out, _images(geometry), *mask, precision == "tf32")
+    """out [P, b] = dn * scale, added to source in a second step; returns sums [2, b] of dn and dn * (z - mean)."""
+    dn = out if out is not None and source is None and _fits(out) else _beside(z)
+    tensors = *_slices(features, gradient, correction), weight, z, _vectors(norm)
+    sums: Tensor = torch.ops.csp_kernels.conv3x3_dgrad(*tensors, dn, _images(geometry), *mask, precision == "tf32")
+    if out is not None and out is not dn:
+        activate.backward(dn, None, None, out, geometry, activate.IDENTITY, source)
     return sums
 
 
 def wgrad(
     features: Tensor,
     gradient: Tensor,
-    correction: Correction,
+    correction: Correction | None,
     weight: Tensor,
     z: Tensor,
     norm: Norm,
@@ -66,7 +72,7 @@ def wgrad(
     mask: Mask,
 ) -> Tensor:
     """dweight [g, b, 3, 3] float32."""
-    tensors = features, _aligned(gradient), _vectors(correction), weight, z, _vectors(norm)
+    tensors = *_slices(features, gradient, correction), weight, z, _vectors(norm)
     dweight: Tensor = torch.ops.csp_kernels.conv3x3_wgrad(*tensors, _images(geometry), *mask, precision == "tf32")
     return dweight
 
@@ -104,8 +110,26 @@ def _vectors(affine: Norm | Correction) -> list[Tensor]:
     return [affine.mean, affine.slope, affine.offset]
 
 
+def _slices(features: Tensor, gradient: Tensor, correction: Correction | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Features, gradient and correction as the kernels take them: without a correction nobody has written the features
+    that they read, and the gradient stands for these, times 0."""
+    gradient = _aligned(gradient)
+    if correction is not None:
+        return features, gradient, _vectors(correction)
+    nothing = gradient.new_zeros((3, gradient.shape[1]), dtype=torch.float32)
+    return gradient, gradient, list(nothing.unbind())
+
+
 def _aligned(gradient: Tensor) -> Tensor:
     """The caller's gradient may be a slice at any offset: the features, which decide who runs, are not."""
-    vector = 16 // gradient.element_size()
-    fits = gradient.data_ptr() % 16 == 0 and gradient.stride(0) % vector == 0
-    return gradient if fits else gradient.clone(memory_format=torch.contiguous_format)
+    return gradient if _fits(gradient) else gradient.clone(memory_format=torch.contiguous_format)
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether the kernels can read or write it."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % (16 // x.element_size()) == 0
+
+
+def _beside(z: Tensor) -> Tensor:
+    """Memory for the gradient of z, which the kernels read."""
+    return z.new_empty((z.shape[0], padded(z.shape[1])))[:, : z.shape[1]]

@@ -1,7 +1,7 @@
 """Kernels compiled for a GPU that need not be there, instead of launched:
 
     with dry_run("sm_90") as launches:
-        dense_block.forward(torch.empty(8, 64, 56, 56), ...)
+        stage.forward([torch.empty(8, 64, 56, 56)], ...)
 
 Tensors are on the CPU, as torch.empty gives them: nothing computes, but their addresses decide, as on a GPU, which
 accesses are aligned. Not under TRITON_INTERPRET=1.

@@ -233,18 +233,6 @@ def check_params(like: Tensor, params: Sequence[Tensor], shapes: Sequence[tuple[
     check(like, [(f"params[{i}]", p, s, wide) for i, (p, s) in enumerate(zip(params, shapes, strict=True))])
 
 
-def check_norms(
-    like: Tensor, channels: Sequence[int], frozen: Sequence[int], eps: Sequence[float], running: Sequence[Tensor]
-) -> None:
-    """channels: of each norm; running: mean and variance of those that are frozen."""
-    check_count("frozen", frozen, len(channels))
-    check_count("eps", eps, len(channels))
-    sizes = [n for n, fixed in zip(channels, frozen, strict=True) if fixed for _ in range(2)]
-    check_count("running", running, len(sizes))
-    wide = sum_dtype(like.dtype)
-    check(like, [(f"running[{i}]", r, (n,), wide) for i, (r, n) in enumerate(zip(running, sizes, strict=True))])
-
-
 def check_count(name: str, items: Sequence[object], expected: int) -> None:
     if len(items) != expected:
         raise ValueError(f"{name}: got {len(items)} items, expected {expected}")

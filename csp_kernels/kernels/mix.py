@@ -24,13 +24,21 @@ from csp_kernels.kernels.statistics import check_statistics, merge, store_tile_s
 class Segment:
     """One input. x [P, K] view; norm None: read as it is; g [P, K] view: takes the gradient of x (with a norm: scale *
     dn, what the norm owes is the caller's), added if add; None: not wanted. source [P, K] view, with add: what it is
-    added to, None: g itself."""
+    added to, None: g itself. sums [2, K] view: those of its norm are added to it, None: backward returns them. wanted:
+    whether backward has anything to find out but the weight's gradient."""
 
     x: Tensor
     norm: Norm | None = None
     g: Tensor | None = None
     add: bool = False
     source: Tensor | None = None
+    sums: Tensor | None = None
+    wanted: bool = True
+
+    @property
+    def only_read(self) -> bool:
+        """Backward has no gradient of it and no sums."""
+        return not self.wanted or (self.norm is None and self.g is None)
 
 
 @dataclass(frozen=True)
@@ -330,6 +338,8 @@ def _check(segments: Sequence[Segment], geometry: Geometry) -> None:
                     raise ValueError(f"{name}: expected {tuple(s.x.shape)}, got {tuple(t.shape)}")
         if s.source is not None and not (s.add and s.g is not None):
             raise ValueError("source: nothing is added to it")
+        if s.sums is not None and s.sums.shape != (2, s.x.shape[1]):
+            raise ValueError(f"sums: expected {(2, s.x.shape[1])}, got {tuple(s.sums.shape)}")
 
 
 def forward(
@@ -442,10 +452,11 @@ def backward(
     weight: Tensor,
     geometry: Geometry,
     precision: str = "ieee",
+    weights: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """d [P', O] view; z [P', O] view and correction: what dz is computed from, else dz = d. Writes (or adds to) the
-    segments' g. Returns dweight [O, sum K] and sums [2, sum K] of dn and dn * (x - mean), zero where there is no norm;
-    float32 (float64 for float64)."""
+    segments' g. Returns dweight [O, sum K] (no rows if not weights) and sums [2, sum K] of dn and dn * (x - mean), zero
+    where there is no norm (no columns if every norm's segment has its own); float32 (float64 for float64)."""
     columns = _columns(segments, weight)
     _check(segments, geometry)
     pixels, outputs, dtype = geometry.outputs, weight.shape[0], segments[0].x.dtype
@@ -457,31 +468,33 @@ def backward(
     if (z is None) != (correction is None):
         raise ValueError("z and correction go together")
     gradient = _Gradient.of(d, z, correction)
-    dweight = weight.new_empty(weight.shape, dtype=launch.sum_dtype(dtype))
-    sums = weight.new_empty((2, weight.shape[1]), dtype=launch.sum_dtype(dtype))
+    dweight = weight.new_empty((outputs if weights else 0, weight.shape[1]), dtype=launch.sum_dtype(dtype))
+    gathers = any(s.norm is not None and s.sums is None and not s.only_read for s in segments)
+    sums = weight.new_zeros((2, weight.shape[1] if gathers else 0), dtype=launch.sum_dtype(dtype))
     for s, c0, c1 in zip(segments, columns, columns[1:], strict=False):
-        if s.norm is None:
-            sums[:, c0:c1].zero_()
-        w, dw, owed = weight[:, c0:c1], dweight[:, c0:c1], sums[:, c0:c1]
+        w, dw = weight[:, c0:c1], dweight[:, c0:c1]
         u = launch.unit(*map(_pitch, (s.x, s.g, _added_to(s), w, d, z)), c1 - c0)
         case = Case.of(s.x, precision, geometry, gradient.act is not None, u)
-        if s.norm is None and s.g is None:
-            _segment_wgrad(s, gradient, geometry, case, dw)
-        else:
-            _segment_both(s, gradient, w, geometry, case, dw, owed)
+        own = s if s.sums is not None or not gathers else replace(s, sums=sums[:, c0:c1])
+        if weights and s.only_read:
+            _segment_wgrad(own, gradient, geometry, case, dw)
+        elif weights:
+            _segment_both(own, gradient, w, geometry, case, dw)
+        elif not s.only_read:
+            _segment_dgrad(own, gradient, w, geometry, case)
     return dweight, sums
 
 
 def _segment_both(
-    s: Segment, gradient: _Gradient, weight: Tensor, geometry: Geometry, case: Case, dweight: Tensor, sums: Tensor
+    s: Segment, gradient: _Gradient, weight: Tensor, geometry: Geometry, case: Case, dweight: Tensor
 ) -> None:
     """In one pass over x or in two."""
 
     def run(tile: Tile | None, to: Segment) -> None:
         if tile is not None:
-            return _segment_one_pass(to, gradient, weight, tile, case, dweight, sums)
+            return _segment_one_pass(to, gradient, weight, tile, case, dweight)
         _segment_wgrad(to, gradient, geometry, case, dweight)
-        _segment_dgrad(to, gradient, weight, geometry, case, sums)
+        _segment_dgrad(to, gradient, weight, geometry, case)
 
     outputs, k = weight.shape
     key = *_key(case, geometry.outputs), k, outputs, s.norm is not None, s.add
@@ -491,18 +504,17 @@ def _segment_both(
 
 def _aside(s: Segment) -> Segment:
     """The same work, its result in scratch memory."""
+    s = s if s.sums is None else replace(s, sums=torch.empty_like(s.sums))
     return s if s.g is None else replace(s, g=torch.empty_like(s.g), source=_added_to(s))
 
 
-def _segment_one_pass(
-    s: Segment, gradient: _Gradient, weight: Tensor, tile: Tile, case: Case, dweight: Tensor, sums: Tensor
-) -> None:
+def _segment_one_pass(s: Segment, gradient: _Gradient, weight: Tensor, tile: Tile, case: Case, dweight: Tensor) -> None:
     (pixels, k), outputs, source, u = s.x.shape, weight.shape[0], _added_to(s), case.unit
     programs = blocks(k, tile.depth)
     chunk = launch.chunk(pixels, tile.pixels, programs)
     splits = blocks(pixels, chunk)
     partials = dweight.new_empty((splits, outputs, k))
-    partial_sums = sums.new_empty((splits, 2, k)) if s.norm else None
+    partial_sums = dweight.new_empty((splits, 2, k)) if s.norm else None
     _one_pass[(programs * splits,)](
         s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), s.g, _pitch(s.g) // u, source, _pitch(source) // u,
         weight, weight.stride(0) // u, *gradient.arguments(u), partials, partial_sums, pixels, outputs, chunk,
@@ -510,19 +522,17 @@ def _segment_one_pass(
         BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     total(partials, dweight)
-    if partial_sums is not None:
-        total(partial_sums, sums)
+    if partial_sums is not None and s.sums is not None:
+        total(partial_sums, s.sums, add=True)
 
 
-def _segment_dgrad(
-    s: Segment, gradient: _Gradient, weight: Tensor, geometry: Geometry, case: Case, sums: Tensor
-) -> None:
+def _segment_dgrad(s: Segment, gradient: _Gradient, weight: Tensor, geometry: Geometry, case: Case) -> None:
     pixels, (outputs, k), source, u = geometry.outputs, weight.shape, _added_to(s), case.unit
 
     def run(tile: Tile, g: Tensor | None) -> Tensor | None:
         """Partial sums."""
         tiles = blocks(pixels, tile.pixels)
-        partials = sums.new_empty((tiles, 2, k)) if s.norm else None
+        partials = weight.new_empty((tiles, 2, k), dtype=launch.sum_dtype(case.dtype)) if s.norm else None
         _dgrad[(tiles * blocks(k, tile.outputs),)](
             s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), g, _pitch(g) // u, source, _pitch(source) // u,
             weight, weight.stride(0) // u, *gradient.arguments(u), partials,
@@ -535,8 +545,8 @@ def _segment_dgrad(
     key = *_key(case, pixels), k, outputs, s.norm is not None, s.add
     tiles = launch.dgrad_tiles(case, k)
     partials = run(tune.choose("mix.dgrad", key, tiles, lambda tile: run(tile, _aside(s).g)), s.g)
-    if partials is not None:
-        total(partials, sums)
+    if partials is not None and s.sums is not None:
+        total(partials, s.sums, add=True)
     if geometry.pool:
         _clear_border(s, geometry)
 

@@ -112,7 +112,7 @@ def copy_split(x: Tensor, out: Tensor | None, statistics: Tensor | None) -> None
 
 
 @triton.jit
-def _total(partials, out, out_pitch, parts, rows, N, BT: tl.constexpr, BN: tl.constexpr):
+def _total(partials, out, out_pitch, parts, rows, N, ADD: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
     row = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     sums = tl.zeros((BN,), tl.float64)
@@ -120,12 +120,17 @@ def _total(partials, out, out_pitch, parts, rows, N, BT: tl.constexpr, BN: tl.co
         t = t0 + tl.arange(0, BT)
         at = partials + (t.to(tl.int64) * rows + row)[:, None] * N + n[None, :]
         sums += tl.sum(tl.load(at, mask=(t < parts)[:, None] & (n < N)[None, :], other=0.0).to(tl.float64), 0)
-    tl.store(out + row.to(tl.int64) * out_pitch + n, sums.to(out.dtype.element_ty), mask=n < N)
+    to = out + row.to(tl.int64) * out_pitch + n
+    if ADD:
+        sums += tl.load(to, mask=n < N, other=0.0).to(tl.float64)
+    tl.store(to, sums.to(out.dtype.element_ty), mask=n < N)
 
 
-def total(partials: Tensor, out: Tensor) -> None:
-    """partials [parts, rows, N], contiguous -> out [rows, N] view: their sum, in order, in float64."""
+def total(partials: Tensor, out: Tensor, add: bool = False) -> None:
+    """partials [parts, rows, N], contiguous -> out [rows, N] view: their sum, in order, in float64; add: to out."""
     parts, rows, n = partials.shape
     launch.check_view(out, "out")
     bt, bn = (16, 64) if parts <= 64 else (256, 16)  # few variants to compile
-    _total[(launch.blocks(n, bn), rows)](partials, out, out.stride(0), parts, rows, N=n, BT=bt, BN=bn, num_warps=4)
+    _total[(launch.blocks(n, bn), rows)](
+        partials, out, out.stride(0), parts, rows, N=n, ADD=add, BT=bt, BN=bn, num_warps=4
+    )

@@ -81,6 +81,26 @@ def _add_leaves(children: list[Any], layer: nn.Module, leaves: Iterable[tuple[st
     return None
 
 
+def weight_shapes(block: nn.Module, kind: str) -> list[tuple[int, ...]]:
+    """Of the convolutions of every layer, in order, also where the operator cannot stand for all children."""
+    branches = {"branch1.": "branch1", "branch2.": "branch2"} if kind == "two_way" else {"": kind}
+    paths = [f"{prefix}{leaf}" for prefix, key in branches.items() for leaf, size in _LEAVES[key] if size]
+    names = [name for name, layer in block._modules.items() if layer is not None]
+    return [weight_shape(block, f"{name}.{path}") for name in names for path in paths]
+
+
+def weight_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Of the convolution of this name below a module. Raises RuntimeError where it is something else."""
+    child = dict(module.named_modules(remove_duplicate=False)).get(name)
+    if not isinstance(child, nn.Conv2d):
+        raise RuntimeError(f"{name}: got {_kind(child)}, expected an nn.Conv2d")
+    return tuple(child.weight.shape)
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "no module" if module is None else f"a {type(module).__name__}"
+
+
 # --- one child ---
 
 

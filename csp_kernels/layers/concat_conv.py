@@ -10,6 +10,9 @@ from torch import Tensor
 from csp_kernels import ops, reference
 from csp_kernels.layers._children import Fused, hooked_globally, not_plain, recorded, warn_once
 from csp_kernels.layers._norms import frozen_norms, update_running
+from csp_kernels.ops._program import built
+from csp_kernels.ops.concat_conv import source_of
+from csp_kernels.stage.graph import Graph
 
 
 class ConcatConv(Fused, reference.ConcatConv):
@@ -27,9 +30,7 @@ class ConcatConv(Fused, reference.ConcatConv):
             return super().forward(inputs)
         inputs = [inputs] if isinstance(inputs, Tensor) else inputs
         self._check(inputs)
-        modules: dict[str, Any] = self._modules
-        conv, norm = modules["conv"], modules["norm"]
-        reason = hooked_globally() or not_plain("norm", norm, 0, self.act) or not_plain("conv", conv, 1)
+        (conv, norm), reason = self.holders()
         if reason:
             warn_once(self, reason)
             return super().forward(inputs)
@@ -51,6 +52,24 @@ class ConcatConv(Fused, reference.ConcatConv):
             y = outputs[0]
             update_running([norm], [(0, norm.num_features)], stats, y.shape[0] * y.shape[2] * y.shape[3])
         return outputs[0] if single else tuple(outputs)
+
+    def holders(self) -> tuple[list[Any], str]:
+        """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can."""
+        modules: dict[str, Any] = self._modules
+        conv, norm = modules["conv"], modules["norm"]
+        reason = hooked_globally() or not_plain("norm", norm, 0, self.act) or not_plain("conv", conv, 1)
+        return [conv, norm], reason
+
+    @property
+    def graph(self) -> Graph:
+        """What a call computes."""
+        return built(source_of(self.in_channels, self.splits, self.act, self.negative_slope))
+
+    def images(self, inputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+        """The inputs of the graph among the arguments of a call. Raises ValueError for others' channels."""
+        found = [inputs] if isinstance(inputs, Tensor) else inputs
+        self._check(found)
+        return found
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
         """The number and channels of the inputs; the operator sees to everything else."""

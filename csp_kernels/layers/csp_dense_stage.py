@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from csp_kernels import ops, reference
-from csp_kernels.layers._children import Fused, fits, layer_children, not_a, recorded, warn_once
+from csp_kernels.layers._children import Fused, fits, layer_children, not_a, recorded, warn_once, weight_shapes
 from csp_kernels.layers._norms import (
     consecutive,
     frozen_norms,
@@ -21,6 +21,9 @@ from csp_kernels.layers.dense_block import DenseBlock, dropped
 from csp_kernels.layers.partial_transition import PartialTransition
 from csp_kernels.layers.post_dense_block import PostDenseBlock
 from csp_kernels.layers.two_way_dense_block import TwoWayDenseBlock
+from csp_kernels.ops._program import built
+from csp_kernels.ops.csp_stage import source_of
+from csp_kernels.stage.graph import Graph
 
 _BLOCKS: dict[str, type[nn.Module]] = {"pre": DenseBlock, "post": PostDenseBlock, "two_way": TwoWayDenseBlock}
 
@@ -52,19 +55,18 @@ class CSPDenseStage(Fused, reference.CSPDenseStage):
             raise ValueError(f"x: got {x.shape[1]} channels {list(x.shape)}, expected {self.in_channels}")
         modules: dict[str, Any] = self._modules
         dense, transition = modules["dense"], modules["transition"]
-        layers, reason = self._layers(dense, transition)
+        children, reason = self.holders()
         if reason:
             warn_once(self, reason)
             for child in (dense, transition):  # once is enough
                 if isinstance(child, Fused):
                     child._warned = True
             return super().forward(x)
-        units = transition.units()
-        norms = only_norms([*layers, *units])
+        norms = only_norms(children)
         frozen, running = frozen_norms(norms)
         y, stats = ops.csp_stage(
             x,
-            parameters([*layers, *units]),
+            parameters(children),
             running,
             part_channels=self.part_channels,
             layer=self.layer,
@@ -75,22 +77,36 @@ class CSPDenseStage(Fused, reference.CSPDenseStage):
             recompute=self.recompute,
         )
         if not all(frozen):
-            self._update(norms[: len(norms) - len(units) // 2], stats, x)
+            self._update(norms, stats, x)
         return y
 
-    def _layers(self, dense: Any, transition: Any) -> tuple[list[Any], str]:
-        """Convolutions and norms of the dense layers, and why the operator cannot stand for all children, if so."""
+    def holders(self) -> tuple[list[Any], str]:
+        """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can."""
+        modules: dict[str, Any] = self._modules
+        dense, transition = modules["dense"], modules["transition"]
         reason = not_a("dense", dense, _BLOCKS[self.layer]) or not_a("transition", transition, PartialTransition)
         if reason:
             return [], reason
         layers, reason = layer_children(dense, self.layer, "dense.")
         if not reason and self.layer == "pre" and any(dropped(dense)):
             reason = "dense has dropout"
-        return layers, reason or transition.not_plain("transition.")
+        reason = reason or transition.not_plain("transition.")
+        return ([] if reason else [*layers, *transition.units()]), reason
+
+    @property
+    def graph(self) -> Graph:
+        """What a call computes; none of its layers drops."""
+        dense, transition = self._modules["dense"], self._modules["transition"]
+        for module, base in ((dense, _BLOCKS[self.layer]), (transition, PartialTransition)):
+            if not isinstance(module, base):
+                raise RuntimeError(f"its graph: got a {type(module).__name__}, expected a csp.{base.__name__}")
+        assert dense is not None and isinstance(transition, PartialTransition)
+        weights = [*weight_shapes(dense, self.layer), *transition.weight_shapes()]
+        return built(source_of(self.part_channels, weights, self.layer, transition.fusion, transition.pool))
 
     def _update(self, norms: list[Any], stats: Tensor, x: Tensor) -> None:
-        """norms: those of the dense layers."""
         transition: Any = self._modules["transition"]
+        norms = norms[: len(norms) - len(transition.units()) // 2]  # those of the dense layers
         columns = prefixes(norms, transition.dense_channels) if self.layer == "pre" else consecutive(norms)
         update_running(norms, columns, stats, x.shape[0] * x.shape[2] * x.shape[3])
         transition.update(stats, sum(columns[-1]), x)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 from csp_kernels import ops, reference
-from csp_kernels.layers._children import Fused, layer_children, recorded, warn_once
+from csp_kernels.layers._children import Fused, layer_children, recorded, warn_once, weight_shapes
 from csp_kernels.layers._norms import (
     frozen_norms,
     parameters,
@@ -15,6 +17,9 @@ from csp_kernels.layers._norms import (
     update_running,
 )
 from csp_kernels.ops._checks import RECOMPUTE
+from csp_kernels.ops._program import built
+from csp_kernels.ops.dense_block import source_of
+from csp_kernels.stage.graph import Conv, Graph
 
 
 class DenseBlock(Fused, reference.DenseBlock):
@@ -49,13 +54,9 @@ class DenseBlock(Fused, reference.DenseBlock):
     def forward(self, x: Tensor) -> Tensor:
         if recorded(x):
             return super().forward(x)
-        children, reason = layer_children(self, "pre")
+        children, reason = self.holders()
         if reason:
             warn_once(self, reason)
-            return super().forward(x)
-        rates = set(dropped(self))
-        if len(rates) > 1:
-            warn_once(self, f"its layers drop at different rates: {', '.join(map(str, sorted(rates)))}")
             return super().forward(x)
         norms = children[::2]
         frozen, running = frozen_norms(norms)
@@ -65,12 +66,33 @@ class DenseBlock(Fused, reference.DenseBlock):
             running,
             frozen=frozen,
             eps=[norm.eps for norm in norms],
-            drop_rate=rates.pop(),
+            drop_rate=dropped(self)[0],
             recompute=self.recompute,
         )
         if not all(frozen):
             update_running(norms, prefixes(norms, y.shape[1]), stats, y.numel() // y.shape[1])
         return y
+
+    def holders(self) -> tuple[list[Any], str]:
+        """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can."""
+        children, reason = layer_children(self, "pre")
+        if reason:
+            return children, reason
+        rates = set(dropped(self))
+        if len(rates) > 1:
+            return children, f"its layers drop at different rates: {', '.join(map(str, sorted(rates)))}"
+        return children, ""
+
+    @property
+    def graph(self) -> Graph:
+        """What a call computes in the present mode; dropout is there where it is on."""
+        rates = [float(rate) for rate in dropped(self)]
+        graph = built(source_of(weight_shapes(self, "pre"), rates[0]))
+        if len(set(rates)) == 1:
+            return graph
+        convs = zip(graph.nodes[1::2], rates, strict=True)  # the 3x3 of each layer
+        nodes = [replace(conv, drop_rate=rate) if isinstance(conv, Conv) else conv for conv, rate in convs]
+        return replace(graph, nodes=tuple(chain(*zip(graph.nodes[::2], nodes, strict=True))))
 
     def extra_repr(self) -> str:
         return f"drop_rate={self.drop_rate}, recompute={self.recompute!r}"

@@ -7,9 +7,19 @@ from typing import Any
 from torch import Tensor
 
 from csp_kernels import ops, reference
-from csp_kernels.layers._children import Fused, fits, hooked_globally, not_plain_unit, recorded, warn_once
+from csp_kernels.layers._children import (
+    Fused,
+    fits,
+    hooked_globally,
+    not_plain_unit,
+    recorded,
+    warn_once,
+    weight_shape,
+)
 from csp_kernels.layers._norms import consecutive, frozen_norms, parameters, update_running
-from csp_kernels.ops.partial_transition import pools_first
+from csp_kernels.ops._program import built
+from csp_kernels.ops.partial_transition import pools_first, source_of
+from csp_kernels.stage.graph import Graph
 
 
 class PartialTransition(Fused, reference.PartialTransition):
@@ -27,11 +37,10 @@ class PartialTransition(Fused, reference.PartialTransition):
         if recorded(dense):
             return super().forward(part, dense)
         self._check(part, dense)
-        reason = hooked_globally() or self.not_plain()
+        children, reason = self.holders()
         if reason:
             warn_once(self, reason)
             return super().forward(part, dense)
-        children = self.units()
         norms = children[::2]
         frozen, running = frozen_norms(norms)
         y, stats = ops.partial_transition(
@@ -48,6 +57,26 @@ class PartialTransition(Fused, reference.PartialTransition):
         if not all(frozen):
             self.update(stats, 0, dense)
         return y
+
+    def holders(self) -> tuple[list[Any], str]:
+        """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can."""
+        reason = hooked_globally() or self.not_plain()
+        return ([] if reason else self.units()), reason
+
+    @property
+    def graph(self) -> Graph:
+        """What a call computes."""
+        weights = self.weight_shapes()
+        return built(source_of(self.part_channels, self.dense_channels, weights, self.fusion, self.order, self.pool))
+
+    def weight_shapes(self) -> list[tuple[int, ...]]:
+        """Of the convolutions of t and u, of those that there are."""
+        return [weight_shape(self, f"{name}.conv") for name in ("t", "u") if name in self._modules]
+
+    def images(self, part: Tensor | None, dense: Tensor) -> list[Tensor]:
+        """The inputs of the graph among the arguments of a call. Raises ValueError for others' channels."""
+        self._check(part, dense)
+        return [dense] if part is None else [part, dense]
 
     def units(self) -> list[Any]:
         """norm, conv of t, then of u, of those that there are."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from csp_kernels import ops, reference
-from csp_kernels.layers._children import Fused, layer_children, recorded, warn_once
+from csp_kernels.layers._children import Fused, layer_children, recorded, warn_once, weight_shapes
 from csp_kernels.layers._norms import (
     consecutive,
     frozen_norms,
     parameters,
     update_running,
 )
+from csp_kernels.ops._program import built
+from csp_kernels.ops.post_dense_block import source_of
+from csp_kernels.stage.graph import Graph
 
 
 class PostDenseBlock(Fused, reference.PostDenseBlock):
@@ -28,7 +33,7 @@ class PostDenseBlock(Fused, reference.PostDenseBlock):
     def forward(self, x: Tensor) -> Tensor:
         if recorded(x):
             return super().forward(x)
-        children, reason = layer_children(self, "post")
+        children, reason = self.holders()
         if reason:
             warn_once(self, reason)
             return super().forward(x)
@@ -44,3 +49,12 @@ class PostDenseBlock(Fused, reference.PostDenseBlock):
         if not all(frozen):
             update_running(norms, consecutive(norms), stats, y.shape[0] * y.shape[2] * y.shape[3])
         return y
+
+    def holders(self) -> tuple[list[Any], str]:
+        """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can."""
+        return layer_children(self, "post")
+
+    @property
+    def graph(self) -> Graph:
+        """What a call computes."""
+        return built(source_of(weight_shapes(self, "post")))

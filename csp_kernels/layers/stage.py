@@ -52,7 +52,7 @@ class Stage(Fused, nn.Module):
             _attach(self, item.name, child)
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        children = [self.get_submodule(item.name) for item in self.graph.order]
+        children, reason = self.holders()
         norms = self._norms(children)
         frozen, running = frozen_norms(norms)
         params: list[Any] = []
@@ -60,7 +60,6 @@ class Stage(Fused, nn.Module):
             params += [child.weight, child.bias] if child.bias is not None or child in norms else [child.weight]
         graph = self.graph if self.training else self._evaluated
         eps = [norm.eps for norm in norms]
-        reason = unsupported(graph) or self._hooked(children)
         if recorded(inputs[0] if inputs else None):
             outputs, stats = reference_stage(graph, inputs, params, running, frozen=frozen, eps=eps)
         else:
@@ -72,6 +71,12 @@ class Stage(Fused, nn.Module):
         if not all(frozen):
             self._update(norms, stats, inputs[0])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def holders(self) -> tuple[list[Any], str]:
+        """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can."""
+        children = [self.get_submodule(item.name) for item in self.graph.order]
+        graph = self.graph if self.training else self._evaluated
+        return children, unsupported(graph) or self._hooked(children)
 
     def _norms(self, children: Sequence[Any]) -> list[Any]:
         """In the order of the graph's norms."""

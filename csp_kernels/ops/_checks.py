@@ -29,7 +29,7 @@ class Layer(NamedTuple):
     norm_label: Label
     check_channels: Callable[[Tensor, int, Sequence[Tensor | None]], None]  # x, those that enter, params
     shapes: Callable[[Sequence[Tensor | None], int], list[Shape]]  # of all layers' params, c0 channels entering
-    growth: Callable[[Sequence[Shape]], int]  # of one layer
+    growth: Callable[[Sequence[Shape]], int]  # of one layer, from the weights of all convolutions
 
 
 # --- dtypes and memory formats ---
@@ -248,6 +248,11 @@ def epsilons(eps: float | Sequence[float], frozen: list[bool], each: str = "one 
     if min(values) <= 0 and any(e < 0 or (e == 0 and not f) for e, f in zip(values, frozen, strict=True)):
         raise ValueError(f"eps: got {min(values)}, expected more than 0 (or 0 for a frozen norm)")
     return values
+
+
+def weights(params: Sequence[Tensor | None]) -> list[Shape]:
+    """Shapes of the convolutions' weights among the parameters."""
+    return [tuple(p.shape) for p in params if p is not None and p.dim() == 4]
 
 
 def norm_indices(shapes: Sequence[Shape]) -> list[int]:

@@ -220,7 +220,7 @@ def call(op: Any, formula: Formula, arguments: tuple[Any, ...]) -> Any:
     return _folded(result, outputs)
 
 
-def register(name: str, fakes: dict[str, Callable[..., Any]], formula: Formula, *, triton: bool = True) -> None:
+def register(name: str, fakes: dict[str, Callable[..., Any]], formula: Formula) -> None:
     """Fake kernels ("" and suffixes of the name), Triton kernels and autograd of torch.ops.csp_kernels.<name>."""
     if not native.available():
         return
@@ -233,8 +233,7 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], formula: Formula, 
 
     for suffix, fake in fakes.items():
         torch.library.register_fake(f"csp_kernels::{name}{suffix}", _on_one_device(name + suffix, fake))
-    if triton:
-        _register_triton(name, fakes)
+    _register_triton(name, fakes)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # torch passes them by name
         _save(ctx, formula, inputs, output, _lengths(inputs))

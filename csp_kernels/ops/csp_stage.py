@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from csp_kernels._tracing import cached_constant
 from csp_kernels.ops import _checks as checks
-from csp_kernels.ops import _node as node
+from csp_kernels.ops._program import Names, Part, Source, run
 from csp_kernels.ops._transforms import uses_reference
 from csp_kernels.ops.dense_block import LAYER as PRE
-from csp_kernels.ops.partial_transition import FUSIONS, check_options, check_values, output_size, raw_sizes
+from csp_kernels.ops.dense_block import features_and_bottlenecks
+from csp_kernels.ops.partial_transition import check_options, check_values
 from csp_kernels.ops.partial_transition import count as transition_count
 from csp_kernels.ops.partial_transition import expected_shapes as transition_shapes
 from csp_kernels.ops.partial_transition import label as transition_label
@@ -20,6 +20,8 @@ from csp_kernels.ops.partial_transition import norm_label as transition_norm_lab
 from csp_kernels.ops.post_dense_block import LAYER as POST
 from csp_kernels.ops.two_way_dense_block import LAYER as TWO_WAY
 from csp_kernels.reference import csp_stage as reference_csp_stage
+from csp_kernels.stage.csp_stage import csp_stage as csp_stage_stage
+from csp_kernels.stage.graph import Graph
 
 LAYERS = {"pre": PRE, "post": POST, "two_way": TWO_WAY}
 
@@ -71,23 +73,44 @@ def csp_stage(
     checks.check_running(x, running, frozen, [shapes[i][0] for i in norms], _norm_label(len(norms), layer, fusion))
     checks.check_values(x, checks.pixels(x), frozen[: len(norms) - last // 3])
     check_values(x, frozen[len(norms) - last // 3 :], fusion, order, pool)
-    channels_last = checks.is_channels_last(x)
     if uses_reference(x, *params, *running):
+        channels_last = checks.is_channels_last(x)
         y, stats = reference_csp_stage(
-            x,
-            params,
-            running,
-            part_channels=part_channels,
-            layer=layer,
-            fusion=fusion,
-            pool=pool,
-            frozen=frozen,
+            x, params, running, part_channels=part_channels, layer=layer, fusion=fusion, pool=pool, frozen=frozen,
             eps=eps,
-        )
-    else:
-        full = checks.filled(params, shapes, x)
-        y, stats = _native(x, full, running, part_channels, layer, fusion, pool, frozen, eps, recompute)
-    return checks.formatted(y, channels_last), stats
+        )  # fmt: skip
+        return checks.formatted(y, channels_last), stats
+    source = source_of(part_channels, checks.weights(params), layer, fusion, pool)
+    full = checks.filled(params, shapes, x)
+    (y,), moments = run(source, [x], full, running, frozen, eps, _NAMES, recompute=recompute)
+    return y, moments.of(_parts((len(norms) - last // 3) // 2, len(norms)) if layer == "pre" else None)
+
+
+_NAMES = Names(["x of csp_stage"], ["the output of csp_stage"])
+
+
+@cached_constant
+def _parts(layers: int, norms: int) -> tuple[Part, ...]:
+    """Of layers "pre", as `dense_block` lists them, then of the transition."""
+    return *features_and_bottlenecks(layers, 1), *(Part("norm", i) for i in range(2 * layers, norms))
+
+
+def source_of(part: int, weights: Sequence[checks.Shape], layer: str, fusion: str, pool: str | None) -> Source:
+    """Of a stage with these channels bypassing and these shapes of its convolutions' weights, in order."""
+    kind, units = LAYERS[layer], transition_count(fusion) // 3
+    dense, outs = weights[:-units], [shape[0] for shape in weights[-units:]]
+    bottlenecks = tuple(shape[0] for shape in dense[:: len(kind.names) // 3])
+    sizes = part + dense[0][1], part, kind.growth(dense), bottlenecks, outs[0], outs[-1]
+    return _graph, *sizes, layer, fusion, pool is not None
+
+
+def _graph(
+    in_channels: int, part: int, growth_rate: int, bottlenecks: Sequence[int], mid: int, out: int, layer: str,
+    fusion: str, pool: bool,
+) -> Graph:  # fmt: skip
+    return csp_stage_stage(
+        in_channels, part, growth_rate, bottlenecks, mid, out, layer=layer, fusion=fusion, pool=pool
+    )  # fmt: skip
 
 
 # --- checks ---
@@ -115,7 +138,7 @@ def _check_params(
     channels = x.shape[1] - part_channels
     kind.check_channels(x, channels, params[:first])
     shapes = kind.shapes(params[:first], channels)
-    width = channels + first // each * kind.growth(shapes)
+    width = channels + first // each * kind.growth(checks.weights(params[:first]))
     shapes += transition_shapes(params[first:], part_channels, width, fusion, order)
     checks.check_tensors(
         params, shapes, lambda i: kind.label(i) if i < first else transition_label(i - first, fusion), x
@@ -126,125 +149,3 @@ def _check_params(
 def _norm_label(norms: int, layer: str, fusion: str) -> checks.Label:
     first = norms - transition_count(fusion) // 3
     return lambda i: LAYERS[layer].norm_label(i) if i < first else transition_norm_label(i - first, fusion)
-
-
-# --- native ---
-
-
-def _native(
-    x: Tensor,
-    params: list[Tensor],
-    running: Sequence[Tensor],
-    part_channels: int,
-    layer: str,
-    fusion: str,
-    pool: str | None,
-    frozen: list[bool],
-    eps: list[float],
-    recompute: str,
-) -> tuple[Tensor, Tensor]:
-    """params: contiguous, in the dtype of sums, none missing."""
-    op = torch.ops.csp_kernels.csp_stage.default
-    given, x = x, node.in_place(x)
-    keep = node.wants_gradients(x, *params)
-    kind = list(LAYERS).index(layer)
-    flags = (
-        [int(f) for f in frozen],
-        eps,
-        part_channels,
-        kind,
-        FUSIONS.index(fusion),
-        pool is not None,
-        node.winograd(x.dtype),
-    )
-    fixed = node.fixed(running, params[0].dtype, keep)
-    arguments = x, params, fixed, *flags, keep, keep and recompute == "none"
-    y, *_, stats = node.call(op, _FORMULA, arguments) if keep else op(*arguments)
-    node.watch(y, "x of csp_stage", given, x)
-    return y, stats
-
-
-class _Sizes(NamedTuple):
-    """Of what the dense layers keep: feature channels, columns of a layer's z and middle, columns of statistics."""
-
-    layers: int
-    features: int
-    z: int
-    middle: int
-    columns: int
-
-
-def _sizes(x: Tensor, params: list[Tensor], part_channels: int, layer: str) -> _Sizes:
-    layers = len(params) // len(LAYERS[layer].names)
-    if layer == "pre":
-        g, b = params[5].shape[:2]
-        features = x.shape[1] - part_channels + layers * g
-        return _Sizes(layers, features, node.padded(b), 0, features + layers * b)
-    ways = 2 if layer == "two_way" else 1
-    g = params[3].shape[0]
-    width = max(p.shape[0] for p in params[:: len(LAYERS[layer].names)])
-    middle = node.padded(g) if ways == 2 else 0
-    return _Sizes(layers, layers * ways * g, ways * node.padded(width), middle, sum(p.shape[0] for p in params[1::3]))
-
-
-def _fake(
-    x: Tensor,
-    params: list[Tensor],
-    running: list[Tensor],
-    frozen: list[int],
-    eps: list[float],
-    part_channels: int,
-    layer: int,
-    fusion: int,
-    pool: bool,
-    winograd: int,
-    keep: bool,
-    keep_bottleneck: bool,
-) -> tuple[Tensor | list[Tensor], ...]:
-    count, kind, pixels = transition_count(FUSIONS[fusion]), list(LAYERS)[layer], checks.pixels(x)
-    last = params[-count:]
-    sizes = _sizes(x, params[:-count], part_channels, kind)
-    h, w = (x.shape[2] // 2, x.shape[3] // 2) if pool else x.shape[2:]
-    y = node.fake_image(x, output_size(fusion, part_channels, last), h, w)
-    layers = sizes.layers if keep_bottleneck else 0
-    raw = raw_sizes(x, last, fusion, kind != "pre", pool) if keep else (0, 0)
-    columns = sizes.columns + sum(p.shape[0] for p in last[::3])
-    return (
-        y,
-        x.new_empty((pixels, sizes.features)),
-        [x.new_empty((pixels, sizes.z)) for _ in range(layers)],
-        [x.new_empty((pixels, sizes.middle)) for _ in range(layers if sizes.middle else 0)],
-        *(x.new_empty((n,)) for n in raw),
-        node.fake_statistics(x, columns),
-    )
-
-
-def _fake_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    params = rest[6]
-    return [node.fake_image(x, x.shape[1]), *(torch.empty_like(p) for p in params)]
-
-
-def _save(arguments: tuple[Any, ...], output: Any) -> node.Saved:
-    x, params, running, *rest, _, _ = arguments
-    return node.Saved([x], (*output[1:], params, running), rest)
-
-
-def _gradients(saved: node.Saved, grad_y: Tensor) -> list[Tensor]:
-    (x,), kept, rest = saved
-    gradients: list[Tensor] = torch.ops.csp_kernels.csp_stage_backward.default(node.in_place(grad_y), x, *kept, *rest)
-    return gradients
-
-
-def _twin(saved: node.Saved) -> node.Twin:
-    (x,), (*_, params, running), (frozen, eps, part_channels, layer, fusion, pool, _) = saved
-
-    def reference(x: Tensor, *params: Tensor) -> list[Tensor]:
-        options: dict[str, Any] = {"layer": list(LAYERS)[layer], "fusion": FUSIONS[fusion]}
-        options |= {"pool": "avg" if pool else None, "part_channels": part_channels}
-        return [reference_csp_stage(x, params, running, frozen=frozen, eps=eps, **options)[0]]
-
-    return [x, *params], reference
-
-
-_FORMULA = node.Formula(_save, _gradients, _twin)
-node.register("csp_stage", {"": _fake, "_backward": _fake_backward}, _FORMULA)

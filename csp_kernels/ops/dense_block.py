@@ -1,34 +1,20 @@
-"""The concat-free dense block: checks, dispatch, fake kernels and autograd of torch.ops.csp_kernels.dense_block*."""
+"""The concat-free dense block: checks and dispatch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from csp_kernels._tracing import cached_constant, static_float
 from csp_kernels.ops import _checks as checks
-from csp_kernels.ops import _node as node
+from csp_kernels.ops._program import Names, Part, Source, run
 from csp_kernels.ops._transforms import uses_reference
 from csp_kernels.reference import dense_block as reference_dense_block
+from csp_kernels.stage.dense_block import dense_block as dense_block_stage
 
 NAMES = ("norm1.weight", "norm1.bias", "conv1.weight", "norm2.weight", "norm2.bias", "conv2.weight")  # of one layer
-
-
-class _Sizes(NamedTuple):
-    layers: int  # L
-    channels: int  # c0
-    growth: int  # g
-    width: int  # b, the bottleneck
-
-    @property
-    def total(self) -> int:  # C
-        return self.channels + self.layers * self.growth
-
-    @property
-    def columns(self) -> int:  # of stats
-        return self.total + self.layers * self.width
 
 
 def dense_block(
@@ -56,73 +42,56 @@ def dense_block(
       drop_rate  dropout on each layer's new features, 0 <= drop_rate < 1; 0 in eval mode.
       recompute  "none" keeps the bottleneck for backward, "bottleneck" computes it again there.
     Returns y [N, C, H, W] in the dtype and memory format of x (its first c0 channels are x), and stats [2, C + L * b]
-    float64, no gradient: batch mean and biased variance of the features, then of each layer's bottleneck; unspecified
-    where no norm needs them. Running statistics are the caller's to update: `csp.DenseBlock` does.
+    float64, no gradient: batch mean and biased variance of the features, then of each layer's bottleneck; 0 where no
+    norm of the block needs them, as of what the last layer adds. Running statistics are the caller's to update:
+    `csp.DenseBlock` does.
     Differentiable any number of times; second derivatives run on the reference, with the same dropout. y must not be
     changed in place before backward, which raises RuntimeError then: it holds the features.
     Raises TypeError or ValueError for bad arguments before any work, RuntimeError if the chosen backend cannot run.
     """
     x = checks.autocast(checks.check_image(x))
-    sizes = _checked_params(x, params)
-    frozen = checks.flags(frozen, 2 * sizes.layers, "two a layer")
+    shapes = _checked_params(x, params)
+    layers = len(params) // 6
+    frozen = checks.flags(frozen, 2 * layers, "two a layer")
     eps = checks.epsilons(eps, frozen, "two a layer")
-    _check_running(x, running, frozen, sizes)
+    checks.check_running(x, running, frozen, [shapes[i][0] for i in checks.norm_indices(shapes)], _norm_label)
     _check_options(x, frozen, drop_rate, recompute)
     channels_last = checks.is_channels_last(x)
     if uses_reference(x, *params, *running):
         y, stats = reference_dense_block(x, params, running, frozen=frozen, eps=eps, drop_rate=drop_rate)
         return checks.formatted(y, channels_last), stats
-    features, stats = _fused(x, params, running, sizes, frozen, eps, drop_rate, recompute)
-    y = checks.formatted(features, channels_last)
-    node.watch(features, "the output of dense_block", y, features)
-    return y, stats
-
-
-def _fused(
-    x: Tensor,
-    params: Sequence[Tensor | None],
-    running: Sequence[Tensor],
-    sizes: _Sizes,
-    frozen: list[bool],
-    eps: list[float],
-    drop_rate: float,
-    recompute: str,
-) -> tuple[Tensor, Tensor]:
-    ops = torch.ops.csp_kernels
-    dtype = checks.ACCUMULATE[x.dtype]
-    full = [_filled(i, sizes, x) if p is None else checks.converted(p, dtype) for i, p in enumerate(params)]
-    x = node.in_place(x)
-    winograd = node.winograd(x.dtype)
-    gradients = node.wants_gradients(x, *full)
-    fixed = node.fixed(running, dtype, gradients)
-    if all(frozen) and not gradients and drop_rate == 0:
-        y = ops.dense_block_inference.default(x, full, fixed, eps, winograd)
-        return y, x.new_zeros((2, sizes.columns), dtype=torch.float64)
+    full = checks.filled(params, shapes, x)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if drop_rate > 0 else None
-    keep = gradients and recompute == "none"
-    op = ops.dense_block.default
-    arguments = x, full, fixed, [int(f) for f in frozen], eps, seed, float(drop_rate), keep, winograd
-    y, _, stats = node.call(op, _FORMULA, arguments) if gradients else op(*arguments)
-    return y, stats
+    source = source_of(checks.weights(params), drop_rate)
+    (y,), moments = run(source, [x], full, running, frozen, eps, _NAMES, recompute=recompute, seed=seed)
+    return y, moments.of(features_and_bottlenecks(layers))
 
 
-def _filled(index: int, sizes: _Sizes, x: Tensor) -> Tensor:
-    """Weight (ones) or bias (zeros) of a norm without affine parameters."""
-    layer, slot = divmod(index, 6)
-    channels = sizes.width if slot > 2 else sizes.channels + layer * sizes.growth
-    return (torch.ones if slot % 3 == 0 else torch.zeros)(channels, dtype=checks.ACCUMULATE[x.dtype], device=x.device)
+_NAMES = Names(["x of dense_block"], ["the output of dense_block"])
+
+
+def source_of(weights: Sequence[checks.Shape], drop_rate: float) -> Source:
+    """Of a block with these shapes of its convolutions' weights, in order."""
+    growth, width = weights[1][:2]
+    return dense_block_stage, len(weights) // 2, weights[0][1], growth, width, static_float(drop_rate)
+
+
+@cached_constant
+def features_and_bottlenecks(layers: int, first: int = 0) -> tuple[Part, ...]:
+    """What enters the layers, value `first`, and what each adds, then what each 1x1 gives."""
+    grown, bottlenecks = range(first + 2, first + 2 * layers + 1, 2), range(first + 1, first + 2 * layers + 1, 2)
+    return tuple(Part("value", value) for value in (first, *grown, *bottlenecks))
 
 
 # --- checks ---
 
 
-def _checked_params(x: Tensor, params: Sequence[Tensor | None]) -> _Sizes:
+def _checked_params(x: Tensor, params: Sequence[Tensor | None]) -> list[checks.Shape]:
     checks.check_count(params, NAMES)
     _check_channels(x, x.shape[1], params)
     shapes = _expected_shapes(params, x.shape[1])
     checks.check_tensors(params, shapes, _label, x)
-    g, b = shapes[5][:2]
-    return _Sizes(len(params) // 6, x.shape[1], g, b)
+    return shapes
 
 
 def _check_channels(x: Tensor, channels: int, params: Sequence[Tensor | None]) -> None:
@@ -150,13 +119,7 @@ def _expected_shapes(params: Sequence[Tensor | None], channels: int) -> list[che
     return shapes
 
 
-LAYER = checks.Layer(NAMES, _label, _norm_label, _check_channels, _expected_shapes, lambda shapes: shapes[5][0])
-
-
-def _check_running(x: Tensor, running: Sequence[Tensor], frozen: list[bool], sizes: _Sizes) -> None:
-    prefixes = [sizes.channels + layer * sizes.growth for layer in range(sizes.layers)]
-    widths = [c for k in prefixes for c in (k, sizes.width)]
-    checks.check_running(x, running, frozen, widths, _norm_label)
+LAYER = checks.Layer(NAMES, _label, _norm_label, _check_channels, _expected_shapes, lambda weights: weights[1][0])
 
 
 def _check_options(x: Tensor, frozen: list[bool], drop_rate: float, recompute: str) -> None:
@@ -164,96 +127,3 @@ def _check_options(x: Tensor, frozen: list[bool], drop_rate: float, recompute: s
         raise ValueError(f"drop_rate: got {drop_rate}, expected 0 <= drop_rate < 1")
     checks.check_recompute(recompute)
     checks.check_values(x, checks.pixels(x), frozen)
-
-
-# --- fake kernels: shapes only ---
-
-
-def _sizes(x: Tensor, params: Sequence[Tensor]) -> _Sizes:
-    return _Sizes(len(params) // 6, x.shape[1], params[5].shape[0], params[5].shape[1])
-
-
-def _fake_forward(
-    x: Tensor,
-    params: list[Tensor],
-    running: list[Tensor],
-    frozen: list[int],
-    eps: list[float],
-    seed: Tensor | None,
-    drop_rate: float,
-    keep_bottleneck: bool,
-    winograd: int,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    sizes = _sizes(x, params)
-    pixels, padded = x.shape[0] * x.shape[2] * x.shape[3], node.padded(sizes.width)
-    z = [x.new_empty((pixels, padded)) for _ in range(sizes.layers if keep_bottleneck else 0)]
-    return node.fake_image(x, sizes.total), z, node.fake_statistics(x, sizes.columns)
-
-
-def _fake_backward(
-    grad_y: Tensor,
-    y: Tensor,
-    z: list[Tensor],
-    stats: Tensor,
-    params: list[Tensor],
-    running: list[Tensor],
-    frozen: list[int],
-    eps: list[float],
-    seed: Tensor | None,
-    drop_rate: float,
-    in_channels: int,
-    winograd: int,
-) -> list[Tensor]:
-    return [node.fake_image(y, in_channels), *(torch.empty_like(p) for p in params)]
-
-
-def _fake_inference(x: Tensor, params: list[Tensor], running: list[Tensor], eps: list[float], winograd: int) -> Tensor:
-    return node.fake_image(x, _sizes(x, params).total)
-
-
-# --- autograd ---
-
-
-def _save(arguments: tuple[Any, ...], output: tuple[Tensor, list[Tensor], Tensor]) -> node.Saved:
-    x, params, running, frozen, eps, seed, drop_rate, _, winograd = arguments
-    y, z, stats = output
-    rest = frozen, eps, drop_rate, x.shape[1], winograd, x.requires_grad
-    return node.Saved([y], (z, stats, params, running, seed), rest)
-
-
-def _gradients(saved: node.Saved, grad_y: Tensor) -> list[Tensor]:
-    (y,), (z, stats, params, running, seed), (frozen, eps, drop_rate, channels, winograd, _) = saved
-    assert y is not None
-    gradients: list[Tensor] = torch.ops.csp_kernels.dense_block_backward.default(
-        node.packed(grad_y),
-        node.packed(y),
-        z,
-        stats,
-        params,
-        running,
-        frozen,
-        eps,
-        seed,
-        drop_rate,
-        channels,
-        winograd,
-    )
-    return gradients
-
-
-def _twin(saved: node.Saved) -> node.Twin:
-    """x is y's first channels: not only equal, but by way of y and this operator's gradients also differentiable."""
-    (y,), (_, _, params, running, seed), (frozen, eps, drop_rate, channels, _, differentiable) = saved
-    assert y is not None
-    x = y[:, :channels]
-
-    def reference(x: Tensor, *params: Tensor) -> list[Tensor]:
-        options = {"frozen": frozen, "eps": eps, "drop_rate": drop_rate, "seed": seed}
-        return [reference_dense_block(x, params, running, **options)[0]]
-
-    return [x if differentiable else x.detach(), *params], reference
-
-
-_FORMULA = node.Formula(_save, _gradients, _twin)
-_FAKES: dict[str, Callable[..., Any]] = {"": _fake_forward, "_backward": _fake_backward, "_inference": _fake_inference}
-node.register("dense_block", _FAKES, _FORMULA)

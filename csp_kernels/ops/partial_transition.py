@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from csp_kernels._tracing import static
 from csp_kernels.ops import _checks as checks
-from csp_kernels.ops import _node as node
+from csp_kernels.ops._program import Names, Source, run
 from csp_kernels.ops._transforms import uses_reference
 from csp_kernels.reference import partial_transition as reference_partial_transition
+from csp_kernels.stage.graph import Graph
+from csp_kernels.stage.partial_transition import partial_transition as partial_transition_stage
 
 FUSIONS = ("csp", "first", "last")
 ORDERS = ("post", "pre")
@@ -50,7 +51,7 @@ def partial_transition(
       pool     "avg": 2x2 average, stride 2, an odd row or column dropped; None: the size stays.
     Returns y [N, o, H // 2, W // 2] (pool None: [N, o, H, W]; "last": p + m channels) in the dtype and memory format
     of part (of dense without one), and stats [2, channels of the norms] float64, no gradient: batch mean and biased
-    variance of the input of t's norm, then of u's, which may have been pooled; unspecified where frozen.
+    variance of the input of t's norm, then of u's, which may have been pooled; 0 where frozen.
     Running statistics are the caller's to update: `csp.PartialTransition` does.
     Raises TypeError or ValueError for bad arguments before any work, RuntimeError if the chosen backend cannot run.
     """
@@ -69,15 +70,30 @@ def partial_transition(
     sizes = [shapes[i][0] for i in norms]
     checks.check_running(dense, running, frozen, sizes, lambda i: norm_label(i, fusion), "dense")
     check_values(dense, frozen, fusion, order, pool, "dense")
-    channels_last = checks.is_channels_last(dense if part is None else part)
     if uses_reference(dense, part, *params, *running):
+        channels_last = checks.is_channels_last(dense if part is None else part)
         y, stats = reference_partial_transition(
             part, dense, params, running, fusion=fusion, order=order, pool=pool, frozen=frozen, eps=eps
         )
-    else:
-        full = checks.filled(params, shapes, dense)
-        y, stats = _native(part, dense, full, running, fusion, order, pool, frozen, eps)
-    return checks.formatted(y, channels_last), stats
+        return checks.formatted(y, channels_last), stats
+    given = {"dense": dense} if part is None else {"part": part, "dense": dense}
+    names = Names([f"{name} of partial_transition" for name in given], ["the output of partial_transition"])
+    bypass = 0 if part is None else part.shape[1]
+    source = source_of(bypass, dense.shape[1], checks.weights(params), fusion, order, pool)
+    full = checks.filled(params, shapes, dense)
+    (y,), moments = run(source, [*given.values()], full, running, frozen, eps, names)
+    return y, moments.of(None)
+
+
+def source_of(
+    part: int, dense: int, weights: Sequence[checks.Shape], fusion: str, order: str, pool: str | None
+) -> Source:
+    """Of the channels of both inputs; weights: shapes of the weights of t and u, of those that there are."""
+    return _graph, static(part), static(dense), weights[0][0], weights[-1][0], fusion, order, pool is not None
+
+
+def _graph(part: int, dense: int, mid: int, out: int, fusion: str, order: str, pool: bool) -> Graph:
+    return partial_transition_stage(part, dense, mid, out, fusion=fusion, order=order, pool=pool)
 
 
 # --- checks ---
@@ -161,103 +177,3 @@ def check_values(x: Tensor, frozen: Sequence[bool], fusion: str, order: str, poo
         return
     checks.check_values(x, n * h * w, frozen[:-1], name)
     checks.check_values(x, n * (h // 2) * (w // 2), frozen[-1:], name, " after pooling")
-
-
-# --- native ---
-
-
-def _native(
-    part: Tensor | None,
-    dense: Tensor,
-    params: list[Tensor],
-    running: Sequence[Tensor],
-    fusion: str,
-    order: str,
-    pool: str | None,
-    frozen: list[bool],
-    eps: list[float],
-) -> tuple[Tensor, Tensor]:
-    """params: contiguous, in the dtype of sums, none missing."""
-    op = torch.ops.csp_kernels.partial_transition.default
-    given = {"part": part, "dense": dense}
-    dense, part = node.in_place(dense), None if part is None else node.in_place(part)
-    gradients = node.wants_gradients(part, dense, *params)
-    fixed = node.fixed(running, params[0].dtype, gradients)
-    flags = [int(f) for f in frozen], eps, FUSIONS.index(fusion), order == "post", pool is not None
-    arguments = part, dense, params, fixed, *flags
-    if gradients:
-        y, _, _, stats = node.call(op, _FORMULA, (*arguments, True))
-        for (name, original), used in zip(given.items(), (part, dense), strict=True):
-            if original is not None and used is not None:
-                node.watch(y, f"{name} of partial_transition", original, used)
-    else:
-        y, _, _, stats = op(*arguments, False)
-    return y, stats
-
-
-def output_size(fusion: int, part: int, params: Sequence[Tensor]) -> int:
-    """Channels."""
-    return params[-1].shape[0] + (part if FUSIONS[fusion] == "last" else 0)
-
-
-def raw_sizes(x: Tensor, params: Sequence[Tensor], fusion: int, post: bool, pool: bool) -> tuple[int, int]:
-    """Elements kept of what the convolutions of t and u gave, where something follows it."""
-    n, _, h, w = x.shape
-    pooled = n * (h // 2) * (w // 2) if pool else n * h * w
-    t = n * h * w * node.padded(params[2].shape[0])
-    u = pooled * node.padded(params[-1].shape[0])
-    kind = FUSIONS[fusion]
-    return (t if kind == "csp" or (kind == "last" and post) else 0), (u if kind != "last" and post else 0)
-
-
-def _fake(
-    part: Tensor | None,
-    dense: Tensor,
-    params: list[Tensor],
-    running: list[Tensor],
-    frozen: list[int],
-    eps: list[float],
-    fusion: int,
-    post: bool,
-    pool: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h, w = (dense.shape[2] // 2, dense.shape[3] // 2) if pool else dense.shape[2:]
-    channels = output_size(fusion, 0 if part is None else part.shape[1], params)
-    t, u = raw_sizes(dense, params, fusion, post, pool) if keep else (0, 0)
-    columns = sum(p.shape[0] for p in params[::3])
-    y = node.fake_image(dense, channels, h, w)
-    return y, dense.new_empty((t,)), dense.new_empty((u,)), node.fake_statistics(dense, columns)
-
-
-def _fake_backward(grad_y: Tensor, part: Tensor | None, dense: Tensor, params: list[Tensor], *_: Any) -> list[Tensor]:
-    first = dense.new_empty((0,)) if part is None else node.fake_image(part, part.shape[1])
-    return [first, node.fake_image(dense, dense.shape[1]), *(torch.empty_like(p) for p in params)]
-
-
-def _save(arguments: tuple[Any, ...], output: Any) -> node.Saved:
-    part, dense, params, running, *rest, _ = arguments
-    return node.Saved([part, dense], (params, running, *output[1:]), rest)
-
-
-def _gradients(saved: node.Saved, grad_y: Tensor) -> list[Tensor | None]:
-    (part, dense), kept, rest = saved
-    dpart, *gradients = torch.ops.csp_kernels.partial_transition_backward.default(
-        node.in_place(grad_y), part, dense, *kept, *rest
-    )
-    return [None if part is None else dpart, *gradients]
-
-
-def _twin(saved: node.Saved) -> node.Twin:
-    images, (params, running, *_), (frozen, eps, fusion, post, pool) = saved
-
-    def reference(part: Tensor | None, dense: Tensor, *params: Tensor) -> list[Tensor]:
-        options: dict[str, Any] = {"fusion": FUSIONS[fusion], "order": "post" if post else "pre"}
-        options["pool"] = "avg" if pool else None
-        return [reference_partial_transition(part, dense, params, running, frozen=frozen, eps=eps, **options)[0]]
-
-    return [*images, *params], reference
-
-
-_FORMULA = node.Formula(_save, _gradients, _twin)
-node.register("partial_transition", {"": _fake, "_backward": _fake_backward}, _FORMULA)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from csp_kernels.ops import _checks as checks
-from csp_kernels.ops._transforms import uses_reference
-from csp_kernels.ops.post_dense_block import run
+from csp_kernels.ops._blocks import dense_layers
+from csp_kernels.ops._program import Source
 from csp_kernels.reference import two_way_dense_block as reference_two_way_dense_block
+from csp_kernels.stage.two_way_dense_block import two_way_dense_block as two_way_dense_block_stage
 
 NORMS = ("branch1.norm1", "branch1.norm2", "branch2.norm1", "branch2.norm2", "branch2.norm3")  # of one layer
 NAMES = tuple(
@@ -39,25 +40,18 @@ def two_way_dense_block(
       eps      one number or 5L.
     Returns y [N, c0 + L * 2h, H, W] in the dtype and memory format of x (its first c0 channels are x), and
     stats [2, sum of 2 * i_l + 3h] float64, no gradient: batch mean and biased variance of each norm's input, in order;
-    unspecified where a norm is frozen. Running statistics are the caller's to update: `csp.TwoWayDenseBlock` does.
+    0 where a norm is frozen. Running statistics are the caller's to update: `csp.TwoWayDenseBlock` does.
     Raises TypeError or ValueError for bad arguments before any work, RuntimeError if the chosen backend cannot run.
     """
-    x = checks.autocast(checks.check_image(x))
-    checks.check_count(params, NAMES)
-    _check_channels(x, x.shape[1], params)
-    shapes = _expected_shapes(params, x.shape[1])
-    checks.check_tensors(params, shapes, _label, x)
-    norms = checks.norm_indices(shapes)
-    frozen = checks.flags(frozen, len(norms), "five a layer")
-    eps = checks.epsilons(eps, frozen, "five a layer")
-    checks.check_running(x, running, frozen, [shapes[i][0] for i in norms], _norm_label)
-    checks.check_values(x, checks.pixels(x), frozen)
-    channels_last = checks.is_channels_last(x)
-    if uses_reference(x, *params, *running):
-        y, stats = reference_two_way_dense_block(x, params, running, frozen=frozen, eps=eps)
-    else:
-        y, stats = _native(x, checks.filled(params, shapes, x), running, frozen, eps)
-    return checks.formatted(y, channels_last), stats
+    return dense_layers(
+        x, params, running, frozen, eps, name="two_way_dense_block", layer=LAYER, each="five a layer",
+        reference=reference_two_way_dense_block, source=source_of,
+    )  # fmt: skip
+
+
+def source_of(weights: Sequence[checks.Shape]) -> Source:
+    """Of a block with these shapes of its convolutions' weights, in order."""
+    return two_way_dense_block_stage, weights[0][1], LAYER.growth(weights), tuple(shape[0] for shape in weights[::5])
 
 
 # --- checks ---
@@ -89,14 +83,4 @@ def _expected_shapes(params: Sequence[Tensor | None], channels: int) -> list[che
     return shapes
 
 
-LAYER = checks.Layer(NAMES, _label, _norm_label, _check_channels, _expected_shapes, lambda shapes: 2 * shapes[3][0])
-
-
-# --- native ---
-
-
-def _native(
-    x: Tensor, params: list[Tensor], running: Sequence[Tensor], frozen: list[bool], eps: list[float]
-) -> tuple[Tensor, Tensor]:
-    """params: contiguous, in the dtype of sums, none missing."""
-    return run(x, params, running, frozen, eps, two_way=True)
+LAYER = checks.Layer(NAMES, _label, _norm_label, _check_channels, _expected_shapes, lambda weights: 2 * weights[1][0])

@@ -47,8 +47,7 @@ def _check_reads(graph: Graph, name: str, user: Node | Write, values: int) -> No
     if isinstance(user, Sum):
         _check_activation(name, user.act)
         widths = sorted({read.channels for read in user.reads})
-        fits = len(user.reads) > 1 and len(widths) == 1
-        _expect(fits, name, f"{len(user.reads)} reads of {widths} channels", "two or more of one width")
+        _expect(len(widths) == 1, name, f"{len(user.reads)} reads of {widths} channels", "one or more of one width")
     elif isinstance(user, Conv):
         _check_conv(name, user)
 

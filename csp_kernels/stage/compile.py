@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from csp_kernels.stage.behind import outputs_behind
 from csp_kernels.stage.check import check
+from csp_kernels.stage.fold import Folded, fold, with_bottlenecks
 from csp_kernels.stage.graph import Conv, Graph, Node, Read, Sum
-from csp_kernels.stage.place import RECOMPUTE, Layout, lay_out, merged
+from csp_kernels.stage.place import RECOMPUTE, Layout, lay_out, merged, norm_columns
 from csp_kernels.stage.program import (
     Activate,
     ActivateBackward,
@@ -54,14 +56,21 @@ def compile_stage(
         raise ValueError(f"frozen: got {len(frozen)} items, expected {len(graph.norms)}, one a norm")
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(RECOMPUTE)}")
-    layout = lay_out(graph, frozen, wanted is not None, recompute)
-    common = _Common(graph, layout, frozen)
+    sources, columns = _sources(graph), norm_columns(graph)
+    if wanted is None:
+        graph, folded = fold(graph, frozen, columns)
+    else:
+        folded = {}
+    layout = lay_out(graph, frozen, columns, folded, wanted is not None, recompute)
+    common = _Common(graph, layout, frozen, sources, folded)
     forward = _forward(common)
+    if wanted is None:
+        forward = with_bottlenecks(forward, layout.buffers)
     backward = _BackwardPass(common, wanted).run() if wanted else ()
     statistics = sum(graph.channels[value] for value in layout.statistics)
     weights, norms = _parameters(graph, frozen)
-    columns, wanted = sum(graph.norms), wanted or Wanted()
-    return Program(layout.buffers, statistics, columns, weights, norms, wanted, forward, backward)
+    wanted = wanted or Wanted()
+    return Program(layout.buffers, statistics, sum(graph.norms), weights, norms, wanted, forward, backward)
 
 
 def _parameters(graph: Graph, frozen: Sequence[bool]) -> tuple[tuple[Weight | None, ...], tuple[Norm, ...]]:
@@ -84,13 +93,16 @@ def _parameters(graph: Graph, frozen: Sequence[bool]) -> tuple[tuple[Weight | No
 class _Common:
     """What both directions look up."""
 
-    def __init__(self, graph: Graph, layout: Layout, frozen: Sequence[bool]) -> None:
-        self.graph, self.layout, self.frozen = graph, layout, frozen
+    def __init__(
+        self, graph: Graph, layout: Layout, frozen: Sequence[bool], sources: Sequence[Sequence[tuple[int, int]]],
+        folded: dict[int, Folded],
+    ) -> None:  # fmt: skip
+        self.graph, self.layout, self.frozen, self.folded = graph, layout, frozen, folded
         dropping = [i for i, node in enumerate(graph.nodes) if isinstance(node, Conv) and node.drop_rate > 0]
         self.drops = {node: i for i, node in enumerate(dropping)}
         self.bindings: dict[int, tuple[Binding, ...]] = dict.fromkeys(range(len(graph.channels)), ())
-        for norm, sources in enumerate(_sources(graph)):
-            for value, binding in self._runs(norm, sources):
+        for norm, channels in enumerate(sources):
+            for value, binding in self._runs(norm, channels):
                 self.bindings[value] += (binding,)
 
     def _runs(self, norm: int, sources: Sequence[tuple[int, int]]) -> list[tuple[int, Binding]]:
@@ -114,10 +126,14 @@ class _Common:
         node, to = self.graph.nodes[nodes[0]], self.place(nodes)
         statistics = None if again else self.layout.statistics.get(self.graph.value(nodes[0]))
         if isinstance(node, Conv):
-            segments = self.layout.segments(node.reads)
-            return Product(nodes, self.conv(nodes, node), segments, to, statistics, self.drops.get(nodes[0]))
+            segments, drop = self.layout.segments(node.reads), self.drops.get(nodes[0])
+            product = Product(nodes, self.conv(nodes, node), segments, to, statistics, drop)
+            through = self.folded.get(nodes[0])
+            if through is None:
+                return product
+            return replace(product, column=through.column, act=through.act, slope=through.slope)
         segments = tuple(self.layout.segment(read) for read in node.reads)  # they are added, not side by side
-        return Add(segments, to, node.act, node.slope if node.act == "leaky_relu" else 0.0, statistics)
+        return Add(nodes[0], segments, to, node.act, node.slope if node.act == "leaky_relu" else 0.0, statistics)
 
     def values(self, nodes: Sequence[int]) -> list[int]:
         return [self.graph.value(index) for index in nodes]
@@ -182,6 +198,8 @@ class _BackwardPass:
         self.common, self.wanted = common, wanted
         self.graph, self.layout = common.graph, common.layout
         self.steps: list[Backward] = []
+        self.behind = outputs_behind(self.graph, self.layout)
+        self.left = {value for nodes in self.behind for value in common.values(nodes)}  # no gradients in memory
         self.written = [[False] * channels for channels in self.graph.channels]
         self.there = [self.layout.buffers[place.buffer].kind != "scratch" for place in self.layout.places]
         self.needs = [value in wanted.inputs for value in range(len(self.graph.inputs))]
@@ -230,7 +248,8 @@ class _BackwardPass:
     def _node(self, nodes: tuple[int, ...], node: Node) -> None:
         self._compute_again(node.reads)
         place, owed = self.common.place(nodes), self._owed(self.graph.value(nodes[0]))
-        for value in self.common.values(nodes):
+        behind = self.behind.get(nodes, ())
+        for value in self.common.values(nodes) if not behind else ():
             self._clear(value, range(self.graph.channels[value]))
         segments = self._targets(node.reads)
         if isinstance(node, Sum):
@@ -239,7 +258,7 @@ class _BackwardPass:
         else:
             conv, drop = self.common.conv(nodes, node), self.common.drops.get(nodes[0])
             wanted = tuple(index for index in nodes if index in self.wanted.nodes)
-            self.steps.append(ProductBackward(nodes, conv, merged(segments), place, owed, wanted, drop))
+            self.steps.append(ProductBackward(nodes, conv, merged(segments), place, owed, wanted, drop, behind))
 
     def _settle(self, value: int) -> None:
         bindings = tuple(b for b in self.common.bindings[value] if self._settles(b, value))
@@ -257,7 +276,7 @@ class _BackwardPass:
         made = []
         for read in reads:
             gradient = ""
-            if self.needs[read.value]:
+            if self.needs[read.value] and read.value not in self.left:
                 channels = range(read.start, read.stop)
                 written = self.written[read.value]
                 gradient = "add" if any(written[c] for c in channels) else "write"

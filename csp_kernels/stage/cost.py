@@ -17,6 +17,7 @@ from csp_kernels.stage.program import (
     Add,
     AddBackward,
     Backward,
+    Bottleneck,
     Buffer,
     Clear,
     Copy,
@@ -72,6 +73,9 @@ class _Count:
         if isinstance(step, Product):
             flops = self.products(step, step.to, step.segments)
             return Cost(flops, self.places(step.segments), self.size(step.to))
+        if isinstance(step, Bottleneck):
+            both = [self.products(product, product.to, product.segments) for product in (step.reduce, step.conv)]
+            return Cost(sum(both), self.places(step.reduce.segments), self.size(step.conv.to))
         if isinstance(step, (Add, Activate)):
             return Cost(0, self.places(step.segments), self.size(step.to))
         if isinstance(step, Clear):
@@ -84,7 +88,10 @@ class _Count:
 
     def backward(self, step: ActivateBackward | AddBackward | ProductBackward) -> Cost:
         if isinstance(step, ActivateBackward):
-            incoming, flops = self.size(step.output), 0
+            wanted = [s for s in step.segments if s.gradient or s.sums]
+            incoming, flops = self.size(step.output) if wanted else 0, 0
+        elif isinstance(step, ProductBackward) and step.behind:
+            incoming, flops = self.size(step.of, *(behind.output for behind in step.behind)), 0
         else:
             incoming, flops = self.complete(step.of, step.owed), 0
         weight = isinstance(step, ProductBackward) and bool(step.wanted)

@@ -26,7 +26,8 @@ def csp_stage(
 
 
 def _dense(build: Builder, x: Read, growth_rate: int, bottlenecks: Sequence[int], layer: str) -> list[Read]:
-    if layer == "pre":
+    if layer == "pre":  # every layer reads x through a norm of its own: beside the features it is one segment with them
+        x = build.read(build.sum([x]))
         return add_dense_layers(build, [x], len(bottlenecks), growth_rate, bottlenecks[0], prefix="dense.")
     add = add_post_dense_layers if layer == "post" else add_two_way_dense_layers
     return add(build, [x], growth_rate, bottlenecks, prefix="dense.")

@@ -75,7 +75,10 @@ class Conv:
 
 @dataclass(frozen=True)
 class Sum:
-    """act(first + second + ...), the residual join: a value of its own, since several nodes may read it."""
+    """act(first + second + ...), the residual join: a value of its own, since several nodes may read it.
+
+    Of one read, a copy: beside the values that it is read with it is one segment with them, which kernels read faster.
+    """
 
     reads: tuple[Read, ...]
     act: str = "identity"

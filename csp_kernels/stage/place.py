@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from csp_kernels.stage.check import sizes
+from csp_kernels.stage.fold import Folded
 from csp_kernels.stage.graph import Conv, Graph, Read, Write
 from csp_kernels.stage.program import Buffer, Place, Segment
 
@@ -75,9 +76,12 @@ def _joined(a: Segment, b: Segment) -> Segment | None:
     return replace(a, place=Place(a.place.buffer, a.place.start, b.place.stop))
 
 
-def lay_out(graph: Graph, frozen: Sequence[bool], keep: bool, recompute: str) -> Layout:
-    """keep: for backward."""
-    placing = _Placing(graph, keep, recompute)
+def lay_out(
+    graph: Graph, frozen: Sequence[bool], columns: tuple[int, ...], folded: dict[int, Folded], keep: bool,
+    recompute: str,
+) -> Layout:  # fmt: skip
+    """columns: see norm_columns. folded: see fold. keep: for backward."""
+    placing = _Placing(graph, folded, keep, recompute)
     placing.into_outputs()
     placing.siblings_side_by_side()
     placing.side_by_side()
@@ -92,7 +96,7 @@ def lay_out(graph: Graph, frozen: Sequence[bool], keep: bool, recompute: str) ->
     places = tuple(placing.places[value] for value in range(len(graph.channels)))
     held, pooled = tuple(placing.held), frozenset(placing.pooled)
     return Layout(
-        tuple(placing.buffers), places, placing.copies, held, pooled, statistics, _columns(graph), siblings
+        tuple(placing.buffers), places, placing.copies, held, pooled, statistics, columns, siblings
     )  # fmt: skip
 
 
@@ -100,8 +104,9 @@ def _trains(read: Read, frozen: Sequence[bool]) -> bool:
     return read.norm is not None and not frozen[read.norm]
 
 
-def _columns(graph: Graph) -> tuple[int, ...]:
-    """Norms that one node reads side by side have columns side by side: the nodes that read most come first."""
+def norm_columns(graph: Graph) -> tuple[int, ...]:
+    """First column of each norm: those that one node reads side by side have columns side by side. The nodes that read
+    most come first."""
     columns: dict[int, int] = {}
     end = 0
     for reads in sorted((user.reads for _, user in graph.users()), key=len, reverse=True):
@@ -124,8 +129,8 @@ def _same_reads(graph: Graph) -> list[tuple[int, ...]]:
 class _Placing:
     """Gives every value a place: its output's, if one holds it as it is, or one beside what it is read with."""
 
-    def __init__(self, graph: Graph, keep: bool, recompute: str) -> None:
-        self.graph, self.keep, self.recompute = graph, keep, recompute
+    def __init__(self, graph: Graph, folded: dict[int, Folded], keep: bool, recompute: str) -> None:
+        self.graph, self.folded, self.keep, self.recompute = graph, folded, keep, recompute
         self.sizes = sizes(graph)
         inputs = [Buffer("input", i, c, "") for i, c in enumerate(graph.inputs)]
         ends = self.sizes[len(graph.channels) :]
@@ -173,9 +178,10 @@ class _Placing:
         self._hold(output, write, values)
 
     def _commutes(self, read: Read) -> bool:
-        node = self.graph.nodes[read.value - len(self.graph.inputs)]
+        index = read.value - len(self.graph.inputs)
+        node = self.graph.nodes[index]
         plain = isinstance(node, Conv) and node.kernel == 1 and not (node.bias or node.pool or node.drop_rate)
-        return plain and read == Read(read.value, 0, self.graph.channels[read.value])
+        return plain and index not in self.folded and read == Read(read.value, 0, self.graph.channels[read.value])
 
     def _holds(self, write: Write) -> bool:
         whole = [Read(read.value, 0, self.graph.channels[read.value]) for read in write.reads]
@@ -194,14 +200,19 @@ class _Placing:
         for nodes in _same_reads(self.graph):
             start = 0
             for i, (a, b) in enumerate(zip(nodes, [*nodes[1:], None], strict=True)):
-                if b is None or not self._touch(self.graph.value(a), self.graph.value(b)):
+                if b is None or not self._touch(a, b):
                     found.append(nodes[start : i + 1])
                     start = i + 1
         return tuple(sorted(found))
 
     def _touch(self, a: int, b: int) -> bool:
-        first, second = self.places[a], self.places[b]
-        return first.buffer == second.buffer and first.stop == second.start
+        """Nodes whose values lie side by side, and what is folded into them too."""
+        first, second = self.places[self.graph.value(a)], self.places[self.graph.value(b)]
+        together = first.buffer == second.buffer and first.stop == second.start
+        before, behind = self.folded.get(a), self.folded.get(b)
+        if before is None or behind is None:
+            return together and before is behind
+        return together and behind == replace(before, column=before.column + first.stop - first.start)
 
     def side_by_side(self) -> None:
         """The longest lists of values that are read together first; what is kept and what is not never lie together."""
@@ -216,18 +227,19 @@ class _Placing:
         return list(dict.fromkeys(read.value for read in reads if read.value >= len(self.graph.inputs)))
 
     def _kind(self, value: int) -> str:
-        """ "bottleneck": a 1x1 that 3x3 convolutions alone read is computed again."""
+        """ "bottleneck": what lies between a 1x1 and the last 3x3 behind it is computed again."""
         again = self.recompute == "all" or (self.recompute == "bottleneck" and self._is_bottleneck(value))
         return "kept" if self.keep and not again else "scratch"
 
     def _is_bottleneck(self, value: int) -> bool:
+        """A 1x1 that 3x3 convolutions alone read, or a 3x3 like that which itself reads bottlenecks alone."""
+        if value < len(self.graph.inputs):
+            return False
         node = self.graph.nodes[value - len(self.graph.inputs)]
         readers = [user for _, user in self.graph.users() if any(read.value == value for read in user.reads)]
-        return (
-            isinstance(node, Conv)
-            and node.kernel == 1
-            and all(isinstance(user, Conv) and user.kernel == 3 for user in readers)
-        )
+        if not isinstance(node, Conv) or not all(isinstance(user, Conv) and user.kernel == 3 for user in readers):
+            return False
+        return node.kernel == 1 or all(self._is_bottleneck(read.value) for read in node.reads)
 
     def _new(self, kind: str, values: Sequence[int]) -> None:
         """A buffer for values of one size side by side."""

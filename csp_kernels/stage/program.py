@@ -61,9 +61,7 @@ class Segment:
     sums: bool = False
 
     def __str__(self) -> str:
-        text = str(self.place) if self.column is None else f"a{self.column}({self.place})"
-        act = f"{self.act} {self.slope:g}" if self.act == "leaky_relu" else self.act
-        text = text if self.act == "identity" else f"{act}({text})"
+        text = _through(str(self.place), self)
         marks = [self.gradient] * bool(self.gradient) + ["sums"] * self.sums
         return f"{text}<{' '.join(marks)}>" if marks else text
 
@@ -155,7 +153,11 @@ class Fill:
 @dataclass(frozen=True)
 class Product:
     """to = convolution of segments side by side, with the weights of one node of the graph or of several, one below
-    the other, which read the same (conv.out_channels: of all). drop: its number among those that drop."""
+    the other, which read the same (conv.out_channels: of all). drop: its number among those that drop.
+
+    Inference, a 1x1 alone: to = act(norm(convolution)), through affine columns from `column` on (None: no norm) of
+    norms that use running statistics, which are folded into the weights.
+    """
 
     nodes: tuple[int, ...]
     conv: Conv
@@ -163,16 +165,37 @@ class Product:
     to: Place
     statistics: int | None = None
     drop: int | None = None
+    column: int | None = None
+    act: str = "identity"
+    slope: float = 0.0
 
     def __str__(self) -> str:
-        product = f"{_conv(self.conv)} {_weights(self.nodes)}({_list(self.segments)})"
-        return f"{self.to} = {product}{_statistics(self.statistics)}"
+        return f"{self.to} = {self.result}{_statistics(self.statistics)}"
+
+    @property
+    def result(self) -> str:
+        """What is written, in words."""
+        return _through(f"{_conv(self.conv)} {_weights(self.nodes)}({_list(self.segments)})", self)
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Inference: a 1x1 of one segment through norm and ReLU, and the 3x3 that alone reads what it gives. That is in the
+    cache strip by strip and need not be written: reduce.to is memory that nothing else reads."""
+
+    reduce: Product
+    conv: Product
+
+    def __str__(self) -> str:
+        product = f"{_conv(self.conv.conv)} {_weights(self.conv.nodes)}({self.reduce.result})"
+        return f"{self.conv.to} = {product}"
 
 
 @dataclass(frozen=True)
 class Add:
-    """to = act(sum of the segments)."""
+    """to = act(sum of the segments), the value of a node."""
 
+    node: int
     segments: tuple[Segment, ...]
     to: Place
     act: str
@@ -228,11 +251,24 @@ class ActivateBackward:
 
 
 @dataclass(frozen=True)
+class Behind:
+    """What an output reads of a value, and where it lies there: the value's gradient follows from the output's,
+    scale * act'(norm(value)) * d(output)."""
+
+    segment: Segment
+    output: Place
+
+    def __str__(self) -> str:
+        return f"{self.segment} of d{self.output}"
+
+
+@dataclass(frozen=True)
 class ProductBackward:
     """From the gradient of what a convolution gave: those of weight (and bias), and of the segments.
 
     owed: first column of what is taken off the gradient that is read, None: nothing. wanted: nodes whose parameters
-    want gradients.
+    want gradients. behind: a 1x1 whose value outputs alone read, all of it, each from a multiple of 16 channels on and
+    all through one activation: its gradient is nowhere in memory, but computed on load from theirs.
     """
 
     nodes: tuple[int, ...]
@@ -242,10 +278,12 @@ class ProductBackward:
     owed: int | None
     wanted: tuple[int, ...]
     drop: int | None = None
+    behind: tuple[Behind, ...] = ()
 
     def __str__(self) -> str:
         weights = "".join(f"dw{node}, " for node in self.wanted)
-        source = f"{_conv(self.conv)} {_weights(self.nodes)} d{self.of}{_owed(self.owed)}"
+        gradient = f"({', '.join(map(str, self.behind))})" if self.behind else f"d{self.of}"
+        source = f"{_conv(self.conv)} {_weights(self.nodes)} {gradient}{_owed(self.owed)}"
         return f"{weights}{_list(self.segments)} <- {source}"
 
 
@@ -275,7 +313,7 @@ class Finish:
         return f"dinput{self.index} = d{self.of}{_owed(self.owed)}"
 
 
-Forward = Copy | Measure | Fill | Product | Add | Activate
+Forward = Copy | Measure | Fill | Product | Add | Activate | Bottleneck
 Backward = Settle | Clear | ActivateBackward | ProductBackward | AddBackward | Finish | Forward
 
 
@@ -308,6 +346,8 @@ def values_read(step: Backward) -> Iterator[Place]:
         yield from (segment.place for segment in step.segments)
     if isinstance(step, (ProductBackward, AddBackward, Finish)) and step.owed is not None:
         yield step.of
+    if isinstance(step, ProductBackward) and step.behind:
+        yield step.of
     if isinstance(step, (ActivateBackward, ProductBackward, AddBackward)):
         yield from (segment.place for segment in step.segments if needs_value(step, segment))
 
@@ -319,6 +359,13 @@ def needs_value(step: ActivateBackward | ProductBackward | AddBackward, segment:
     if segment.sums or (isinstance(step, AddBackward) and step.act != "identity"):
         return True
     return bool(segment.gradient) and (segment.act != "identity" or segment.column is not None)
+
+
+def _through(text: str, by: Segment | Product) -> str:
+    """act(norm(text))"""
+    act = f"{by.act} {by.slope:g}" if by.act == "leaky_relu" else by.act
+    text = text if by.column is None else f"a{by.column}({text})"
+    return text if by.act == "identity" else f"{act}({text})"
 
 
 def _list(segments: Sequence[Segment]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any, get_args, get_origin, get_type_hints
 
-from csp_kernels.stage.program import Binding, Program, Segment
+from csp_kernels.stage.program import Behind, Binding, Program, Segment
 
 
 @lru_cache(maxsize=1024)
@@ -54,7 +54,7 @@ def _words(value: Any, hint: Any) -> Iterator[str]:
         yield str(len(value))
         for item in value:
             words = _words(item, get_args(hint)[0])
-            if is_dataclass(item) and not isinstance(item, (Segment, Binding)):
+            if is_dataclass(item) and not isinstance(item, (Segment, Binding, Behind)):
                 yield "\n" + next(words)
             yield from words
     elif is_dataclass(value):

@@ -4,6 +4,8 @@
 
 namespace csp {
 
+enum class Activation : int { Identity, Relu, LeakyRelu, Silu, Mish, Hardswish };
+
 enum class Storage : int { Float32, BFloat16, Float16, Float64 };
 
 // Runs body(task) for task = 0 .. tasks-1 on the threads of the framework.
@@ -28,13 +30,5 @@ inline int64_t columns(const int64_t* sizes, int64_t count) {
   for (int64_t i = 0; i < count; i++) n += padded_channels(sizes[i]);
   return n;
 }
-
-// A tensor read or written in place: pixels `pitch` elements apart.
-struct Slice {
-  const void* x;
-  int64_t pitch, channels;
-  void* dx;            // backward, null: not wanted
-  int64_t dx_pitch;
-};
 
 }  // namespace csp

@@ -2,21 +2,13 @@
 #pragma once
 #include <cstdlib>
 #include <cstring>
-#include "concat_conv.h"
-#include "dense_block.h"
-#include "partial_transition.h"
-#include "post_dense_block.h"
 #include "stage.h"
 
 namespace csp {
 
-#define CSP_KERNELS_OF(isa)                                        \
-  namespace isa {                                                  \
-  extern const DenseBlockKernels dense_block_kernels;              \
-  extern const ConcatConvKernels concat_conv_kernels;              \
-  extern const PartialTransitionKernels partial_transition_kernels; \
-  extern const PostDenseBlockKernels post_dense_block_kernels;     \
-  extern const StageKernels stage_kernels;                         \
+#define CSP_KERNELS_OF(isa) \
+  namespace isa {           \
+  extern const StageKernels stage_kernels; \
   }
 #if defined(CSP_HAVE_BASELINE)
 CSP_KERNELS_OF(baseline)
@@ -34,10 +26,6 @@ CSP_KERNELS_OF(v4bf16)
 
 struct Isa {
   const char* name;
-  const DenseBlockKernels* dense_block;
-  const ConcatConvKernels* concat_conv;
-  const PartialTransitionKernels* partial_transition;
-  const PostDenseBlockKernels* post_dense_block;
   const StageKernels* stage;
   bool runs_here;
 };
@@ -51,16 +39,16 @@ inline const Isa* isas(int* count) {
 #endif
   static const Isa all[] = {
 #if defined(CSP_HAVE_V4BF16)
-      {"v4bf16", &v4bf16::dense_block_kernels, &v4bf16::concat_conv_kernels, &v4bf16::partial_transition_kernels, &v4bf16::post_dense_block_kernels, &v4bf16::stage_kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {"v4bf16", &v4bf16::stage_kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
 #endif
 #if defined(CSP_HAVE_V4)
-      {"v4", &v4::dense_block_kernels, &v4::concat_conv_kernels, &v4::partial_transition_kernels, &v4::post_dense_block_kernels, &v4::stage_kernels, avx512},
+      {"v4", &v4::stage_kernels, avx512},
 #endif
 #if defined(CSP_HAVE_V3)
-      {"v3", &v3::dense_block_kernels, &v3::concat_conv_kernels, &v3::partial_transition_kernels, &v3::post_dense_block_kernels, &v3::stage_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")},
+      {"v3", &v3::stage_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")},
 #endif
 #if defined(CSP_HAVE_BASELINE)
-      {"baseline", &baseline::dense_block_kernels, &baseline::concat_conv_kernels, &baseline::partial_transition_kernels, &baseline::post_dense_block_kernels, &baseline::stage_kernels, true},
+      {"baseline", &baseline::stage_kernels, true},
 #endif
   };
   *count = int(sizeof(all) / sizeof(all[0]));

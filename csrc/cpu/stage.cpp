@@ -6,6 +6,7 @@
 #include "tile/activate.h"
 #include "tile/conv3x3.h"
 #include "tile/elementwise.h"
+#include "tile/fused_layer.h"
 #include "tile/norm.h"
 #include "tile/storage.h"
 
@@ -60,6 +61,30 @@ template <class S> struct ValueGradient final : Gradient<S> {
       Vec<T> d = load(g + pixel * g_pitch + n, left);
       const Affine<T>& o = owed.correction;
       return owed.any ? d - ((load(x + pixel * pitch + n, left) - load(o.mean + n)) * load(o.scale + n) + load(o.shift + n)) : d;
+    }, columns, p0, m, M, by_channel, by_pixel);
+  }
+};
+
+// A value's gradient as a product's, where all of it comes from outputs that read it through a norm and an activation A:
+// scale * activation'(norm(x)) * dy, less what is owed.
+template <class S, class A> struct ActivatedValueGradient final : Gradient<S> {
+  using typename Gradient<S>::T;
+  using typename Gradient<S>::U;
+  const Places<const S>& dy;
+  const S* x;
+  int64_t pitch;
+  const Affine<T>& norm;
+  const Owed<T>& owed;
+  A activation;
+  ActivatedValueGradient(const Places<const S>& dy, const S* x, int64_t pitch, const Affine<T>& norm, const Owed<T>& owed, const A& activation)
+      : dy(dy), x(x), pitch(pitch), norm(norm), owed(owed), activation(activation) {}
+  void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const override {
+    pack_gradient<U>([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
+      const auto& from = dy.at[n / LANES<T>];
+      Vec<T> centred = load(x + pixel * pitch + n, from.left) - load(norm.mean + n), scale = load(norm.scale + n);
+      Vec<T> d = from.left > 0 ? activation.gradient(centred * scale + load(norm.shift + n), load(from.y + pixel * from.pitch, from.left)) * scale : Vec<T>{};
+      const Affine<T>& o = owed.correction;  // its mean is the norm's
+      return owed.any ? d - (centred * load(o.scale + n) + load(o.shift + n)) : d;
     }, columns, p0, m, M, by_channel, by_pixel);
   }
 };
@@ -291,6 +316,8 @@ template <class S> struct Stage {
     const int64_t out = i.conv.out_channels;
     Memory& to = of(i.to);
     const T* w = stacked(inner, i.nodes, channels(i.segments));
+    if (i.column >= 0 && plain(i.segments, i.conv)) return folded(i, inner, r, w);
+    if (i.column >= 0) return folded(i, inner, Mix<S>(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1}), w);
     if (plain(i.segments, i.conv) && i.to.start == 0 && padded_channels(out) <= to.pitch && i.to.stop == p.buffers[size_t(i.to.buffer)].channels) {
       int64_t K = channels(i.segments), P = to.pixels();
       int tasks = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), 2.0 * double(P) * double(K) * double(out));
@@ -304,13 +331,59 @@ template <class S> struct Stage {
     mix.forward_raw(mix.template packed<false>(inner, w), value(i.to), to.pitch, out, stats);
     merge_statistics(stats, mix.tasks, i.to, i.statistics);
   }
+  // y = x * scale + bias
+  T* bias(Frame& inner, int64_t column, int64_t channels) const {
+    T* to = inner.zeroed<T>(Affine<T>::padded(channels));
+    for (int64_t c = 0; c < channels; c++) to[c] = T(double(affine.shift[column + c]) - double(affine.mean[column + c]) * double(affine.scale[column + c]));
+    return to;
+  }
+  void folded(const stage::Product& i, Frame& inner, const Reads& r, const T* w) {
+    const int64_t K = channels(i.segments), out = i.conv.out_channels, P = of(i.to).pixels();
+    int tasks = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), 2.0 * double(P) * double(K) * double(out));
+    const Unit<U>* packed = pack<true>(inner, w, K, out, tasks, affine.scale + i.column);
+    const T* shift = bias(inner, i.column, out);
+    auto run = [&](auto act) { pointwise_activated<U>(a.parallel, tasks, P, r.segments[0].x, r.segments[0].pitch, K, r.norms[0], packed, shift, out, value(i.to), of(i.to).pitch, act); };
+    if (i.act == Activation::Relu) run(Relu<T>{});
+    else run(AnyActivation<T>{i.act, T(i.slope)});
+  }
+  void folded(const stage::Product& i, Frame& inner, const Mix<S>& mix, const T* w) {
+    Output<S> out{value(i.to), of(i.to).pitch};
+    T* scale = inner.zeroed<T>(Affine<T>::padded(mix.O));
+    copy(scale, affine.scale + i.column, i.to.channels());
+    const T* shift = bias(inner, i.column, i.to.channels());
+    auto* packed = mix.template packed<false>(inner, w, scale);
+    with_activation<T>(i.act, i.slope, [&](auto act) { mix_activated(mix, packed, shift, &out, act); });
+  }
+  void operator()(const stage::Bottleneck& i, Frame& inner) {
+    with_tiles(i.conv.to, [&](auto m) { bottleneck<decltype(m)::value>(i, inner); });
+  }
+  template <int M> void bottleneck(const stage::Bottleneck& i, Frame& inner) {
+    const stage::Segment& s = i.reduce.segments[0];
+    const int64_t K = s.place.channels(), b = i.reduce.conv.out_channels, g = i.conv.conv.out_channels;
+    Memory &from = of(s.place), &between = of(i.reduce.to), &to = of(i.conv.to);
+    const Grid& grid = to.grid;
+    Tiling<M> tiling(grid.N, grid.H, grid.W);
+    int tasks = choose_tasks(a.parallel, tiling.rows, 2.0 * double(grid.pixels()) * double(b) * double(K + 9 * g));
+    // Strip by strip, each task computes the bottleneck at its edges once more: too much where it has but a few rows.
+    if (tasks > 1 && tiling.rows < 4 * tasks) {
+      between.x = inner.take<S>(between.pixels() * between.pitch);
+      (*this)(i.reduce, inner), (*this)(i.conv, inner);
+      between.x = nullptr;
+      return;
+    }
+    Affine<T> before = norm(inner, s);
+    const Unit<U>* w1 = pack<true>(inner, weight(i.reduce.nodes[0]), K, b, tasks, affine.scale + i.reduce.column);
+    const T* w2 = pack3x3<M, false>(inner, i.conv.nodes[0], {g, b, a.weights[i.conv.nodes[0]].channels_last});
+    FusedLayer<M, U, S>{a.parallel, tasks, grid.N, grid.H, grid.W, K, b, g, from.pitch, to.pitch, before, w1, bias(inner, i.reduce.column, b), w2}.run(value(s.place), value(i.conv.to));
+  }
   // One segment through norm and ReLU: the loops of pointwise.h.
   static bool plain(const std::vector<stage::Segment>& s, const stage::Conv& conv) { return s.size() == 1 && s[0].column >= 0 && s[0].act == Activation::Relu && !conv.pool; }
-  template <bool BY_CHANNEL> Unit<U>* pack(Frame& inner, const T* w, int64_t depth, int64_t channels, int tasks) {
+  // scale: of each channel, null: 1
+  template <bool BY_CHANNEL> Unit<U>* pack(Frame& inner, const T* w, int64_t depth, int64_t channels, int tasks, const T* scale = nullptr) {
     Unit<U>* to = inner.take<Unit<U>>(packed_size<U>(depth, channels));
     int64_t blocks = ceil_div(depth, depth_block<U>());
     int n = int(min64(tasks, blocks));
-    for_tasks(a.parallel, n, [&](int task) { pack_product<U, BY_CHANNEL>(to, depth, channels, w, nullptr, share(blocks, task, n)); });
+    for_tasks(a.parallel, n, [&](int task) { pack_product<U, BY_CHANNEL>(to, depth, channels, w, scale, share(blocks, task, n)); });
     return to;
   }
 
@@ -434,14 +507,15 @@ template <class S> struct Stage {
   }
   template <class Value> void back(const stage::Segment& s, Frame& inner, const Value& dy) {
     if (s.gradient == stage::Gradient::None && !s.sums) return;
-    Spread<S> to = spread(s);
-    back(read(inner, s), s, to, inner, dy);
+    back(read(inner, s), s, spread(s), inner, dy);
   }
   template <class Value> void back(const Read<S>& from, const stage::Segment& s, const Spread<S>& to, Frame& inner, const Value& dy) {
     int64_t P = of(s.place).pixels();
     int tasks = elementwise_tasks(P, from.channels);
     PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, 0, round_up(from.channels, L));
-    spread_gradient(a.parallel, tasks, P, from, to, parts, dy);
+    if (s.act == Activation::Relu) spread_gradient(a.parallel, tasks, P, from, Relu<T>{}, to, parts, dy);
+    else if (s.act == Activation::Identity) spread_gradient(a.parallel, tasks, P, from, Identity<T>{}, to, parts, dy);
+    else spread_gradient(a.parallel, tasks, P, from, from.activation, to, parts, dy);
     add_sums(s, parts, tasks, 0);
   }
   void operator()(const stage::AddBackward& i, Frame& inner) {
@@ -466,12 +540,12 @@ template <class S> struct Stage {
     if (i.conv.kernel == 3) return with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(i, inner); });
     Owed<T> o = owed(inner, i.of, i.owed);
     int64_t g_pitch = gradient_pitch(i.of), K = channels(i.segments);
-    const S* g = gradient(i.of);
+    const S* g = i.behind.empty() ? gradient(i.of) : nullptr;
     Reads r = reads(inner, i.segments);
     std::vector<Spread<S>> targets;
     for (const stage::Segment& s : i.segments) targets.push_back(spread(s));
     const T* w = stacked(inner, i.nodes, K);
-    if (plain(i.segments, i.conv) && i.segments[0].gradient == stage::Gradient::Add && !i.wanted.empty() && g_pitch == of(i.of).pitch &&
+    if (g && plain(i.segments, i.conv) && i.segments[0].gradient == stage::Gradient::Add && g_pitch == of(i.of).pitch &&
         targets[0].pitch == r.segments[0].pitch && targets[0].in_pitch == r.segments[0].pitch)
       return pointwise_backward(i, inner, o, g, r, targets[0], w);
     for (size_t k = 0; k < r.segments.size(); k++)
@@ -485,10 +559,15 @@ template <class S> struct Stage {
     grid.pool = i.conv.pool;
     const int64_t out = i.conv.out_channels;
     Mix<S> mix(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1});
-    ValueGradient<S> dz(g, g_pitch, value(i.of), of(i.of).pitch, out, o);
     PartialSums<T>* parts = PartialSums<T>::take(inner, mix.tasks, MixBackward<S>::weights(mix), MixBackward<S>::pitch(mix));
-    MixBackward<S> back_product{mix, dz, mix.template packed<true>(inner, w), parts, !i.wanted.empty()};
-    back_product.run();
+    auto* packed = mix.template packed<true>(inner, w);
+    auto run = [&](const Gradient<S>& dz) {
+      MixBackward<S> back_product{mix, dz, packed, parts, !i.wanted.empty()};
+      back_product.run();
+      if (!i.wanted.empty()) hand_out(i, inner, K, [&](T* dw) { back_product.weight_gradient(dw); });
+    };
+    if (g) run(ValueGradient<S>(g, g_pitch, value(i.of), of(i.of).pitch, out, o));
+    else with_value_gradient(i, inner, o, run);
     for (size_t k = 0; k < r.segments.size(); k++) {
       const stage::Segment& s = i.segments[k];
       if (on_load(s.act)) add_sums(s, parts, mix.tasks, r.segments[k].column);
@@ -497,7 +576,20 @@ template <class S> struct Stage {
       const Segment<S>& s = r.segments[k];
       if (s.g) back(from, i.segments[k], targets[k], inner, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(s.g + pixel * s.g_pitch + c, s.channels - c); });
     }
-    if (!i.wanted.empty()) hand_out(i, inner, K, [&](T* dw) { back_product.weight_gradient(dw); });
+  }
+  // f(the gradient of i.of, computed on load from those of outputs)
+  template <class F> void with_value_gradient(const stage::ProductBackward& i, Frame& inner, const Owed<T>& o, F f) {
+    const int64_t n = i.of.channels();
+    Affine<T> norms(inner, n);
+    Places<const S> dy(inner, Splits{&n, 1}, L);
+    for (const stage::Behind& b : i.behind) {
+      const int64_t at = b.segment.place.start - i.of.start, channels = b.segment.place.channels();
+      Affine<T> to = norms.from(at), from = norm(inner, b.segment);
+      copy(to.mean, from.mean, channels), copy(to.scale, from.scale, channels), copy(to.shift, from.shift, channels);
+      dy.set(at / L, of(b.output).given + b.output.start, of(b.output).pitch, channels);
+    }
+    const stage::Segment& s = i.behind[0].segment;
+    with_activation<T>(s.act, s.slope, [&](auto act) { f(ActivatedValueGradient<S, decltype(act)>(dy, value(i.of), of(i.of).pitch, norms, o, act)); });
   }
   // The gradient of stacked weights to those of the nodes that want theirs.
   template <class Make> void hand_out(const stage::ProductBackward& i, Frame& inner, int64_t K, Make make) {
@@ -517,9 +609,9 @@ template <class S> struct Stage {
     for (int64_t c = 0; c < out; c++) negative.scale[c] = -o.correction.scale[c], negative.shift[c] = -o.correction.shift[c];
     PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, rows * (Kp + 2 * L), Kp + 2 * L);
     PointwiseBackward<U, S> back_product{r.segments[0].x, to.in, to.g, P, to.pitch, K, out, of(i.of).pitch, r.norms[0], g, value(i.of),
-                                         {o.correction.mean, negative.scale, negative.shift, o.any}, pack<false>(inner, w, out, K, tasks), Kp, parts, rows};
+                                         {o.correction.mean, negative.scale, negative.shift, o.any}, pack<false>(inner, w, out, K, tasks), Kp, parts, rows, !i.wanted.empty()};
     back_product.run(a.parallel, tasks);
-    hand_out(i, inner, K, [&](T* dw) { back_product.weight_gradient(a.parallel, tasks, dw); });
+    if (!i.wanted.empty()) hand_out(i, inner, K, [&](T* dw) { back_product.weight_gradient(a.parallel, tasks, dw); });
     add_sums(i.segments[0], parts, tasks, 0);
   }
   template <int M> void conv3x3_backward(const stage::ProductBackward& i, Frame& inner) {

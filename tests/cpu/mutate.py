@@ -2,8 +2,8 @@
 
 python tests/cpu/mutate.py [--only norm.h] [--sample 5 --seed 0] [--budget 300] [--list]
 
-A fault goes into one translation unit alone, compiled with -O1 for the best instruction set here; the copy is built once
-(minutes). Exit status 1 if a fault survives.
+A fault is compiled into stage.cpp alone, with -O1 for the best instruction set here; the copy is built once (minutes).
+Exit status 1 if a fault survives.
 """
 
 # ruff: noqa: E501
@@ -28,15 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Fault:
-    """In csrc/cpu/[tile/]<file> `old`, which is there once, becomes `new`; compiled into <unit>.cpp.
-
-    tests: arguments of pytest.
-    """
+    """In csrc/cpu/[tile/]<file> `old`, which is there once, becomes `new`. tests: arguments of pytest."""
 
     file: str
     old: str
     new: str
-    unit: str
     tests: tuple[str, ...]
 
     def path(self, root: Path) -> Path:
@@ -49,19 +45,20 @@ class Fault:
 
     def __str__(self) -> str:
         old, new = (" ".join(t.split()) for t in (self.old, self.new))
-        return f"{self.file:22} {self.unit:18}  {old} -> {new or '(nothing)'}"
+        return f"{self.file:16}  {old} -> {new or '(nothing)'}"
 
 
 def test(name: str, select: str) -> tuple[str, ...]:
     return f"tests/ops/test_{name}.py", "-k", select
 
 
-PRE, POST, TRANSITION, CONCAT = "dense_block", "post_dense_block", "partial_transition", "concat_conv"
-BLOCK = test(PRE, "test_training and float32 and (basic or odd) or without_kinks and float32 and train")
-RECOMPUTE = test(PRE, "test_recompute and float32")
-DROPOUT = test(PRE, "dropout")
-INFERENCE = test(PRE, "test_inference and float32")
-MERGED = test(PRE, "test_training and float and 32x32")  # several tasks
+UNIT = "stage"
+DENSE, TRANSITION, CONCAT = "dense_block", "partial_transition", "concat_conv"
+GRAPHS = ("tests/stage/test_operator.py", "-k", "test_random_graphs and not channels_last")
+BLOCK = test(DENSE, "test_training and float32 and (basic or odd) or without_kinks and float32 and train")
+DROPOUT = test(DENSE, "dropout")
+INFERENCE = test(DENSE, "test_inference and float32")
+MERGED = test(DENSE, "test_training and float and 32x32")  # several tasks
 LARGE_MEAN = ("tests/ops/test_large_means.py",)
 POSTS = ("tests/layers/test_post_dense_block.py", "tests/layers/test_two_way_dense_block.py", "-k", "three_steps")
 JOINS = ("tests/layers/test_partial_transition.py", "-k", "three_steps")
@@ -69,70 +66,56 @@ CONCATS = ("tests/layers/test_concat_conv.py", "-k", "three_steps or train or ev
 
 FAULTS = [
     # norm.h
-    Fault("norm.h", "return centre(c) - double(T(centre(c)));", "return 0;", PRE, LARGE_MEAN),
-    Fault("norm.h", "return centre(c) - double(T(centre(c)));", "return 0;", POST, (*LARGE_MEAN, "-k", "behind")),
-    Fault("norm.h", " - (m - double(T(m))) * s)", ")", POST, (*LARGE_MEAN, "-k", "behind")),
-    Fault("norm.h", "double sum = 0, sum_x = 0;\n      for (int t = 0;", "double sum = 0, sum_x = 0;\n      for (int t = 1;",
-          CONCAT, CONCATS),
-    Fault("norm.h", "ADD ? double(dgamma[c]) + slope : slope", "slope", POST, POSTS),
-    Fault("norm.h", "double(gamma[c]) * r * r * double(dgamma[c])", "double(gamma[c]) * r * double(dgamma[c])", POST, POSTS),
-    Fault("norm.h", "double(beta[c]) - moments.centre(c) * s", "double(beta[c])", CONCAT, test(CONCAT, "test_inference")),
-    Fault("norm.h", "mean[column + c] = T(norm.moments.centre(c))", "mean[column] = T(norm.moments.centre(c))", TRANSITION, JOINS),
+    Fault("norm.h", "return centre(c) - double(T(centre(c)));", "return 0;", LARGE_MEAN),
+    Fault("norm.h", " - (m - double(T(m))) * s)", ")", (*LARGE_MEAN, "-k", "behind")),
     # statistics.h
-    Fault("statistics.h", "if (i < rows) s0 += row(i) - pivot;", "", PRE, BLOCK),
-    Fault("statistics.h", "(q0 + q1) + d * d * (n * k / (n + k))", "(q0 + q1)", PRE, BLOCK),
-    Fault("statistics.h", "+ d * d * n * part", "", PRE, MERGED),
-    Fault("statistics.h", "mean[c] += d * part", "mean[c] = d * part", PRE, MERGED),
+    Fault("statistics.h", "if (i < rows) s0 += row(i) - pivot;", "", BLOCK),
+    Fault("statistics.h", "(q0 + q1) + d * d * (n * k / (n + k))", "(q0 + q1)", BLOCK),
+    Fault("statistics.h", "+ d * d * n * part", "", MERGED),
+    Fault("statistics.h", "mean[c] += d * part", "mean[c] = d * part", MERGED),
     # mix.h
-    Fault("mix.h", "int64_t n = s.channels - c;\n      auto at", "int64_t n = s.channels - c - 1;\n      auto at", CONCAT, CONCATS),
-    Fault("mix.h", "(p / (h * w) * H + p / w % h * 2) * W", "(p / (h * w) * H + p / w % h * 2) * w", TRANSITION, JOINS),
-    Fault("mix.h", "store(to, s.add ? load(to, n) + d : d, n)", "store(to, d, n)", POST, POSTS),
-    Fault("mix.h", "sum += d, sum_x += d * centred, d *= scale, x", "sum += d, sum_x += d * x, d *= scale, x", TRANSITION, JOINS),
-    Fault("mix.h", "for (int64_t x = 0; g.H % 2 && x < g.W; x++)", "for (int64_t x = 0; g.H % 2 && x < g.W - 1; x++)", TRANSITION,
-          JOINS),
-    Fault("mix.h", "int64_t o = pixel * pitch + n, left = channels - n;", "int64_t o = pixel * pitch + n, left = channels - n - 1;",
-          TRANSITION, JOINS),
+    Fault("mix.h", "int64_t n = s.channels - c;\n      auto at", "int64_t n = s.channels - c - 1;\n      auto at", CONCATS),
+    Fault("mix.h", "(p / (h * w) * H + p / w % h * 2) * W", "(p / (h * w) * H + p / w % h * 2) * w", JOINS),
+    Fault("mix.h", "s.g_in ? load(s.g_in + pixel * s.g_in_pitch + c, n) + d : d, n)", "d, n)", POSTS),
+    Fault("mix.h", "sum += d, sum_x += d * centred, d *= scale, x", "sum += d, sum_x += d * x, d *= scale, x", JOINS),
+    Fault("mix.h", "for (int64_t x = 0; g.H % 2 && x < g.W; x++)", "for (int64_t x = 0; g.H % 2 && x < g.W - 1; x++)", JOINS),
     # conv3x3.h
-    Fault("conv3x3.h", "top + i >= 0 && top + i < g.H ? value", "top + i >= 0 && top + i < g.H + 1 ? value", PRE, BLOCK),
-    Fault("conv3x3.h", "  blank(0);\n", "", PRE, BLOCK),
-    Fault("conv3x3.h", "seen += pixels;", "seen = pixels;", PRE, BLOCK),
-    Fault("conv3x3.h", "c.dropout(y[u][v], pixel, ch)", "c.dropout(y[u][v], pixel + 1, ch)", PRE, DROPOUT),
-    Fault("conv3x3.h", "sum += d, sum_z += d * centred;", "sum += d, sum_z = d * centred;", PRE, BLOCK),
+    Fault("conv3x3.h", "top + i >= 0 && top + i < g.H ? value", "top + i >= 0 && top + i < g.H + 1 ? value", BLOCK),
+    Fault("conv3x3.h", "  blank(0);\n", "", BLOCK),
+    Fault("conv3x3.h", "seen += pixels;", "seen = pixels;", BLOCK),
+    Fault("conv3x3.h", "c.dropout(y[u][v], pixel, ch)", "c.dropout(y[u][v], pixel + 1, ch)", DROPOUT),
+    Fault("conv3x3.h", "sum += d, sum_z += d * centred;", "sum += d, sum_z = d * centred;", BLOCK),
+    # vec.h
+    Fault("vec.h", "const uint32_t mask = uint32_t((uint64_t(1) << min64(L, max64(0, n))) - 1);\n  if constexpr (sizeof(S) == 4) return Vec<T>",
+          "const uint32_t mask = ~0u;\n  if constexpr (sizeof(S) == 4) return Vec<T>", GRAPHS),
     # pointwise.h
-    Fault("pointwise.h", "load(f + d * L, K - k - d * L)", "load(f + d * L, K - k - d * L - 1)", PRE, BLOCK),
-    Fault("pointwise.h", "s += d, sx += d * centred, g_out = gin + d * scale", "s += d, sx += d * centred, g_out = d * scale",
-          PRE, BLOCK),
-    Fault("pointwise.h", "if (stats) stats[task].count = seen;", "if (stats) stats[task].count = seen + 1;", PRE, BLOCK),
-    # activate.h
-    Fault("activate.h", "y < h && x < w ? (p / (W * H) * h + y) * w + x : -1", "x < w ? (p / (W * H) * h + y) * w + x : -1",
-          TRANSITION, JOINS),
-    Fault("activate.h", "T part = grid.pool ? T(0.25) : T(1);", "T part = T(1);", TRANSITION, JOINS),
-    Fault("activate.h", "if (dn) store(dn + (p0 + q) * pitch + k, d);\n            sum += d",
-          "if (dn) store(dn + (p0 + q) * pitch + k, d);\n            sum = d", CONCAT, CONCATS),
+    Fault("pointwise.h", "load(f + d * L, K - k - d * L)", "load(f + d * L, K - k - d * L - 1)", BLOCK),
+    Fault("pointwise.h", "s += d, sx += d * centred, g_out = gin + d * scale", "s += d, sx += d * centred, g_out = d * scale", BLOCK),
+    Fault("pointwise.h", "if (stats) stats[task].count = seen;", "if (stats) stats[task].count = seen + 1;", BLOCK),
+    # elementwise.h
+    Fault("elementwise.h", "to.in ? load(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale", "dn * scale", GRAPHS),
+    Fault("elementwise.h", "y[i] = activation.value(sum), channels - c)", "y[i] = activation.value(sum), channels - c + 1)", GRAPHS),
+    Fault("elementwise.h", "sum += dn, sum_x += dn * centred;", "sum += dn, sum_x += dn;", GRAPHS),
     # pack.h
-    Fault("pack.h", "TRANSPOSED ? 8 - t : t", "t", PRE, BLOCK),
-    Fault("pack.h", "c = n + j * L, left = depth - k;", "c = n + j * L, left = depth - k - 1;", CONCAT, CONCATS),
-    Fault("pack.h", "(b - k0) * 9 - q * L,", "(b - k0) * 9 - q * L - 1,", PRE, BLOCK),
+    Fault("pack.h", "TRANSPOSED ? 8 - t : t", "t", BLOCK),
+    Fault("pack.h", "c = n + j * L, left = depth - k;", "c = n + j * L, left = depth - k - 1;", CONCATS),
+    Fault("pack.h", "(b - k0) * 9 - q * L,", "(b - k0) * 9 - q * L - 1,", BLOCK),
     # fused_layer.h
-    Fault("fused_layer.h", "min64(H, tl.y(last) + M + 1)", "min64(H, tl.y(last) + M)", PRE, INFERENCE),
-    Fault("fused_layer.h", "if (u < ym && v < xm) store", "if (u < ym && v <= xm) store", PRE, INFERENCE),
-    # the operators
-    Fault("dense_block.cpp", "owed_mean[c] += s * double(dbeta[c])", "owed_mean[c] = s * double(dbeta[c])", PRE, BLOCK),
-    Fault("dense_block.cpp", "a.mean + C + l * b, a.var + C + l * b, weight(p.mean2)",
-          "a.mean + C, a.var + C + l * b, weight(p.mean2)", PRE, BLOCK),
-    Fault("dense_block.cpp", "if (!a.z) pack<false>(packed, l), bottleneck", "if (!a.z && l) pack<false>(packed, l), bottleneck",
-          PRE, RECOMPUTE),
-    Fault("post_dense_block.cpp", "memcpy(p.reduce[i].norm.var, both + (2 + i) * b", "memcpy(p.reduce[i].norm.var, both + 2 * b",
-          POST, POSTS),
-    Fault("post_dense_block.cpp", "in.s[1].column + s * g, g);", "in.s[1].column, g);", POST, POSTS),
-    Fault("partial_transition.cpp", "store(f + o * pitch + c, d * T(0.25), C - c)",
-          "store(f + o * pitch + c, d, C - c)", TRANSITION, JOINS),
-    Fault("partial_transition.cpp", "correction.fill(n, 0, c.out, pixels, false);", "correction.fill(n, 0, c.out, P, false);",
-          TRANSITION, JOINS),
-    Fault("concat_conv.cpp", "Norm<T>{a.norm, channel}.fill(norm.from(column), size);",
-          "Norm<T>{a.norm, 0}.fill(norm.from(column), size);", CONCAT, CONCATS),
-    Fault("concat_conv.cpp", "correction.fill(n, column, size, mix.P, false);", "correction.fill(n, column, size, mix.P + 1, false);",
-          CONCAT, CONCATS),
+    Fault("fused_layer.h", "min64(H, tl.y(last) + M + 1)", "min64(H, tl.y(last) + M)", INFERENCE),
+    Fault("fused_layer.h", "if (u < ym && v < xm) store", "if (u < ym && v <= xm) store", INFERENCE),
+    # the executor
+    Fault("stage.cpp", "owed_mean[s] += scale * dbeta", "owed_mean[s] = scale * dbeta", BLOCK),
+    Fault("stage.cpp", "sum_x[b.column + c] - lost[b.column + c] * dbeta", "sum_x[b.column + c]", LARGE_MEAN),
+    Fault("stage.cpp", "to.in_pitch = gradient_pitch(s.place), to.in = gradient(s.place);", "to.in_pitch = gradient_pitch(s.place);", GRAPHS),
+    Fault("stage.cpp", "mark({place.buffer, c, end}, OWN);", "", GRAPHS),
+    Fault("stage.cpp", "if (m.take && m.x && m.last == int64_t(i)) pool.give_back(m.x)", "if (m.take && m.x) pool.give_back(m.x)", GRAPHS),
+    Fault("stage.cpp", "double(affine.shift[column + c]) - double(affine.mean[column + c]) * double(affine.scale[column + c])",
+          "double(affine.shift[column + c])", test(CONCAT, "test_inference")),
+    Fault("stage.cpp", "dy.set(at / L, of(b.output).given", "dy.set(0, of(b.output).given", CONCATS),
+    Fault("stage.cpp", "load(dy + ((pixel / (W * H) * h + y) * w + x) * pitch + c, n - c) * T(0.25)",
+          "load(dy + ((pixel / (W * H) * h + y) * w + x) * pitch + c, n - c)", JOINS),
+    Fault("stage.cpp", "memset(static_cast<void*>(m.g + q * m.g_pitch + i.place.start), 0, size_t(i.place.channels())",
+          "memset(static_cast<void*>(m.g + q * m.g_pitch + i.place.start), 0, size_t(i.place.channels() - 1)", GRAPHS),
 ]  # fmt: skip
 
 
@@ -186,8 +169,8 @@ class Copy:
     def attempt(self, fault: Fault) -> bool:
         """Whether it is caught. Headers keep their time, so that no other unit looks stale."""
         path, start = fault.path(self.root), time.monotonic()
-        stamps = (self.root / "build" / "native").glob(f"{fault.unit}.*.cmd")
-        (unit,) = (stamp.with_suffix(".o") for stamp in stamps if f"cpu/{fault.unit}.cpp" in stamp.read_text())
+        stamps = (self.root / "build" / "native").glob(f"{UNIT}.*.cmd")
+        (unit,) = (stamp.with_suffix(".o") for stamp in stamps if f"cpu/{UNIT}.cpp" in stamp.read_text())
         text, times, kept = path.read_text(), path.stat(), unit.read_bytes()
         path.write_text(fault.applied(text))
         try:

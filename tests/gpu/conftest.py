@@ -1,4 +1,4 @@
-"""The operators on CUDA tensors: by the Triton kernels, and where the library has CUDA kernels those with a 3x3 also by
+"""The operators on CUDA tensors: by the Triton kernels, and where the library has CUDA kernels also by
 the two together. `make test`, which must pass without a GPU, leaves them out;
 `make gpu` runs them. `pytest tests/gpu --device cpu` runs the same bodies by the C++ operators: they still fit."""
 
@@ -18,8 +18,6 @@ import cases
 import csp_kernels as csp
 from csp_kernels.backends import why_not_cuda, why_not_triton
 
-WITHOUT_3X3 = ("test_concat_conv", "test_partial_transition", "test_schemas")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cuda", help="of the tests in tests/gpu")
@@ -36,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.config.getoption("--device") == "cpu":
         backends = ["native"]
-    elif why_not_cuda() or metafunc.module.__name__.rpartition(".")[2] in WITHOUT_3X3:
+    elif why_not_cuda():
         backends = ["triton"]
     else:
         backends = ["triton", "native"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from cases import BlockCase, Case, ConcatConvCase, StageCase, TransitionCase
 from torch import Tensor
 
@@ -14,7 +15,9 @@ class DenseCase(BlockCase):
     layer: str = "pre"
 
     def call(self, where: Any, inputs: list[Tensor], params: list[Tensor], running: list[Tensor]) -> Any:
-        return where.dense_block(*inputs, params, running, frozen=self.flags, **self.options)
+        y, stats = where.dense_block(*inputs, params, running, frozen=self.flags, **self.options)
+        total = y.shape[1]  # what the last layer adds has unspecified statistics: no norm needs them
+        return y, torch.cat([stats[:, : total - self.growth], stats[:, total:]], 1)
 
 
 BOTTLENECK = {"recompute": "bottleneck"}

@@ -144,14 +144,14 @@ def buffers() -> Iterator[Buffers]:
     buffers.check()
 
 
-@pytest.fixture(name="triton")
-def triton_operators(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The launchers that the test's module calls `kernels` run its operator on CPU tensors."""
-    kernels = request.module.kernels
-    stem = kernels.__name__.rpartition(".")[2]
+@pytest.fixture
+def operators() -> Iterator[None]:
+    """csp.ops and torch.ops.csp_kernels.stage* run by the launchers, on CPU tensors."""
+    import csp_kernels as csp
+    from csp_kernels.kernels import stage
+
+    csp.use_backend("native")
     with torch.library._scoped_library("csp_kernels", "IMPL") as library:
-        for suffix in ("", "_backward", "_inference"):
-            function = getattr(kernels, suffix.removeprefix("_") or "forward", None)
-            if function is not None:
-                library.impl(f"{stem}{suffix}", function, "CPU", allow_override=True)
+        library.impl("stage", stage.forward, "CPU", allow_override=True)
+        library.impl("stage_backward", stage.backward, "CPU", allow_override=True)
         yield

@@ -96,13 +96,13 @@ MIX_F = "test_forward and float32 and not large"
 MIX_B = "test_backward and float32"
 MIX_ONE = "test_backward and float16"
 CONV_F, CONV_B = "test_forward and float32", "test_backward and float32 and not 14x14"
-BLOCK = "test_against_the_reference and (training or layers)"
 NAN_ACT, NAN_PRE, NAN_16 = "test_activations", "test_in_an_input and dense", "in_sixteen_bits"
 ACT_F, ACT_B = "test_forward and (ragged or pool)", "test_backward and (ragged or pool)"
-CONCAT = "test_against_the_compiled_operator and float64 and (two or three)"
-TRANSITION = "test_against_the_reference and float32"
-POST = "test_against_the_compiled_operator and (float64 or frozen)"
-STAGE = "test_against_the_compiled_operator and (recompute or some)"
+DENSE = "test_in_float64 and odd"
+FROZEN = "test_frozen_norms and one and layer"
+LARGE = "test_large_mean and one and layer"
+TWO = "test_in_float64 and concat and outputs"
+JOINS, SLICES = "test_in_float64 and joins", "test_in_float64 and slices"
 
 FAULTS = [
     # mix
@@ -186,27 +186,18 @@ FAULTS = [
     Fault("statistics", "_copy_split", "(n < N)[None, :]", "(n < N + 1)[None, :]", "copy_split"),
     Fault("statistics", "_copy_split", "(x_pitch * UNIT) + n[None, :]", "(x_pitch * UNIT) + n[None, :] + 1", "one_of"),
     Fault("statistics", "_copy_split", "(out_pitch * UNIT) + n", "(out_pitch * UNIT) + 1 + n", "copy_split"),
-    Fault("statistics", "_total", "sums += ", "sums = ", "total"),
+    Fault("statistics", "_total", "sums += tl.sum(", "sums = tl.sum(", "total"),
     Fault("statistics", "_total", "(t < parts)[:, None]", "(t < parts + 1)[:, None]", "total"),
     Fault("statistics", "_total", "* out_pitch + n", "* out_pitch + n + 1", "total"),
     # norm
-    Fault("norm", "_affine_kernel", "inside = c < n", "inside = c <= n", BLOCK, "dense_block"),
-    Fault("norm", "_affine_kernel", "out + pitch + c", "out + pitch + c + 1", BLOCK, "dense_block"),
-    Fault("norm", "_affine_kernel", " - _lost(m, low) * s", "", "large and mean", "dense_block"),
-    Fault("norm", "_settle_kernel", "inside = c < n", "inside = c <= n", BLOCK, "dense_block"),
-    Fault("norm", "_settle_kernel", "sums + sums_pitch + c", "sums + sums_pitch + c - 1", BLOCK, "dense_block"),
-    Fault("norm", "_settle_kernel", "tl.load(owed + c, inside, 0.0) + s", "s", BLOCK, "dense_block"),
-    Fault("norm", "_settle_kernel", "tl.load(at, inside, 0.0) + s", "s", BLOCK, "dense_block"),
-    Fault("norm", "_settle_kernel", "(-s * bias - slope * lost)", "(-slope * lost)", BLOCK, "dense_block"),
-    Fault("norm", "_settle_kernel", " - lost * bias", "", "large and mean", "dense_block"),
-    Fault("norm", "_settle_kernel", " - slope * lost", "", "correction_keeps", "norm"),
-    Fault("norm", "_owed_kernel", "inside = c < n", "inside = c <= n", BLOCK, "dense_block"),
-    Fault("norm", "_owed_kernel", "owed + owed_pitch + c", "owed + c", BLOCK, "dense_block"),
-    Fault("norm", "_owed_kernel", "slope * _lost(m.to(tl.float64), low)", "0.0", "large and mean", "dense_block"),
-    Fault("norm", "_pay_kernel", "(p < P) & (n < N)", "(p < P) & (n < N + 1)", BLOCK, "dense_block"),
-    Fault("norm", "_pay_kernel", "(p < P) & (n < N)", "(p < P + 1) & (n < N)", BLOCK, "dense_block"),
-    Fault("norm", "_pay_kernel", "(x_pitch * UNIT) + n", "(x_pitch * UNIT) + n + 1", BLOCK, "dense_block"),
-    Fault("norm", "_pay_kernel", "(g - taken)", "g", BLOCK, "dense_block"),
+    Fault("norm", "_owed_kernel", "inside = c < n", "inside = c <= n", DENSE, "stage"),
+    Fault("norm", "_owed_kernel", "owed + owed_pitch + c", "owed + c", DENSE, "stage"),
+    Fault("norm", "_owed_kernel", "slope * lost(m.to(tl.float64), low)", "0.0", "keeps"),
+    Fault("norm", "_owed_kernel", "(offset * SIGN)", "offset", "keeps"),
+    Fault("norm", "_pay_kernel", "(p < P) & (n < N)", "(p < P) & (n < N + 1)", DENSE, "stage"),
+    Fault("norm", "_pay_kernel", "(p < P) & (n < N)", "(p < P + 1) & (n < N)", DENSE, "stage"),
+    Fault("norm", "_pay_kernel", "(x_pitch * UNIT) + n", "(x_pitch * UNIT) + n + 1", DENSE, "stage"),
+    Fault("norm", "_pay_kernel", "(g - taken)", "g", DENSE, "stage"),
     # activate
     Fault("activate", "_forward", "(p < P)[:, None] & ", "(p < P + 1)[:, None] & ", ACT_F),
     Fault("activate", "_forward", "& (n < N)[None, :]", "& (n < N + 1)[None, :]", ACT_F),
@@ -237,60 +228,70 @@ FAULTS = [
     Fault("conv3x3", "_dgrad", "activate.relu_gradient(dh, centred * s + t)", "tl.where(centred * s + t > 0, dh, 0.0)",
           NAN_PRE, "nan"),
     Fault("conv3x3", "_slice_gradient", "tl.where((s == 0.0)[None, :], t[None, :], owed)", "owed", NAN_PRE, "nan"),
-    Fault("norm", "_lost", "tl.where(mean == wide, 0.0, mean - wide)", "mean - wide", "running and mish", "nan"),
+    Fault("norm", "lost", "tl.where(mean == wide, 0.0, mean - wide)", "mean - wide", "running and mish", "nan"),
     Fault("norm", "_owed_kernel", "slope == 0.0, 0.0", "False, 0.0", "training and dense", "nan"),
     Fault("norm", "_pay_kernel", "tl.where(s == 0.0, t, (f - m) * s + t)", "(f - m) * s + t", NAN_PRE, "nan"),
     Fault("statistics", "_merge", "tl.where(m2 <= 0.0, 0.0, m2 / P)", "tl.maximum(m2 / P, 0.0)", "not_finite"),
     Fault("statistics", "store_tile_statistics", 'float("inf"), units *', 'float("nan"), units *', "squares"),
     Fault("statistics", "store_tile_statistics", 'float("nan"), units)', 'float("inf"), units)', "deviations"),
-    # what launchers pass on
-    Fault("dense_block", "", "features[:, : layer.entering], norm", "features[:, 1 : layer.entering + 1], norm", BLOCK),
-    Fault("dense_block", "", "slice(layer.entering, layer.entering + self.growth)",
-          "slice(layer.entering - 1, layer.entering + self.growth - 1)", BLOCK),
-    Fault("dense_block", "", "self.stats[:, entering : entering + self.growth]",
-          "self.stats[:, entering - 1 : entering + self.growth - 1]", BLOCK),
-    Fault("dense_block", "", "settle(sums, self.pixels, owed[:, old])", "settle(sums, self.pixels)", BLOCK),
-    Fault("dense_block", "", "grad[:, old], True, source[:, old])", "grad[:, old], False)", BLOCK),
-    Fault("dense_block", "", "            source = grad\n", "", BLOCK),
-    Fault("dense_block", "", "self.stats[0, channels]", "self.stats[1, channels]", BLOCK),
-    Fault("dense_block", "", "self.due(owed, old), dx)", "self.due(0 * owed, old), dx)", BLOCK),
-    Fault("cuda", "", 'running() == "triton" or not _runs_on(z', "not _runs_on(z",
-          "triton_alone and recompute"),
-    Fault("cuda", "", "else gradient.clone(", "else torch.zeros_like(gradient).clone(", "offset"),
+    # the 3x3 in CUDA C++
+    Fault("cuda", "", 'running() == "triton" or not _runs_on(z', "not _runs_on(z", "triton_alone and recompute"),
+    Fault("cuda", "", "else gradient.clone(", "else torch.zeros_like(gradient).clone(", "any_offset"),
     Fault("cuda", "", "out, statistics, _images", "out, None, _images", "reference and growth and 48"),
-    Fault("cuda", "", "_vectors(correction), weight, z, _vectors(norm)\n    dweight", "_vectors(norm), weight, z, "
-          "_vectors(norm)\n    dweight", "reference and growth and 48"),
-    Fault("concat_conv", "", "activate.forward(z[:, at]", "activate.forward(z[:, : at.stop - at.start]", CONCAT),
-    Fault("concat_conv", "", "norm.shift[at])", "norm.shift[: at.stop - at.start])", CONCAT),
-    Fault("concat_conv", "", "else dn[:, at]", "else dn[:, : at.stop - at.start]", CONCAT),
-    Fault("concat_conv", "", "None if correction is None else z, correction)", "None, None)", CONCAT),
-    Fault("concat_conv", "", "act, slope, offset)", "act, None, None)", CONCAT),
-    Fault("concat_conv", "", "call.weight[at]", "call.weight[: at.stop - at.start]", "inference"),
-    Fault("partial_transition", "", "into.owed.add_(owed)", "into.owed.copy_(owed)", "owed"),
-    Fault("partial_transition", "", "            _repay(u.norm", "            (u.norm", TRANSITION),
-    Fault("partial_transition", "", "            _repay(norm", "            (norm", TRANSITION),
-    Fault("partial_transition", "", "in (slice(self.bypass), slice(self.bypass, None))", "in [slice(0, None)] * 2",
-          TRANSITION),
-    Fault("partial_transition", "", "product.of_norm, dweight], sums[:, self.bypass :]",
-          "product.of_norm, dweight], sums[:, : sums.shape[1] - self.bypass]", TRANSITION),
-    Fault("partial_transition", "", "d = dy[:, self.bypass :]", "d = dy[:, : dy.shape[1] - self.bypass]", TRANSITION),
-    Fault("partial_transition", "", "t.weight, y[:, self.bypass :]", "t.weight, y[:, : -self.bypass]", TRANSITION),
-    Fault("partial_transition", "", "dy[:, : self.bypass], None", "dy[:, -self.bypass :], None", TRANSITION),
-    Fault("partial_transition", "", "Correction(c.mean, -c.slope, -c.offset)", "None", TRANSITION),
-    Fault("partial_transition", "", "sums[:, -self.grown.x.shape[1] :]", "sums[:, : self.grown.x.shape[1]]", "grown"),
-    Fault("post_dense_block", "", "layer.columns[0].start] += ", "layer.columns[0].start] = ", POST),
-    Fault("post_dense_block", "", "mix.Segment(x, None, dx, True)", "mix.Segment(x, None, dx, False)", POST),
-    Fault("post_dense_block", "", "grad[:, :k], True)", "grad[:, :k], False)", POST),
-    Fault("post_dense_block", "", "slice(at + j * g, at + (j + 1) * g)", "slice(at, at + g)", POST),
-    Fault("post_dense_block", "", "reduce[1].norm, dz[:, b:]", "reduce[1].norm, dz[:, :b]", POST),
-    Fault("post_dense_block", "", "z[:, layer.width :]", "z[:, : layer.width]", POST),
-    Fault("post_dense_block", "", "below[:, self.channels :]", "below[:, : -self.channels]", POST),
-    Fault("post_dense_block", "", "statistics.copy_split(d[:, : block.channels], into, None)", "into.zero_()", POST),
-    Fault("post_dense_block", "", "to.copy_(values)", "pass", POST),
-    Fault("csp_stage", "", "else None, x[:, part:]", "else None, x[:, : x.shape[1] - part]", STAGE),
-    Fault("csp_stage", "", "self.stats[:, self.columns :]", "self.stats[:, : -self.columns]", STAGE),
-    Fault("csp_stage", "", "dpart, grad, None, owed)", "dpart, grad, None, owed.clone())", STAGE),
-    Fault("csp_stage", "", "params[-last:], running[fixed:]", "params[-last:], running", "reference and frozen"),
+    Fault("cuda", "", "gradient, _vectors(correction)", "gradient, [v * 0 for v in _vectors(correction)]",
+          "reference and growth and 48"),
+    # the numbers of a stage's norms
+    Fault("stage_norms", "_fill", "inside = i < n", "inside = i <= n", DENSE, "stage"),
+    Fault("stage_norms", "_fill", "running + (-1 - source)", "running + (-2 - source)", FROZEN, "stage"),
+    Fault("stage_norms", "_fill", " - missing * s", "", "large_means_are", "stage"),
+    Fault("stage_norms", "_settle", "i < at + tl.load", "i <= at + tl.load", DENSE, "stage"),
+    Fault("stage_norms", "_settle", " - missing * bias", "", LARGE, "stage"),
+    Fault("stage_norms", "", "self.stats[0, at]", "self.stats[1, at]", DENSE, "stage"),
+    Fault("stage_norms", "", "self.owed[:, table.first :", "self.owed[:, table.first + 1 :", DENSE, "stage"),
+    Fault("stage_norms", "", "self.gradients[0, at], self.gradients[1, at]", "self.gradients[0, at], "
+          "self.gradients[0, at]", DENSE, "stage"),
+    # what is known of a program
+    Fault("stage_plan", "", "used[0], used[-1] + 1)", "used[0], used[-1])", SLICES, "stage"),
+    Fault("stage_plan", "", "yield left or (", "yield (", TWO, "stage"),
+    Fault("stage_plan", "", "alone and tables", "tables", SLICES, "stage"),
+    Fault("stage_plan", "_joined", "place = replace(first.segment.place, stop=last.segment.place.stop)",
+          "place = first.segment.place", "test_in_float64 and siblings", "stage"),
+    # values and gradients
+    Fault("stage_memory", "", "view[:, begin - start :]", "view[:, : stop - begin]", SLICES, "stage"),
+    Fault("stage_memory", "", "view[:, place.start - start : place.stop - start]",
+          "view[:, : place.stop - place.start]", SLICES, "stage"),
+    Fault("stage_memory", "", 'if segment.gradient == "add" else None', "if segment.gradient else None", SLICES,
+          "stage"),
+    # instructions
+    Fault("stage_forward", "", "part.start - step.source.start, part)", "0, part)", SLICES, "stage"),
+    Fault("stage_forward", "", "self.stacked(step), out,", "self.weight(step.nodes[0]).flatten(1), out,",
+          JOINS, "stage"),
+    Fault("stage_forward", "", "            at += width(segment.place)\n        return z", "        return z",
+          JOINS, "stage"),
+    Fault("stage_backward", "BackwardPass", "written, strict=True):\n            d = ",
+          "written, strict=True):\n            at = step.output.start\n            d = ", SLICES, "stage"),
+    Fault("stage_backward", "BackwardPass", "self.memory.own_gradient(instruction.place).zero_()", "pass", SLICES,
+          "stage"),
+    Fault("stage_backward", "BackwardPass", "step.owed, width(step.of), added=True", "step.owed, width(step.of)",
+          DENSE, "stage"),
+    Fault("stage_backward", "BackwardPass", "segment.column : segment.column", "segment.column + 1 : segment.column",
+          DENSE, "stage"),
+    Fault("stage_backward", "BackwardPass", "source is not None, source, self.sums(segment)",
+          "False, None, self.sums(segment)", DENSE, "stage"),
+    Fault("stage_backward", "BackwardPass", "part if len(sizes) == 1 else", "part if True else", JOINS, "stage"),
+    Fault("stage_backward", "BackwardPass", "self.norms.due(step.owed + owing.start", "self.norms.due(step.owed",
+          SLICES, "stage"),
+    Fault("stage_backward", "BackwardPass", "slice(owing.stop, None)", "slice(owing.stop, owing.stop)", SLICES,
+          "stage"),
+    Fault("stage_backward", "_written_as_it_is", " and not _read_twice(s, segments)", "", SLICES, "stage"),
+    # sums of terms
+    Fault("elementwise", "_plus", "tl.load(mean + n", "tl.load(mean + n - 1", ""),
+    Fault("elementwise", "_sum", "total = tl.load(before", "_ = tl.load(before", ""),
+    Fault("elementwise", "_forward", "tl.minimum(P - tile * BP, BP)", "BP", ""),
+    Fault("elementwise", "_backward", "value - tl.where(", "value + tl.where(", ""),
+    Fault("elementwise", "_backward", "tl.where(s == 0.0, t, owed)", "owed", "owes_nothing"),
+    Fault("elementwise", "_backward", "activate.gradient(value, total, ACT, NEGATIVE)", "value", ""),
+    Fault("elementwise", "_all_but_two", "_add(before, terms[:2]", "_add(None, terms[:2]", ""),
 ]  # fmt: skip
 
 

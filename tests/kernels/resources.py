@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import os
@@ -91,7 +90,10 @@ CASES: dict[str, list[tuple[str, Case]]] = {  # (float32's precision, case)
     "concat_conv": [("ieee", replace(_CONCAT, dtype=HALF)), ("tf32", replace(_CONCAT, options={"act": "mish"}))],
     "partial_transition": [("ieee", replace(_TRANSITION, dtype=BF16)), ("ieee", _TRANSITION)],
     "post_dense_block": [("ieee", replace(_POST, dtype=BF16))],
-    "csp_stage": [("ieee", replace(_STAGE, dtype=HALF, layer="two_way"))],
+    "csp_stage": [
+        ("ieee", replace(_STAGE, dtype=HALF, layer="two_way")),
+        ("ieee", replace(_STAGE, dtype=BF16, layer="pre")),
+    ],
 }
 
 
@@ -126,14 +128,12 @@ def run(precision: str, case: Case) -> None:
 @contextmanager
 def on_triton() -> Iterator[None]:
     """The operators on CPU tensors call the Triton functions."""
+    from csp_kernels.kernels import stage
+
     csp.use_backend("native")
     with torch.library._scoped_library("csp_kernels", "IMPL") as library:
-        for name in CASES:
-            module = importlib.import_module(f"csp_kernels.kernels.{name}")
-            for suffix in ("", "_backward", "_inference"):
-                function = getattr(module, suffix.removeprefix("_") or "forward", None)
-                if function is not None:
-                    library.impl(f"{name}{suffix}", function, "CPU", allow_override=True)
+        library.impl("stage", stage.forward, "CPU", allow_override=True)
+        library.impl("stage_backward", stage.backward, "CPU", allow_override=True)
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -113,6 +113,26 @@ def test_backward(name: str, buffers: Any) -> None:
         assert error(got, terms.sum(0), terms.abs().sum(0).norm().item()) <= min(1e-5, CLOSE[case.dtype])
     again = activate.backward(*given, None, case.geometry, act)
     assert again is not None and torch.equal(sums, again)
+
+
+@pytest.mark.parametrize("name", ["plain", "pool", "without a norm", "copy"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_backward_adds(name: str, in_place: bool, buffers: Any) -> None:
+    """The gradient to a source, on the border of an odd map too, and the sums to those of others."""
+    case = replace(CASES[name], dtype=torch.float64)
+    z, norm = draw(case)
+    act, before = ACTIVATIONS[case.act][0], torch.randn(z.shape, dtype=torch.float64)
+    d = torch.randn(case.geometry.outputs, case.channels, dtype=torch.float64)
+    plain, added = (buffers.empty(*z.shape, torch.float64) for _ in range(2))
+    source = added if in_place else buffers.put(before)
+    source.copy_(before)
+    expected = activate.backward(d, z, norm, plain, case.geometry, act)
+    sums = None if norm is None else torch.ones(2, case.channels, dtype=torch.float64)
+    got = activate.backward(d, z, norm, added, case.geometry, act, source, sums)
+    assert got is sums
+    torch.testing.assert_close(added, before + plain, rtol=1e-14, atol=1e-14)
+    if expected is not None and sums is not None:
+        torch.testing.assert_close(sums, expected + 1, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("pool", [False, True])

@@ -35,7 +35,12 @@ ROWS = {
 }  # fmt: skip
 CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "sm_120": "HMMA", "gfx942": "MFMA"}
 # What reads images; others read vectors, sums and statistics.
-READERS = {*ROWS, "statistics._copy_split", "norm._pay_kernel", "activate._forward", "activate._backward"}
+MOVERS = "statistics._copy_split", "norm._pay_kernel"
+READERS = {
+    *ROWS,
+    *MOVERS,
+    *(f"{module}.{way}" for module in ("activate", "elementwise") for way in ("_forward", "_backward")),
+}
 
 
 def cores(row: Row) -> set[str]:

@@ -146,6 +146,36 @@ def test_backward(buffers, b, g, geometry, dtype):
     backward(buffers, b, g, geometry, dtype)
 
 
+@cases
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_without_a_norm(buffers, b, g, geometry, dtype):
+    """z as it is, nothing owed: neither the features nor, for its own gradient, z are read. Added to a source."""
+    z, gradient, source = (buffers.put(torch.randn(geometry.pixels, c).to(dtype)) for c in (b, g, b))
+    weight, nan = weight_of(g, b, dtype), torch.full((geometry.pixels, max(b, g)), torch.nan, dtype=dtype)
+    y, out = buffers.empty(geometry.pixels, g, dtype), buffers.empty(geometry.pixels, b, dtype)
+    conv3x3.forward(z, None, weight, y, geometry)
+    sums = conv3x3.dgrad(nan[:, :g], gradient, None, weight, nan[:, :b], None, out, geometry, source=source)
+    dweight = conv3x3.wgrad(nan[:, :g], gradient, None, weight, z, None, geometry)
+    x, w = (t.double().clone().requires_grad_() for t in (z, weight))
+    expected = pixels(torch.nn.functional.conv2d(images(x, geometry), w, padding=1))
+    expected.backward(gradient.double())
+    assert sums is None and x.grad is not None and w.grad is not None
+    close(y, expected.detach(), dtype)
+    close(out, source.double() + x.grad, dtype)
+    close(dweight, w.grad, dtype)
+
+
+def test_sums_alone_are_added(buffers):
+    b, g, geometry = 20, 12, Geometry(2, 7, 5)
+    z, features, gradient = (buffers.put(torch.randn(70, c)) for c in (b, g, g))
+    given = features, gradient, None, weight_of(g, b, torch.float32), z, norm_of(b, torch.float32)
+    expected = conv3x3.dgrad(*given, torch.empty(70, b), geometry)
+    sums = torch.ones(2, b + 2, dtype=torch.float64)
+    got = conv3x3.dgrad(*given, None, geometry, sums=sums[:, 1:-1])
+    torch.testing.assert_close(sums[:, 1:-1], expected.double() + 1)
+    assert got.data_ptr() == sums[:, 1:].data_ptr() and (sums[:, [0, -1]] == 1).all()
+
+
 def test_weights_in_channels_last_order(buffers):
     geometry, norm = Geometry(1, 4, 3), norm_of(20, torch.float32)
     weight = weight_of(12, 20, torch.float32).to(memory_format=torch.channels_last)

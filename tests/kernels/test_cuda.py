@@ -1,9 +1,8 @@
-"""Whole operators as a GPU with CUDA C++ runs them: the 3x3 of csrc/cuda, emulated, and everything else in Triton,
-interpreted. Against the reference in float64."""
+"""Stages as a GPU with CUDA C++ runs them: the 3x3 of csrc/cuda, emulated, and everything else in Triton, interpreted.
+Against the reference in float64."""
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -12,19 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_dense_block as block
+import stage_cases as cases
 import torch
-from test_dense_block import Case, arguments, errors, image, kernels, reference, triton
+from stage_cases import Case, Result, arguments, errors, packed, sliced, twin
 from tolerances import error, limit
 from torch import Tensor
 
 import csp_kernels as csp
 from csp_kernels.kernels import cuda
+from csp_kernels.kernels import stage as kernels
 from csp_kernels.kernels.launch import Geometry
-from csp_kernels.ops import _node as node
+from csp_kernels.stage.build import Builder
+from csp_kernels.stage.dense_block import dense_block
+from csp_kernels.stage.graph import Graph
+from csp_kernels.stage.post_dense_block import post_dense_block
 
 pytestmark = pytest.mark.usefixtures("native")
 PASSES = ("forward", "dgrad", "wgrad")
+TRITON = cases.Operators(kernels.forward, kernels.backward)
+# of two good implementations, relative in the 2-norm
+CLOSE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def triton(case: Case, a: cases.Arguments, winograd: int = 2) -> Result:
+    return cases.run(TRITON, case, a, winograd)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,60 +62,66 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     yield counted
 
 
-WIDE = Case(channels=16, growth=16, width=32, size=(2, 9, 10), dtype=torch.bfloat16)
+def shared() -> Graph:
+    """A 3x3 whose input another node reads first in backward: its gradient is added to what is there."""
+    build = Builder(16)
+    z = build.conv([build.read(0)], 16)
+    through = build.read(z, build.norm(16), "relu")
+    grown = build.conv([through], 16, 3)
+    build.write([build.read(build.sum([build.read(grown), through]))])
+    return build.graph()
+
+
+WIDE = Case(dense_block(2, 16, 16, 32), dtype=torch.bfloat16, size=(2, 9, 10))
 CASES = {
     "bfloat16": WIDE,
-    "float16": replace(WIDE, dtype=torch.float16, layers=3),
-    "growth 8": replace(WIDE, growth=8, width=24, size=(3, 7, 5)),
-    "growth 48": replace(WIDE, growth=48, width=192, size=(1, 4, 7)),
-    "recompute": replace(WIDE, keep=False),
+    "float16": replace(WIDE, graph=dense_block(3, 16, 16, 32), dtype=torch.float16),
+    "growth 8": replace(WIDE, graph=dense_block(2, 16, 8, 24), size=(3, 7, 5)),
+    "growth 48": replace(WIDE, graph=dense_block(2, 16, 48, 192), size=(1, 4, 7)),
+    "dropout, recompute": replace(WIDE, graph=dense_block(2, 16, 16, 32, 0.3), recompute="bottleneck"),
     "frozen": replace(WIDE, frozen=(True,), dtype=torch.float16),
-    "some frozen": replace(WIDE, frozen=(False, False, True), layers=3),
+    "some frozen": replace(WIDE, graph=dense_block(3, 16, 16, 32), frozen=(False, False, True)),
     "one pixel": replace(WIDE, size=(32, 1, 1)),
     "large mean": replace(WIDE, mean=30.0, dtype=torch.float16),
     "float32": replace(WIDE, dtype=torch.float32),
-    "float32, growth 12": replace(WIDE, dtype=torch.float32, channels=20, growth=12, width=28),
+    "float32, growth 12": replace(WIDE, graph=dense_block(2, 20, 12, 28), dtype=torch.float32),
+    "post": replace(WIDE, graph=post_dense_block(16, 16, [32, 32])),
+    "shared": replace(WIDE, graph=shared(), dtype=torch.float32),
 }
+
+
+def convolutions(case: Case) -> int:
+    """Of 3x3."""
+    return sum(weight is not None and weight.kernel == 3 for weight in case.program.weights)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_reference(name: str, calls: Counter[str]) -> None:
-    """Within twice the error of the naive form in the same dtype, by the median of three seeds."""
-    case, runs = CASES[name], []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        given = case, arguments(case), image(case.total, case)
-        mine, exact, naive = triton(*given), reference(*given, wide=True), reference(*given)
-        runs.append((errors(mine._replace(z=[]), exact, case), errors(naive, exact, case)))
-    assert calls == dict.fromkeys(PASSES, 3 * case.layers)
-    ours, others = ([statistics.median(e) for e in zip(*r, strict=True)] for r in zip(*runs, strict=True))
-    for i, (got, other) in enumerate(zip(ours, others, strict=True)):
-        bound = limit(other, case.dtype, max(9 * case.width, case.total))
-        assert got <= bound, f"tensor {i}: error {got:.2e}, allowed {bound:.2e}"
+    """By the median of three seeds."""
+    failures = cases.too_large(TRITON, CASES[name], range(3))
+    assert not failures, failures
+    assert calls == dict.fromkeys(PASSES, 3 * convolutions(CASES[name]))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_against_triton_alone(name: str, calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout's mask too, and the layout of everything."""
-    case = replace(CASES[name], drop_rate=0.3 if name == "recompute" else 0.0)
-    given = case, arguments(case), image(case.total, case)
-    mine = triton(*given)
+    """Dropout's mask too."""
+    case = CASES[name]
+    a = arguments(case)
+    mine = triton(case, a)
     assert set(calls) == set(PASSES)
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["csp_kernels.backends"], "_selected", "triton")  # as CSP_KERNELS_BACKEND=triton
         calls.clear()
-        theirs = triton(*given)
+        theirs = triton(case, a)
     assert not calls
-    got, expected = ([r.y, *r.z, r.stats, *r.gradients] for r in (mine, theirs))
-    for t, u in zip(got, expected, strict=True):
-        assert t.shape == u.shape and t.dtype == u.dtype and t.stride() == u.stride()
-    assert all(e <= block.CLOSE[case.dtype] for e in errors(mine, theirs, case))
+    assert all(e <= CLOSE[case.dtype] for e in errors(mine, theirs, case))
 
 
 UNFIT = {
-    "growth 12": replace(WIDE, growth=12),
-    "bottleneck 20": replace(WIDE, width=20),
-    "channels 12: slices are not aligned": replace(WIDE, channels=12),
+    "growth 12": replace(WIDE, graph=dense_block(2, 16, 12, 32)),
+    "bottleneck 20": replace(WIDE, graph=dense_block(2, 16, 16, 20)),
+    "channels 12: slices are not aligned": replace(WIDE, graph=dense_block(2, 12, 16, 32)),
     "float64": replace(WIDE, dtype=torch.float64),
 }
 
@@ -113,19 +129,25 @@ UNFIT = {
 @pytest.mark.parametrize("name", UNFIT)
 def test_what_does_not_fit_runs_in_triton(name: str, calls: Counter[str]) -> None:
     case = UNFIT[name]
-    given = case, arguments(case), image(case.total, case)
-    mine, exact = triton(*given), reference(*given, wide=True)
+    a = arguments(case)
+    mine, exact = triton(case, a), twin(case, a, True)
     assert not calls
-    assert error(mine.y, exact.y) <= block.CLOSE[case.dtype]
+    assert error(mine.outputs[0], exact.outputs[0]) <= CLOSE[case.dtype]
 
 
 def test_tf32(calls: Counter[str]) -> None:
     """In the 3x3 as if its inputs had 10 bits; the interpreter's products in Triton keep all of float32's."""
     case = CASES["float32"]
-    given = arguments(case)._replace(winograd=4), image(case.total, case)
-    mine, exact = triton(case, *given), reference(case, *given, wide=True)
-    assert calls == dict.fromkeys(PASSES, case.layers)
-    assert 1e-5 < error(mine.y, exact.y) < 2e-3
+    a = arguments(case)
+    mine, exact = triton(case, a, winograd=4), twin(case, a, True)
+    assert calls == dict.fromkeys(PASSES, 2)
+    assert 1e-5 < error(mine.outputs[0], exact.outputs[0]) < 2e-3
+
+
+def test_inference(calls: Counter[str]) -> None:
+    """CUDA C++ reads through a ReLU what a product's own ReLU has left."""
+    cases.compare_inference(TRITON, replace(CASES["post"], frozen=(True,)))
+    assert calls == {"forward": 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -133,14 +155,12 @@ def test_inference_in_one_kernel_a_layer(
     dtype: torch.dtype, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the estimate says that two are faster, as for images so small."""
-    case, layers = replace(WIDE, dtype=dtype, frozen=(True,), layers=3), []
-    a, grad, one = arguments(case), image(case.total, case), cuda.layer
+    case, layers = replace(CASES["frozen"], dtype=dtype), []
+    one = cuda.layer
     monkeypatch.setattr(cuda, "takes_layer", lambda *_: True)
     monkeypatch.setattr(cuda, "layer", lambda *given: layers.append(one(*given)))
-    y = kernels.inference(a.x, a.params, a.running, a.eps, a.winograd)
-    assert len(layers) == case.layers and not calls
-    exact, naive = reference(case, a, grad, wide=True).y, reference(case, a, grad).y
-    assert error(y, exact) <= limit(error(naive, exact), dtype, case.total)
+    cases.compare_inference(TRITON, case)
+    assert len(layers) == 2 and not calls
 
 
 def test_which_layers_one_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,25 +176,19 @@ def test_which_layers_one_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gradient_at_any_offset(calls: Counter[str]) -> None:
-    """The caller's gradient is a slice whose pixels are 3 channels too far apart."""
-    case = WIDE
-    a, grad = arguments(case), image(case.total, case)
-    wide = torch.full((2, case.total + 3, 9, 10), torch.nan, dtype=case.dtype).to(memory_format=torch.channels_last)
-    wide[:, 1 : 1 + case.total] = grad
-    first, second = (triton(case, a, g) for g in (grad, wide[:, 1 : 1 + case.total]))
-    assert calls["dgrad"] == calls["wgrad"] == 2 * case.layers
-    for t, u in zip(first.gradients, second.gradients, strict=True):
-        assert torch.equal(t, u)
+    """The caller's gradient is a slice whose pixels are 7 channels too far apart."""
+    a = arguments(WIDE)
+    first, second = (triton(WIDE, b) for b in (a, replace(a, grads=[sliced(g) for g in a.grads])))
+    assert calls["dgrad"] == calls["wgrad"] == 2 * 2
+    assert all(map(torch.equal, first.gradients, second.gradients))
 
 
 def test_a_gradient_of_one_pixel_at_any_offset() -> None:
     """A single row counts as contiguous wherever it begins."""
     case = replace(WIDE, size=(1, 1, 1), frozen=(True,))
-    a, grad = arguments(case), image(case.total, case)
-    wide = torch.full((1, case.total + 3, 1, 1), torch.nan, dtype=case.dtype)
-    wide[:, 1 : 1 + case.total] = grad
-    first, second = (triton(case, a, g) for g in (grad, wide[:, 1 : 1 + case.total]))
-    assert all(torch.equal(t, u) for t, u in zip(first.gradients, second.gradients, strict=True))
+    a = arguments(case)
+    first, second = (triton(case, b) for b in (a, replace(a, grads=[sliced(g) for g in a.grads])))
+    assert all(map(torch.equal, first.gradients, second.gradients))
 
 
 @pytest.mark.parametrize("name", ["features", "gradient", "z", "out"])
@@ -193,32 +207,23 @@ def test_misaligned_views_are_refused(name: str, dtype: torch.dtype) -> None:
         torch.ops.csp_kernels.conv3x3_dgrad(*given)
 
 
-@pytest.fixture(name="step")
-def operators_of_the_block(library: None) -> Iterator[None]:
-    """torch.ops.csp_kernels.dense_block* run by the launchers, also on CPU tensors."""
-    with torch.library._scoped_library("csp_kernels", "IMPL") as scope:
-        for suffix in ("", "_backward", "_inference"):
-            launcher = getattr(kernels, suffix.removeprefix("_") or "forward")
-            scope.impl(f"dense_block{suffix}", launcher, "CPU", allow_override=True)
-        yield
-
-
-@pytest.mark.usefixtures("step")
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("chosen", ["native", "triton"])
 def test_backward_runs_where_forward_did(chosen: str, calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is chosen by then: the masks of the two differ in their last bits."""
-    backends, ops = (sys.modules[f"csp_kernels.{name}"] for name in ("backends", "ops.dense_block"))
-    case = replace(WIDE, layers=1)
+    backends, transforms = (sys.modules[f"csp_kernels.{name}"] for name in ("backends", "ops._transforms"))
+    monkeypatch.setattr(transforms, "resolve", lambda _: chosen)  # on the CPU too
+    case = replace(WIDE, graph=dense_block(1, 16, 16, 32))
     a = arguments(case)
-    x = a.x.requires_grad_()
+    x = a.inputs[0].requires_grad_()
     monkeypatch.setattr(backends, "_selected", chosen)
-    y, *_ = node.call(torch.ops.csp_kernels.dense_block.default, ops._FORMULA, (x, *a[1:]))
+    (y,), _ = csp.ops.stage(case.graph, [x], a.params)
     monkeypatch.setattr(backends, "_selected", "triton" if chosen == "native" else "native")
-    y.backward(image(case.total, case))
+    y.backward(packed(torch.randn(y.shape)).to(y.dtype))
     assert calls == (dict.fromkeys(PASSES, 1) if chosen == "native" else {}) and x.grad is not None
 
 
-@pytest.mark.usefixtures("step")
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])
 def test_training_steps(recompute: str, calls: Counter[str]) -> None:
     """Three steps of a layer with an optimizer: parameters and running statistics against the same in float64."""

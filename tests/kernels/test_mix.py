@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import pytest
@@ -196,9 +196,11 @@ def check_backward(buffers, channels, outputs, geometry, dtype, correction=None,
     expected = expected_backward(segments, d, z, correction, weight, geometry)
     assert dweight.dtype == sums.dtype == sum_dtype(dtype)
     close(dweight, expected.dweight, dtype)
-    close(sums[0], expected.sums[0], dtype)
-    close(sums[1], expected.sums[1], dtype)
-    assert (sums[:, expected.sums[0] == 0] == 0).all()
+    assert sums.shape == (2, weight.shape[1] if any(k < 0 for k in channels) else 0)
+    if sums.numel():
+        close(sums[0], expected.sums[0], dtype)
+        close(sums[1], expected.sums[1], dtype)
+        assert (sums[:, expected.sums[0] == 0] == 0).all()
     for s, b, g in zip(segments, before, expected.gradients, strict=True):
         close(s.g, b + g, dtype)
 
@@ -310,6 +312,27 @@ def test_backward_adds(buffers, geometry, dtype):
     close(sums[1], expected.sums[1], dtype)
     for s, b, g in zip(segments[:2], before, expected.gradients, strict=False):
         close(s.g, b.double() + g, dtype)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("tile", [None, Tile(16, 16, 32, 4, 2)], ids=["two passes", "one"])
+def test_backward_of_what_is_wanted(buffers, monkeypatch, weights, tile):
+    """Sums are added to those of others; a segment that nobody wants anything of and one without a norm have none."""
+    monkeypatch.setattr(launch, "one_pass_tiles", lambda *_: [tile])
+    segments = segments_of(buffers, [-17, -8, 5], PLAIN, torch.float64)
+    sums = torch.ones(2, 19, dtype=torch.float64)
+    g = buffers.empty(*segments[2].x.shape, torch.float64)
+    given = [replace(segments[0], sums=sums[:, 1:-1]), replace(segments[1], wanted=False), replace(segments[2], g=g)]
+    weight = weight_of(buffers, 12, [17, 8, 5], torch.float64)
+    d = buffers.put(torch.randn(PLAIN.outputs, 12).double())
+    dweight, rest = mix.backward(given, d, None, None, weight, PLAIN, weights=weights)
+    expected = expected_backward(segments, d, None, None, weight, PLAIN)
+    close(sums[0, 1:-1], expected.sums[0, :17] + 1, torch.float64)
+    close(sums[1, 1:-1], expected.sums[1, :17] + 1, torch.float64)
+    close(g, expected.gradients[2], torch.float64)
+    assert (sums[:, [0, -1]] == 1).all() and rest.shape == (2, 0) and dweight.shape == (12 if weights else 0, 30)
+    if weights:
+        close(dweight, expected.dweight, torch.float64)
 
 
 def test_gradient_beside_its_input(buffers):

@@ -21,10 +21,18 @@ import torch
 from torch import Tensor
 
 import csp_kernels as csp
+from csp_kernels.ops._program import read_again
+from csp_kernels.ops.stage import parameter_shapes
 from csp_kernels.stage.build import Builder
 from csp_kernels.stage.compile import compile_stage
+from csp_kernels.stage.concat_conv import concat_conv
+from csp_kernels.stage.csp_stage import csp_stage
+from csp_kernels.stage.dense_block import dense_block
+from csp_kernels.stage.graph import Conv, Graph, without_dropout
+from csp_kernels.stage.partial_transition import partial_transition
 from csp_kernels.stage.program import Wanted
-from csp_kernels.stage.text import encode
+from csp_kernels.stage.text import decode, encode
+from csp_kernels.stage.two_way_dense_block import two_way_dense_block
 
 OPS = torch.ops.csp_kernels
 SIZE = (2, 4, 6)  # N, H, W
@@ -55,14 +63,6 @@ def image(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(n, channels, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def norm(channels: int) -> list[Tensor]:
-    return [torch.rand(channels) + 0.5, torch.randn(channels)]
-
-
-def conv(out: int, inside: int, size: int = 1) -> Tensor:
-    return torch.randn(out, inside, size, size) / (inside * size * size) ** 0.5
-
-
 def statistics(channels: list[int]) -> list[Tensor]:
     return [t for c in channels for t in (torch.randn(c), torch.rand(c) + 0.5)]
 
@@ -77,138 +77,54 @@ def call(op: str, arguments: Arguments) -> Any:
     return getattr(OPS, op).default(*arguments.values())
 
 
-def layers(kind: int, channels: int) -> list[Tensor]:
-    """Parameters of two dense layers that grow by 4."""
-    found: list[Tensor] = []
-    for k in (channels, channels + 4):
-        if kind == 0:
-            found += [*norm(k), conv(6, k), *norm(6), conv(4, 6, 3)]
-        elif kind == 1:
-            found += [conv(6, k), *norm(6), conv(4, 6, 3), *norm(4)]
-        else:
-            branch = [conv(6, k), *norm(6), conv(2, 6, 3), *norm(2)]
-            found += [*branch, conv(6, k), *norm(6), conv(2, 6, 3), *norm(2), conv(2, 2, 3), *norm(2)]
-    return found
+def parameters(graph: Graph) -> list[Tensor]:
+    shapes = map(torch.Size, parameter_shapes(graph)[1])
+    return [torch.randn(s) / s[1:].numel() ** 0.5 if len(s) == 4 else torch.rand(s) + 0.5 for s in shapes]
 
 
-def transition(post: bool, fusion: int, part: int, dense: int) -> list[Tensor]:
-    sizes = {0: [(6, dense), (10, part + 6)], 1: [(10, part + dense)], 2: [(6, dense)]}[fusion]
-    return [t for out, inside in sizes for t in (*norm(out if post else inside), conv(out, inside))]
-
-
-def vectors(params: list[Tensor]) -> list[int]:
-    """Channels of the norms."""
-    return [p.shape[0] for p in params if p.dim() == 1][::2]
-
-
-def norms(params: list[Tensor], frozen: tuple[int, ...]) -> tuple[list[Tensor], list[int], list[float]]:
-    """running, flags and eps; frozen is repeated."""
-    channels = vectors(params)
-    flags = [frozen[i % len(frozen)] for i in range(len(channels))]
-    return statistics([c for c, f in zip(channels, flags, strict=True) if f]), flags, [1e-5] * len(flags)
-
-
-def concat_conv(frozen: bool) -> dict[str, Arguments]:
-    mean, var = statistics([12]) if frozen else (None, None)
-    given = [image(5), image(16)], conv(12, 21), *norm(12), mean, var, 1e-5, 2, 0.1, [4, 8]
-    calls = {"concat_conv": named("concat_conv", *given)}
-    _, raw, stats = call("concat_conv", calls["concat_conv"])
-    grads = [image(4), image(8)]
-    calls["concat_conv_backward"] = named(
-        "concat_conv_backward", grads, *given[:6], raw, stats, 1e-5, 2, 0.1, [4, 8], [1, 0]
-    )
-    if frozen:
-        calls["concat_conv_inference"] = named("concat_conv_inference", *given)
+def stage(
+    graph: Graph, frozen: tuple[bool, ...], recompute: str = "none", inference: bool = False
+) -> dict[str, Arguments]:
+    """Right calls of both operators; frozen is repeated."""
+    flags = tuple(frozen[i % len(frozen)] for i in range(len(graph.norms)))
+    running = statistics([c for c, f in zip(graph.norms, flags, strict=True) if f])
+    wanted = None if inference else Wanted.all(graph)
+    program = encode(compile_stage(graph, flags, wanted, recompute))
+    drops = any(isinstance(node, Conv) and node.drop_rate for node in graph.nodes)
+    seed = torch.tensor([3]) if drops else None
+    given = parameters(graph), running, seed, program, [1e-5] * len(flags), 2
+    inputs = [image(c) for c in graph.inputs]
+    calls = {"stage": named("stage", inputs, *given)}
+    if not inference:
+        outputs, kept, stats = call("stage", calls["stage"])
+        grads = [torch.randn_like(t) for t in outputs]
+        calls["stage_backward"] = named("stage_backward", grads, inputs, outputs, kept, stats, *given)
     return calls
 
 
-def partial_transition(fusion: int, post: bool, frozen: tuple[int, ...], bypass: bool = True) -> dict[str, Arguments]:
-    part, dense = (image(3) if bypass else None), image(8)
-    params = transition(post, fusion, 3 if bypass else 0, 8)
-    running, flags, eps = norms(params, frozen)
-    given = part, dense, params, running, flags, eps, fusion, post, True
-    forward = named("partial_transition", *given, True)
-    y, raw_t, raw_u, stats = call("partial_transition", forward)
-    backward = torch.randn_like(y), part, dense, params, running, raw_t, raw_u, stats, flags, eps, fusion, post, True
-    return {
-        "partial_transition": forward,
-        "partial_transition_backward": named("partial_transition_backward", *backward),
-    }
-
-
-def dense_block(frozen: tuple[int, ...], drop_rate: float, keep: bool) -> dict[str, Arguments]:
-    x, params = image(5), layers(0, 5)
-    running, flags, eps = norms(params, frozen)
-    seed = torch.tensor([7]) if drop_rate else None
-    forward = named("dense_block", x, params, running, flags, eps, seed, drop_rate, keep, 2)
-    y, z, stats = call("dense_block", forward)
-    grad = torch.randn_like(y)
-    backward = grad, y, z, stats, params, running, flags, eps, seed, drop_rate, 5, 2
-    calls = {"dense_block": forward, "dense_block_backward": named("dense_block_backward", *backward)}
-    if frozen == (1,):
-        calls["dense_block_inference"] = named("dense_block_inference", x, params, running, eps, 2)
-    return calls
-
-
-def post_dense_block(two_way: bool, frozen: tuple[int, ...], keep: bool) -> dict[str, Arguments]:
-    x, params = image(5), layers(1 + two_way, 5)
-    running, flags, eps = norms(params, frozen)
-    forward = named("post_dense_block", x, params, running, flags, eps, two_way, 2, keep)
-    y, *kept = call("post_dense_block", forward)
-    backward = torch.randn_like(y), x, *kept, params, running, flags, eps, two_way, 2
-    return {"post_dense_block": forward, "post_dense_block_backward": named("post_dense_block_backward", *backward)}
-
-
-def csp_stage(layer: int, fusion: int, frozen: tuple[int, ...], keep: bool) -> dict[str, Arguments]:
-    x, params = image(8), [*layers(layer, 5), *transition(layer > 0, fusion, 3, 5 + 8)]
-    running, flags, eps = norms(params, frozen)
-    given = x, params, running, flags, eps, 3, layer, fusion, True, 2
-    forward = named("csp_stage", *given, True, keep)
-    y, *kept = call("csp_stage", forward)
-    backward = torch.randn_like(y), x, *kept, *given[1:]
-    return {"csp_stage": forward, "csp_stage_backward": named("csp_stage_backward", *backward)}
-
-
-def stage(frozen: tuple[bool, ...], drop_rate: float, recompute: str) -> dict[str, Arguments]:
+def residual() -> Graph:
     """Two inputs, a bottleneck, a 3x3 and a sum, and another output that is averaged."""
     build = Builder(5, 16)
     z = build.conv([build.read(0), build.read(1, act="silu")], 20)
-    y = build.conv([build.read(z, build.norm(20), "relu")], 16, 3, drop_rate=drop_rate)
+    y = build.conv([build.read(z, build.norm(20), "relu")], 16, 3, drop_rate=0.5)
     build.write([build.read(y)])
     total = build.sum([build.read(y, build.norm(16), "mish"), build.read(1)])
     build.write([build.read(total), build.read(z, stop=7)], pool=True)
-    graph = build.graph()
-    params = [conv(20, 21), conv(16, 20, 3), *norm(20), *norm(16)]
-    order = {"conv": [params[:1], params[1:2]], "norm": [params[2:4], params[4:]]}
-    params = [t for item in graph.order for t in order[item.kind][item.index]]
-    running = statistics([c for c, f in zip(graph.norms, frozen, strict=True) if f])
-    program = encode(compile_stage(graph, frozen, Wanted.all(graph), recompute))
-    seed = torch.tensor([3]) if drop_rate else None
-    given = params, running, seed, program, [1e-5, 1e-3], 2
-    inputs = [image(5), image(16)]
-    outputs, kept, stats = call("stage", named("stage", inputs, *given))
-    grads = [torch.randn_like(t) for t in outputs]
-    backward = named("stage_backward", grads, inputs, outputs, kept, stats, *given)
-    return {"stage": named("stage", inputs, *given), "stage_backward": backward}
+    return build.graph()
 
 
 RIGHT: dict[str, Callable[[], dict[str, Arguments]]] = {
-    "batch statistics": partial(concat_conv, False),
-    "running statistics": partial(concat_conv, True),
-    "csp, post": partial(partial_transition, 0, True, (0, 1)),
-    "first, pre": partial(partial_transition, 1, False, (0,)),
-    "last, post": partial(partial_transition, 2, True, (1,)),
-    "csp, no bypass": partial(partial_transition, 0, False, (1, 0), bypass=False),
-    "dropout": partial(dense_block, (0, 1), 0.5, True),
-    "frozen": partial(dense_block, (1,), 0.0, False),
-    "one way": partial(post_dense_block, False, (1, 0), True),
-    "two ways": partial(post_dense_block, True, (0,), True),
-    "two ways, recomputed": partial(post_dense_block, True, (1,), False),
-    "pre": partial(csp_stage, 0, 0, (0, 1), True),
-    "post": partial(csp_stage, 1, 1, (1, 0), False),
-    "two ways in a stage": partial(csp_stage, 2, 2, (0,), True),
-    "any stage": partial(stage, (False, True), 0.5, "none"),
-    "any stage, recomputed": partial(stage, (True, False), 0.0, "all"),
+    "residual": lambda: stage(residual(), (False, True)),
+    "residual, recomputed": lambda: stage(without_dropout(residual()), (True, False), "all"),
+    "dense block": lambda: stage(dense_block(2, 5, 4, 6, 0.5), (False, True)),
+    "dense block, inference": lambda: stage(dense_block(2, 5, 4, 6), (True,), inference=True),
+    "two outputs": lambda: stage(concat_conv([5, 16], [16, 8], "hardswish"), (False,)),
+    "two outputs, inference": lambda: stage(concat_conv([5, 16], [4, 8], "leaky_relu", 0.1), (True,), inference=True),
+    "csp, post": lambda: stage(partial_transition(3, 8, 6, 10), (False, True)),
+    "first, pre": lambda: stage(partial_transition(3, 8, 6, 10, fusion="first", order="pre"), (False,)),
+    "two ways": lambda: stage(two_way_dense_block(5, 4, [6, 6]), (False,), "bottleneck"),
+    "csp stage": lambda: stage(csp_stage(8, 3, 4, [6, 6], 6, 10), (False, True)),
+    "csp stage, last": lambda: stage(csp_stage(8, 3, 4, [6, 6], 6, 10, layer="two_way", fusion="last"), (False,)),
 }
 
 # --- how arguments are spoiled ---
@@ -301,32 +217,19 @@ def spoiled_list(values: list[Any], name: str) -> Iterator[tuple[str, Callable[[
             yield f"{i}: {what}", lambda i=i, make=make: [*values[:i], make(), *values[i + 1 :]]
 
 
-# The first image of a call may have any size, so that another is wrong, or none.
-FIRST = {
-    "concat_conv": "inputs",
-    "partial_transition": "dense",
-    "dense_block": "x",
-    "post_dense_block": "x",
-    "csp_stage": "x",
-    "stage": "inputs",
-}
-
-
 def harmless(op: str, name: str, what: str, arguments: Arguments) -> bool:
-    """Another right call: a forward's only image of another size, or one that nothing is asked of."""
-    kind = op.removesuffix("_inference")
-    if name == FIRST.get(kind) and name != "inputs" and arguments.get("part") is None:
-        return what in {f"size {d}: {how}" for d in (0, 2, 3) for how in ("less", "more", "none")}
-    if name == "params" and (arguments.get("layer") == 0 or arguments.get("post") is False) and op in FIRST:
-        last = len(arguments[name]) - 1  # its rows are channels of the output alone
-        return what in (f"{last}: size 0: less", f"{last}: size 0: more")
-    if op == "partial_transition" and name == "part" and arguments["fusion"] == 2:
-        return what in {"None", "size 1: less", "size 1: more"}
-    if name in ("z", "middle") and what == "none":
-        return name == "z" and not arguments.get("middle")  # computed again
-    if op == "stage_backward" and what in ("1: NCHW", "1: transposed", "1: stride 0"):
-        return name == "outputs"  # nobody reads this one
-    return name == "seed" and what == "None" and arguments.get("drop_rate") == 0
+    """Another right call: its only image has another size, or something else that nothing is asked of."""
+    if op == "stage" and name == "inputs" and len(arguments["inputs"]) == 1:
+        return what in {f"0: size {d}: {how}" for d in (0, 2, 3) for how in ("less", "more", "none")}
+    lies = op == "stage_backward" and re.search("NCHW|transposed|stride 0|freed|short", what)
+    return bool(lies) and name in ("inputs", "outputs") and f"{name}[{what[0]}]" not in read(arguments["program"])
+
+
+def read(text: str) -> set[str]:
+    """Inputs and outputs whose values backward reads."""
+    program = decode(text)
+    buffers = [program.buffers[i] for i in read_again(text)]
+    return {f"{buffer.kind}s[{buffer.index}]" for buffer in buffers}
 
 
 def unambiguous(what: str) -> bool:
@@ -355,37 +258,16 @@ def call_spoiled(op: str, arguments: Arguments, name: str, bad: Callable[[], Any
 
 def specific_cases(variant: str, op: str, arguments: Arguments) -> Iterator[Case]:
     """What the argument's type does not say."""
-    values: list[tuple[str, Any]] = []
-    if "splits" in arguments:
-        values += [("splits", s) for s in ([12], [4, 9], [0, 12], [-4, 16], [2**62, 2**62, 12], [HUGE, 12 - HUGE], [])]
-        values.remove(("splits", [12])) if not op.endswith("backward") else None
-    if "in_channels" in arguments:
-        values += [("in_channels", c) for c in (0, 4, 6, 12, 13)]
-    if "part_channels" in arguments:
-        values += [("part_channels", c) for c in (2, 4, 7, 8)]
-    if "drop_rate" in arguments:
-        values += [("drop_rate", 1.0), ("drop_rate", 1.5)]
-        if arguments["seed"] is not None:
-            two = torch.tensor([1, 2])
-            values += [("seed", s) for s in (two[:0], two, two.int()[:1], two.float()[:1], two[0])]
-    if "drop_rate" in arguments and arguments["seed"] is None:
-        values += [("drop_rate", 0.5), ("seed", torch.tensor([1], dtype=torch.int32)), ("seed", torch.zeros(0))]
-    if "fusion" in arguments:
-        values += [("fusion", f) for f in (0, 1, 2) if f != arguments["fusion"]]
-    if "layer" in arguments:
-        values += [("layer", f) for f in (0, 1, 2) if f != arguments["layer"]]
-    if "two_way" in arguments:
-        values += [("two_way", not arguments["two_way"])]
-    if "act" in arguments:
-        values += [("act", 6)]
-    if arguments.get("z"):
-        values += [("z", arguments["z"] * 2)]
-    if "eps" in arguments and "frozen" in arguments and 0 in arguments["frozen"]:
+    values: list[tuple[str, Any]] = [("program", text) for text in ("", "0", arguments["program"] + " 0")]
+    if arguments["seed"] is not None:
+        two = torch.tensor([1, 2])
+        values += [("seed", s) for s in (two[:0], two, two.int()[:1], two.float()[:1], two[0])]
+    else:
+        values += [("seed", torch.tensor([1], dtype=torch.int32)), ("seed", torch.zeros(0))]
+    if not arguments["running"]:
         values += [("eps", [0.0] * len(arguments["eps"]))]
-    if "wanted" in arguments:
-        values += [("wanted", [1]), ("wanted", [1, 0, 1]), ("wanted", [2, 1])]
     for name, bad in values:
-        text = re.sub(r"\s+", " ", str(bad))[:60]
+        text = re.sub(r"\s+", " ", str(bad))[-60:]
         spoil = partial(call, op, {**arguments, name: bad})
         yield Case(op, name, f"{text} ({variant})", spoil, tuple(arguments))
 
@@ -484,17 +366,15 @@ def call_of_size(op: str, make: Callable[[], dict[str, Arguments]], size: tuple[
 
 def call_in_dtype(op: str, make: Callable[[], dict[str, Arguments]], dtype: torch.dtype) -> None:
     """Images and what is kept in this dtype."""
-    forward = op.removesuffix("_backward").removesuffix("_inference")
-    arguments = make()[forward]
+    arguments = make()["stage"]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    names = {FIRST[forward], "part", "grads", "grad_y"}
     arguments = {
         name: on_all({"": value}, lambda t: t.to(dtype))[""]
-        if name in names
+        if name == "inputs"
         else on_all({"": value}, lambda t: t.to(wide) if t.is_floating_point() else t)[""]
         for name, value in arguments.items()
     }
-    for t in flattened(call(forward, arguments)):
+    for t in flattened(call("stage", arguments)):
         assert t.dtype in (dtype, torch.float64)
 
 
@@ -509,12 +389,12 @@ def good_cases() -> Iterator[Case]:
     for variant, make in RIGHT.items():
         for op, arguments in make().items():
             for what, change in UNUSUAL.items():
-                if op in ("dense_block_backward", "stage_backward") and what in (
+                if op == "stage_backward" and what in (
                     "channel slices",
                     "a storage that ends with the tensor",
                 ):
                     continue  # takes no slices, see `packed`
-                if what == "weights in channels_last" and not op.startswith("dense"):
+                if what == "weights in channels_last":
                     change = lambda t: weights_channels_last(t) if t.shape[2:] == (3, 3) else t  # noqa: E731
                 yield Case(op, what, variant, partial(call_changed, op, arguments, change), ())
             for size in (0, 4, 6), (3, 2, 2), (1, 2, 9), (1, 9, 2), (1, 2, 3):
@@ -640,11 +520,7 @@ def outcomes() -> dict[str, list[str]]:
     return run_all()
 
 
-OPERATORS = [
-    *(f"{kind}{suffix}" for kind in FIRST for suffix in ("", "_backward")),
-    "concat_conv_inference",
-    "dense_block_inference",
-]
+OPERATORS = ["stage", "stage_backward"]
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -17,7 +17,6 @@ from csp_kernels.ops.dense_block import NAMES
 
 pytestmark = pytest.mark.usefixtures("native")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-OPS = torch.ops.csp_kernels
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,10 @@ def measure(case: Case, params: Callable[[Case], list[Tensor]] = Case.params, se
         exact = run(csp.reference.dense_block, case, wide, grad)
         assert ours["y"].dtype == case.dtype and ours["stats"].dtype == torch.float64
         naive["stats"] = naive["stats"].to(case.dtype)
+        for found in (ours, naive, exact):  # no norm needs those of what the last layer adds
+            found["stats"] = torch.cat(
+                (found["stats"][:, : case.total - case.growth], found["stats"][:, case.total :]), 1
+            )
         for name, scale in scales(exact).items():
             pair = error(ours[name], exact[name], scale), error(naive[name], exact[name], scale)
             errors.setdefault(name, []).append(pair)
@@ -229,10 +232,12 @@ def test_statistics_describe_the_output(dtype: torch.dtype, size: tuple[int, int
     """Means (in standard deviations) and variances (relative); in 16 bits of the values before they are rounded."""
     case = Case(layers=2, size=size, dtype=dtype)
     y, stats = csp.ops.dense_block(case.x(), case.params())
-    var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    normalised = case.total - case.growth  # no norm of the block reads what its last layer adds
+    var, mean = torch.var_mean(y[:, :normalised].double(), (0, 2, 3), correction=0)
     bound = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-3}[dtype]
-    assert ((stats[0, : case.total] - mean).abs() / var.sqrt()).max() <= bound
-    assert ((stats[1, : case.total] - var).abs() / var).max() <= bound
+    assert ((stats[0, :normalised] - mean).abs() / var.sqrt()).max() <= bound
+    assert ((stats[1, :normalised] - var).abs() / var).max() <= bound
+    assert not stats[:, normalised : case.total].any()
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -344,61 +349,6 @@ def test_gradcheck(mode: str, size: tuple[int, int, int]) -> None:
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def arguments(case: Case, drop_rate: float, keep: bool) -> tuple[Any, ...]:
-    """Arguments of the raw forward operator."""
-    x = case.x().contiguous(memory_format=torch.channels_last).requires_grad_()
-    params = [p.requires_grad_() for p in case.params()]
-    seed = torch.tensor([7]) if drop_rate > 0 else None
-    flags = [int(f) for f in case.flags]
-    return x, params, case.running(), flags, [1e-5] * len(flags), seed, drop_rate, keep, 2
-
-
-OPCHECK = {
-    "keep": (Case(layers=2), 0.0, True),
-    "recompute": (Case(layers=2), 0.0, False),
-    "frozen": (Case(layers=2, frozen=(True,)), 0.0, True),
-    "mixed": (Case(layers=2, frozen=(True, False)), 0.0, True),
-    "dropout": (Case(layers=2), 0.4, True),
-    "bfloat16": (Case(layers=2, dtype=torch.bfloat16), 0.0, True),
-    "width 5": (Case(layers=2, channels=3, growth=2, width=5), 0.0, True),
-}
-
-
-@pytest.mark.parametrize("name", OPCHECK)
-def test_opcheck_forward(name: str) -> None:
-    case, drop_rate, keep = OPCHECK[name]
-    torch.library.opcheck(OPS.dense_block.default, arguments(case, drop_rate, keep))
-
-
-@pytest.mark.parametrize("name", OPCHECK)
-def test_opcheck_backward(name: str) -> None:
-    case, drop_rate, keep = OPCHECK[name]
-    with torch.no_grad():
-        x, params, running, flags, eps, seed, _, _, winograd = arguments(case, drop_rate, keep)
-        params = [p.detach() for p in params]
-        y, z, stats = OPS.dense_block(x.detach(), params, running, flags, eps, seed, drop_rate, keep, winograd)
-    grad = torch.randn_like(y)
-    given = (grad, y, z, stats, params, running, flags, eps, seed, drop_rate, case.channels, winograd)
-    torch.library.opcheck(OPS.dense_block_backward.default, given)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck_inference(dtype: torch.dtype) -> None:
-    x, params, running, _, eps, *_ = arguments(Case(layers=2, frozen=(True,), dtype=dtype), 0.0, False)
-    params = [p.detach() for p in params]
-    torch.library.opcheck(OPS.dense_block_inference.default, (x.detach(), params, running, eps, 2))
-
-
-def test_the_backward_operator_itself_refuses_gradients() -> None:
-    """What is left to say it under torch.compile."""
-    x, params, running, flags, eps, seed, _, _, winograd = arguments(Case(layers=2), 0.0, True)
-    with torch.no_grad():
-        y, z, stats = OPS.dense_block(x, params, running, flags, eps, seed, 0.0, True, winograd)
-    given = (torch.randn_like(y), y, z, stats, params, running, flags, eps, seed, 0.0, 24, winograd)
-    with pytest.raises(RuntimeError, match="use_backend\\('reference'\\)"):
-        OPS.dense_block_backward(*given)[0].sum().backward()
-
-
 def test_double_backward_on_the_reference() -> None:
     csp.use_backend("reference")
     case = Case(layers=1, channels=3, growth=2, width=3, size=(2, 3, 3), dtype=torch.float64)
@@ -483,7 +433,8 @@ def test_gradient_of_the_input_alone_and_of_one_parameter() -> None:
     assert torch.equal(leaf.grad, whole["grad x"])
     weight = params[5].clone().requires_grad_()
     csp.ops.dense_block(x, [*params[:5], weight, *params[6:]])[0].backward(grad)
-    assert torch.equal(weight.grad, whole["grad 0.conv2.weight"])
+    # another sum of rounding errors: whether x wants a gradient chooses the loops of the first 1x1
+    torch.testing.assert_close(weight.grad, whole["grad 0.conv2.weight"], rtol=1e-5, atol=1e-5)
 
 
 # --- dropout ---

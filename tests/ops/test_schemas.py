@@ -1,15 +1,49 @@
-"""opcheck's four tests (schema, fake kernel, autograd registration, AOT dispatch) on every new compiled operator."""
+"""opcheck's four tests (schema, fake kernel, autograd registration, AOT dispatch) on the programs of every operator."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from csp_kernels.ops.stage import parameter_shapes
+from csp_kernels.stage.compile import compile_stage
+from csp_kernels.stage.concat_conv import concat_conv
+from csp_kernels.stage.csp_stage import csp_stage
+from csp_kernels.stage.dense_block import dense_block
+from csp_kernels.stage.graph import Graph, without_dropout
+from csp_kernels.stage.partial_transition import partial_transition
+from csp_kernels.stage.post_dense_block import post_dense_block
+from csp_kernels.stage.program import Wanted
+from csp_kernels.stage.text import encode
+from csp_kernels.stage.two_way_dense_block import two_way_dense_block
+
 OPS = torch.ops.csp_kernels
 SMALL = (2, 4, 6)  # N, H, W
 
 pytestmark = pytest.mark.usefixtures("native")
+
+# What is kept has multiples of 16 channels here: opcheck compares two runs, and nobody writes to padding.
+GRAPHS: dict[str, Callable[[], Graph]] = {
+    "dense_block": partial(dense_block, 2, 5, 4, 16, 0.5),
+    "post_dense_block": partial(post_dense_block, 5, 16, [16, 16]),
+    "two_way_dense_block": partial(two_way_dense_block, 5, 32, [16, 32]),
+    "concat_conv": partial(concat_conv, [5, 16], [16, 16]),
+    "concat_conv mish": partial(concat_conv, [5, 16], [7, 9], "mish"),
+}
+for fusion in ("csp", "first", "last"):
+    for order in ("pre", "post"):
+        GRAPHS[f"partial_transition {order} {fusion}"] = partial(
+            partial_transition, 3, 8, 16, 32, fusion=fusion, order=order
+        )
+    for layer in ("pre", "post", "two_way"):
+        part = 3 if layer != "pre" else 16
+        GRAPHS[f"csp_stage {layer} {fusion}"] = partial(
+            csp_stage, 16 + part, part, 32, [16, 16], 16, 32, layer=layer, fusion=fusion
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -19,103 +53,47 @@ def poisoned_memory() -> None:
 
 def image(channels: int) -> Tensor:
     n, h, w = SMALL
-    return torch.randn(n, channels, h, w).contiguous(memory_format=torch.channels_last).requires_grad_()
+    return torch.randn(n, channels, h, w).contiguous(memory_format=torch.channels_last)
 
 
-def norm(channels: int) -> list[Tensor]:
-    return [(torch.rand(channels) + 0.5).requires_grad_(), torch.randn(channels).requires_grad_()]
-
-
-def conv(out: int, inside: int, size: int = 1) -> Tensor:
-    return torch.randn(out, inside, size, size).requires_grad_()
-
-
-def statistics(*channels: int) -> list[Tensor]:
-    return [t for c in channels for t in (torch.randn(c), torch.rand(c) + 0.5)]
-
-
-def detached(values: tuple[object, ...]) -> tuple[object, ...]:
-    return tuple(
-        v.detach()
-        if isinstance(v, Tensor)
-        else [t.detach() for t in v]
-        if isinstance(v, list) and v and isinstance(v[0], Tensor)
-        else v
-        for v in values
-    )
-
-
+@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("act", [1, 4])  # relu, mish
-def test_concat_conv(frozen: bool, act: int) -> None:
-    mean, var = statistics(12) if frozen else (None, None)
-    inputs = [image(5), image(16)]
-    arguments = inputs, conv(12, 21), *norm(12), mean, var, 1e-5, act, 0.1, [4, 8]
-    torch.library.opcheck(OPS.concat_conv.default, arguments)
-    if frozen:
-        torch.library.opcheck(OPS.concat_conv_inference.default, detached(arguments))
-    _, raw, stats = OPS.concat_conv.default(*detached(arguments))
-    grads = [torch.randn(2, c, 4, 6).contiguous(memory_format=torch.channels_last) for c in (4, 8)]
-    given = grads, *detached(arguments)[:6], raw, stats, 1e-5, act, 0.1, [4, 8], [1, 0]
-    torch.library.opcheck(OPS.concat_conv_backward.default, given)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_training(name: str, frozen: bool, recompute: str) -> None:
+    graph = GRAPHS[name]()
+    inputs, params, rest = arguments(graph, frozen, Wanted.all(graph), recompute)
+    for t in (*inputs, *params):
+        t.requires_grad_()
+    torch.library.opcheck(OPS.stage.default, (inputs, params, *rest))
+    inputs, params = [t.detach() for t in inputs], [t.detach() for t in params]
+    outputs, kept, stats = OPS.stage.default(inputs, params, *rest)
+    grads = [torch.randn_like(t) for t in outputs]
+    torch.library.opcheck(OPS.stage_backward.default, (grads, inputs, outputs, kept, stats, params, *rest))
 
 
-def transition(post: bool, fusion: int, part: int, dense: int) -> tuple[list[Tensor], list[int]]:
-    """Parameters and the channels of the norms: mid 6, out 10."""
-    sizes = {0: [(6, dense), (10, part + 6)], 1: [(10, part + dense)], 2: [(6, dense)]}[fusion]
-    params = [t for out, inside in sizes for t in (*norm(out if post else inside), conv(out, inside))]
-    return params, [p.shape[0] for p in params[::3]]
+@pytest.mark.parametrize("name", GRAPHS)
+def test_inference(name: str) -> None:
+    inputs, params, rest = arguments(without_dropout(GRAPHS[name]()), True, None, "none")
+    torch.library.opcheck(OPS.stage.default, (inputs, params, *rest))
 
 
-@pytest.mark.parametrize("fusion", [0, 1, 2])
-@pytest.mark.parametrize("post", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_partial_transition(post: bool, fusion: int, frozen: bool) -> None:
-    params, norms = transition(post, fusion, 3, 8)
-    running, flags, eps = statistics(*norms) if frozen else [], [int(frozen)] * len(norms), [1e-5] * len(norms)
-    arguments = image(3), image(8), params, running, flags, eps, fusion, post, True, True
-    torch.library.opcheck(OPS.partial_transition.default, arguments)
-    y, raw_t, raw_u, stats = OPS.partial_transition.default(*detached(arguments))
-    given = torch.randn_like(y), *detached(arguments)[:4], raw_t, raw_u, stats, flags, eps, fusion, post, True
-    torch.library.opcheck(OPS.partial_transition_backward.default, given)
+def test_the_backward_operator_itself_refuses_gradients() -> None:
+    """What is left to say it under torch.compile."""
+    graph = GRAPHS["concat_conv"]()
+    inputs, params, rest = arguments(graph, False, Wanted.all(graph), "none")
+    outputs, kept, stats = OPS.stage.default(inputs, params, *rest)
+    params = [p.requires_grad_() for p in params]
+    grads = [torch.randn_like(t) for t in outputs]
+    with pytest.raises(RuntimeError, match="use_backend\\('reference'\\)"):
+        OPS.stage_backward.default(grads, inputs, outputs, kept, stats, params, *rest)[0].sum().backward()
 
 
-def dense(layer: int, channels: int) -> list[Tensor]:
-    """Parameters of two layers of growth 4."""
-    found: list[Tensor] = []
-    for k in (channels, channels + 4):
-        if layer == 0:
-            found += [*norm(k), conv(6, k), *norm(6), conv(4, 6, 3)]
-        elif layer == 1:
-            found += [conv(6, k), *norm(6), conv(4, 6, 3), *norm(4)]
-        else:
-            branch = [conv(6, k), *norm(6), conv(2, 6, 3), *norm(2)]
-            found += [*branch, conv(6, k), *norm(6), conv(2, 6, 3), *norm(2), conv(2, 2, 3), *norm(2)]
-    return found
-
-
-@pytest.mark.parametrize("two_way", [False, True])
-def test_post_dense_block(two_way: bool) -> None:
-    params = dense(1 + two_way, 5)
-    flags, eps = [0] * (len(params) // 3), [1e-5] * (len(params) // 3)
-    arguments = image(5), params, [], flags, eps, two_way, 2, True
-    torch.library.opcheck(OPS.post_dense_block.default, arguments)
-    y, features, z, middle, stats = OPS.post_dense_block.default(*detached(arguments))
-    x, tensors, running = detached(arguments)[:3]
-    given = torch.randn_like(y), x, features, z, middle, stats, tensors, running, flags, eps, two_way, 2
-    torch.library.opcheck(OPS.post_dense_block_backward.default, given)
-
-
-@pytest.mark.parametrize("fusion", [0, 1, 2])
-@pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("keep", [False, True])
-def test_csp_stage(layer: int, fusion: int, keep: bool) -> None:
-    last, _ = transition(layer > 0, fusion, 3, 5 + 8)
-    params = [*dense(layer, 5), *last]
-    flags, eps = [0] * (len(params) // 3), [1e-5] * (len(params) // 3)
-    arguments = image(8), params, [], flags, eps, 3, layer, fusion, True, 2, True, keep
-    torch.library.opcheck(OPS.csp_stage.default, arguments)
-    y, *kept = OPS.csp_stage.default(*detached(arguments))
-    x, tensors, running = detached(arguments)[:3]
-    given = torch.randn_like(y), x, *kept, tensors, running, flags, eps, 3, layer, fusion, True, 2
-    torch.library.opcheck(OPS.csp_stage_backward.default, given)
+def arguments(
+    graph: Graph, frozen: bool, wanted: Wanted | None, recompute: str
+) -> tuple[list[Tensor], list[Tensor], tuple[object, ...]]:
+    """Inputs, parameters, and what the operator takes behind them."""
+    params = [torch.rand(shape) + 0.1 for shape in parameter_shapes(graph)[1]]
+    running = [torch.rand(c) + 0.5 for c in graph.norms for _ in range(2) if frozen]
+    program = encode(compile_stage(graph, (frozen,) * len(graph.norms), wanted, recompute))
+    seed = None if graph == without_dropout(graph) else torch.tensor([3])
+    return [image(c) for c in graph.inputs], params, (running, seed, program, [1e-5] * len(graph.norms), 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -127,8 +128,17 @@ class Interpreter:
         return dropped(y, conv.drop_rate, self.seed, step.drop) if step.drop is not None else y
 
     def product(self, step: P.Product) -> None:
-        self.at(step.to).copy_(self.convolve(step, torch.cat([self.activated(s) for s in step.segments], 1)))
+        y = self.convolve(step, torch.cat([self.activated(s) for s in step.segments], 1))
+        if step.column is not None:
+            mean, scale, shift = self.affine[:, step.column : step.column + y.shape[1]]
+            y = (y - along(mean)) * along(scale) + along(shift)
+        self.at(step.to).copy_(ACTIVATIONS[step.act](y, step.slope))
         self.take(step.to, step.statistics)
+
+    def bottleneck(self, step: P.Bottleneck) -> None:
+        self.product(step.reduce)
+        self.product(step.conv)
+        self.at(step.reduce.to).fill_(torch.nan)
 
     def add(self, step: P.Add) -> None:
         first, *rest = [self.activated(s) for s in step.segments]
@@ -219,12 +229,19 @@ class Interpreter:
         leaves = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
         with torch.enable_grad():
             y = self.convolve_with(step, leaves[0], leaves[1], leaves[2] if bias is not None else None)
-            dx, *dweights = torch.autograd.grad(y, leaves, self.complete(step.of, step.owed))
+            dx, *dweights = torch.autograd.grad(y, leaves, self.gradient_of(step))
         parts = dweights[0].split([self.weights[node][0].shape[0] for node in step.nodes])
         for node, part in zip(step.nodes, parts, strict=True):
             if node in step.wanted:
                 self.dweights[node] = [part, *dweights[1:]]
         self.spread(step.segments, dx)
+
+    def gradient_of(self, step: P.ProductBackward) -> Tensor:
+        for behind in step.behind:
+            given = self.given[behind.output.buffer]
+            assert given is not None and not behind.segment.sums
+            self.one(replace(behind.segment, gradient="write"), given[:, behind.output.start : behind.output.stop])
+        return self.complete(step.of, step.owed)
 
     def addbackward(self, step: P.AddBackward) -> None:
         terms = [self.activated(s) for s in step.segments]

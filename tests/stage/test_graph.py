@@ -89,8 +89,8 @@ WRONG = [
     (conv(drop_rate=1.0), "v2: got drop_rate 1.0, expected 0 <= drop_rate < 1"),
     (conv(kernel=3, pool=True), "v2: got pool, expected it in front of a 1x1 without bias alone"),
     (conv(bias=True, pool=True), "v2: got pool, expected it in front of a 1x1 without bias alone"),
-    ({"nodes": (Sum((READ,)),)}, "v2: got 1 reads of [8] channels, expected two or more of one width"),
-    ({"nodes": (Sum((READ, Read(1, 0, 7))),)}, "v2: got 2 reads of [7, 8] channels, expected two or more of one width"),
+    ({"nodes": (Sum(()),)}, "v2: got no reads, expected one or more"),
+    ({"nodes": (Sum((READ, Read(1, 0, 7))),)}, "v2: got 2 reads of [7, 8] channels, expected one or more of one width"),
     ({"nodes": (Sum((READ, READ), "gelu"),)}, "v2: got activation 'gelu', expected one of"),
     (
         {**conv(pool=True), **two(Read(0, 0, 8), Read(2, 0, 6, 0))},

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import csp_kernels as csp
-from csp_kernels.ops.stage import by_norm, unsupported
+from csp_kernels.ops._program import Moments
+from csp_kernels.ops.stage import unsupported
 from csp_kernels.reference.stage import stage as reference
 from csp_kernels.stage.build import Builder, conv_norm, through_norm
 from csp_kernels.stage.compile import compile_stage
@@ -80,7 +81,7 @@ class Case:
         live = torch.tensor([not f for c, f in zip(self.graph.norms, self.frozen, strict=True) for _ in range(c)])
         if trained:
             torch.testing.assert_close(
-                by_norm(encode(program), stats)[:, live], self.stats[:, live], rtol=1e-9, atol=1e-9
+                Moments(encode(program), stats).of(None)[:, live], self.stats[:, live], rtol=1e-9, atol=1e-9
             )
         scale = max(1.0, *(g.abs().max().item() for g in self.grads))
         for number, g in grads.items():

@@ -35,76 +35,18 @@ void activate(const Parallel& parallel, const Grid& grid, const S* z, int64_t pi
   });
 }
 
-// dn = dy * activation'(norm(z)) [N*H*W][pitch] (null: not kept), and its sums. dy: the outputs' gradients, null: zero.
-template <class S, class A>
-void activate_backward(const Parallel& parallel, const Grid& grid, const S* z, int64_t pitch, const Affine<typename Types<S>::T>& norm,
-                      const Splits& splits, const Output<const S>* out, const A& activation, S* dn,
-                      const PartialSums<typename Types<S>::T>* parts, int tasks) {
-  using T = typename Types<S>::T;
-  constexpr int L = LANES<T>, RUN = 32;  // pixels of a short sum: it loses less than a long one
-  int64_t H = grid.H, W = grid.W, P = grid.N * H * W, h = grid.rows(), w = grid.columns();
-  for_tasks(parallel, tasks, [&](int task) {
-    Frame frame;
-    Range r = share(P, task, tasks);
-    int64_t* from = frame.take<int64_t>(RUN);
-    parts[task].clear(0, pitch);
-    for (int64_t p0 = r.begin; p0 < r.end; p0 += RUN) {
-      int64_t m = min64(RUN, r.end - p0);
-      for (int64_t i = 0; i < m; i++) {  // pixel of dy, -1: none
-        int64_t p = p0 + i, y = p / W % H / 2, x = p % W / 2;
-        from[i] = !grid.pool ? p : y < h && x < w ? (p / (W * H) * h + y) * w + x : -1;
-      }
-      splits.each([&](int64_t i, int64_t, int64_t column, int64_t size) {
-        for (int64_t c = 0; c < padded_channels(size); c += L) {
-          int64_t k = column + c;
-          Vec<T> mean = load(norm.mean + k), scale = load(norm.scale + k), shift = load(norm.shift + k), sum{}, sum_x{};
-          T part = grid.pool ? T(0.25) : T(1);
-          for (int64_t q = 0; q < m; q++) {
-            Vec<T> dy = out[i].y && from[q] >= 0 ? load(out[i].y + from[q] * out[i].pitch + c, size - c) * part : Vec<T>{};
-            Vec<T> centred = load(z + (p0 + q) * pitch + k, size - c) - mean, d = activation.gradient(centred * scale + shift, dy);
-            if (dn) store(dn + (p0 + q) * pitch + k, d);
-            sum += d, sum_x += d * centred;
-          }
-          T *s = parts[task].sum + k, *sx = parts[task].sum_x + k;
-          store(s, load(s) + sum), store(sx, load(sx) + sum_x);
-        }
-      });
-    }
-  });
-}
-
 // Where each vector of columns lies in the outputs.
 template <class S> struct Places {
   struct Place { S* y; int64_t pitch, left; };
   Place* at;
-  Places(Frame& frame, const Splits& splits, const Output<S>* out, int lanes) : at(frame.zeroed<Place>(splits.width() / lanes + 2)) {
-    splits.each([&](int64_t i, int64_t, int64_t column, int64_t size) {
-      for (int64_t c = 0; c < size; c += lanes) at[(column + c) / lanes] = {out[i].y + c, out[i].pitch, size - c};
-    });
+  int lanes;
+  Places(Frame& frame, const Splits& splits, int lanes) : at(frame.zeroed<Place>(splits.width() / lanes + 2)), lanes(lanes) {}
+  Places(Frame& frame, const Splits& splits, const Output<S>* out, int lanes) : Places(frame, splits, lanes) {
+    splits.each([&](int64_t i, int64_t, int64_t column, int64_t size) { set(column / lanes, out[i].y, out[i].pitch, size); });
   }
-};
-
-// dz straight from the outputs' gradients: what activate_backward would keep is computed again.
-template <class S, class A> struct ActivatedGradient final : Gradient<S> {
-  using typename Gradient<S>::T;
-  using typename Gradient<S>::U;
-  const Places<const S>& dy;
-  const S* z;
-  int64_t pitch;
-  const Affine<T>& norm;
-  const Correction<T>& correction;  // its mean is the norm's
-  A activation;
-  ActivatedGradient(const Places<const S>& dy, const S* z, int64_t pitch, const Affine<T>& norm, const Correction<T>& correction, const A& activation)
-      : dy(dy), z(z), pitch(pitch), norm(norm), correction(correction), activation(activation) {}
-
-  void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const override {
-    pack_gradient<U>([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
-      const auto& from = dy.at[n / LANES<T>];
-      Vec<T> centred = load(z + pixel * pitch + n, from.left) - load(norm.mean + n), pre = centred * load(norm.scale + n) + load(norm.shift + n);
-      Vec<T> d = from.left > 0 ? activation.gradient(pre, load(from.y + pixel * from.pitch, from.left)) : Vec<T>{};
-      d *= load(correction.scale + n);
-      return correction.owes ? d + (centred * load(correction.slope + n) + load(correction.offset + n)) : d;
-    }, columns, p0, m, M, by_channel, by_pixel);
+  // Channels of an output from a vector on.
+  void set(int64_t vector, S* y, int64_t pitch, int64_t channels) {
+    for (int64_t c = 0; c < channels; c += lanes) at[vector + c / lanes] = {y + c, pitch, channels - c};
   }
 };
 

@@ -1,7 +1,7 @@
 // Activations and their derivatives on vectors.
 #pragma once
 #include <cmath>
-#include "../concat_conv.h"
+#include "../call.h"
 #include "vec.h"
 
 namespace csp::CSP_ISA {

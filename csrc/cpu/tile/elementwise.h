@@ -92,10 +92,10 @@ void add_terms(const Parallel& parallel, int tasks, int64_t P, const Read<S>* te
   });
 }
 
-// The gradient of what is read, from dy(pixel, channel) of what that became; its sums of dn and of dn * (x - mean).
-template <class S, class Value>
-void spread_gradient(const Parallel& parallel, int tasks, int64_t P, const Read<S>& read, const Spread<S>& to, const PartialSums<typename Types<S>::T>* parts,
-                     const Value& dy) {
+// The gradient of what is read, from dy(pixel, channel) of what that became; its sums of dn and of dn * (x - mean). activation: read's.
+template <class S, class A, class Value>
+void spread_gradient(const Parallel& parallel, int tasks, int64_t P, const Read<S>& read, const A& activation, const Spread<S>& to,
+                     const PartialSums<typename Types<S>::T>* parts, const Value& dy) {
   using T = typename Types<S>::T;
   constexpr int L = LANES<T>, RUN = 32;  // pixels of a short sum: it loses less than a long one
   for_tasks(parallel, tasks, [&](int task) {
@@ -106,7 +106,7 @@ void spread_gradient(const Parallel& parallel, int tasks, int64_t P, const Read<
         Vec<T> mean = load(read.norm.mean + c), scale = load(read.norm.scale + c), shift = load(read.norm.shift + c), sum{}, sum_x{};
         int64_t n = read.channels - c;
         for (int64_t p = begin; p < min64(begin + RUN, r.end); p++) {
-          Vec<T> centred = load(read.x + p * read.pitch + c, n) - mean, dn = read.activation.gradient(centred * scale + shift, dy(p, c));
+          Vec<T> centred = load(read.x + p * read.pitch + c, n) - mean, dn = activation.gradient(centred * scale + shift, dy(p, c));
           if (to.g) store(to.g + p * to.pitch + c, to.in ? load(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale, n);
           sum += dn, sum_x += dn * centred;
         }

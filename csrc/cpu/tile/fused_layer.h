@@ -10,7 +10,7 @@ template <int M, class U, class S> struct FusedLayer {
   static constexpr int MR = TILE_ROWS, L = LANES<T>, E = (M + 2) * (M + 2);
   const Parallel& parallel;
   int tasks;
-  int64_t N, H, W, K, b, g, pitch;
+  int64_t N, H, W, K, b, g, pitch, to_pitch;  // pixels of F and of what is written are so far apart
   const Affine<T>& norm;
   const Unit<U>* w1;   // pack_product, second normalisation folded in
   const T* bias;       // [b]
@@ -41,7 +41,8 @@ template <int M, class U, class S> struct FusedLayer {
     }
   }
 
-  void run(S* F) const {
+  // to[P][g] = the 3x3 of F[P][K]
+  void run(const S* F, S* to) const {
     int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, MR), blocks = ceil_div(b, L), hp = round_up(b, 2 * L);
     int64_t ring_rows = 4;
     while (ring_rows < batch * M + 4) ring_rows *= 2;
@@ -56,9 +57,9 @@ template <int M, class U, class S> struct FusedLayer {
       int64_t done = 0;
       for (int64_t row = r.begin; row < r.end; row += batch) {
         int64_t nr = min64(batch, r.end - row), last = row + nr - 1;
-        int64_t from = tl.image(row) + max64(0, tl.y(row) - 1) * W, to = tl.image(last) + min64(H, tl.y(last) + M + 1) * W;
-        bottleneck(F, max64(done, from), to, scratch, ring);
-        done = to;
+        int64_t from = tl.image(row) + max64(0, tl.y(row) - 1) * W, end = tl.image(last) + min64(H, tl.y(last) + M + 1) * W;
+        bottleneck(F, max64(done, from), end, scratch, ring);
+        done = end;
         for (int64_t q = 0; q < nr; q++)
           for (int64_t k = 0; k < blocks; k++) {
             int64_t image = tl.image(row + q);
@@ -68,21 +69,21 @@ template <int M, class U, class S> struct FusedLayer {
         for (int64_t p = 0; p < panels<T>(g); p++) {
           int nv = panel_vectors<T>(g, p);
           winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, w2 + p * E * blocks * L * 2 * L, nv, Mb);
-          for (int j = 0; j < nv; j++) write_back(F + K, row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L);
+          for (int j = 0; j < nv; j++) write_back(to, row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L);
         }
       }
     });
   }
 
-  void write_back(S* slice, int64_t row, int64_t nr, int64_t ch, const T* Mb, int64_t e_step, int64_t t_step) const {
+  void write_back(S* to, int64_t row, int64_t nr, int64_t ch, const T* Mb, int64_t e_step, int64_t t_step) const {
     for (int64_t q = 0; q < nr; q++)
       for (int64_t tx = 0; tx < tl.TW; tx++) {
         int64_t y0 = tl.y(row + q), x0 = tx * M, ym = H - y0, xm = W - x0, n = g - ch;
-        S* o = slice + (tl.image(row + q) + y0 * W + x0) * pitch + ch;
+        S* o = to + (tl.image(row + q) + y0 * W + x0) * to_pitch + ch;
         Vec<T> y[M][M];
         untransform<T, M>(Mb + (q * tl.TW + tx) * t_step, e_step, y);
         CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++)
-          if (u < ym && v < xm) store(o + (u * W + v) * pitch, y[u][v], n);
+          if (u < ym && v < xm) store(o + (u * W + v) * to_pitch, y[u][v], n);
       }
   }
 };

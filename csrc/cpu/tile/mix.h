@@ -33,10 +33,6 @@ template <class S> struct Segment {
   T floor = 0;
 };
 
-template <class S> inline Segment<S> segment(const Slice& s, const Affine<typename Types<S>::T>* norm) {
-  return {static_cast<const S*>(s.x), s.pitch, s.channels, norm, static_cast<S*>(s.dx), s.dx_pitch, 0};
-}
-
 // A[block][MR][LANES] from channels c0..c1 of one segment; source: first pixel behind each of m rows.
 template <class U, bool ACT, bool POOL, class S>
 CSP_NOINLINE void pack_segment(const Segment<S>& s, const int64_t* source, int64_t W, int m, int64_t c0, int64_t c1, Unit<U>* A) {
@@ -197,28 +193,6 @@ template <class S> struct Gradient {
   using U = typename Types<S>::Product;
   virtual void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const = 0;
   virtual ~Gradient() = default;
-};
-
-// From d [P][pitch], and z of the same pitch where a norm follows.
-template <class S> struct OutputGradient final : Gradient<S> {
-  using typename Gradient<S>::T;
-  using typename Gradient<S>::U;
-  const S *d, *z;  // z null: nothing of it is owed
-  int64_t pitch, channels;
-  const Correction<T>* correction;  // null: dz = d
-  OutputGradient(const S* d, const S* z, int64_t pitch, int64_t channels, const Correction<T>* correction)
-      : d(d), z(correction && correction->owes ? z : nullptr), pitch(pitch), channels(channels), correction(correction) {}
-
-  void pack(int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const override {
-    pack_gradient<U>([&](int64_t pixel, int64_t n) __attribute__((always_inline)) {
-      int64_t o = pixel * pitch + n, left = channels - n;
-      Vec<T> x = load(d + o, left);
-      if (!correction) return x;
-      const Correction<T>& c = *correction;
-      if (!z) return x * load(c.scale + n);
-      return x * load(c.scale + n) + ((load(z + o, left) - load(c.mean + n)) * load(c.slope + n) + load(c.offset + n));
-    }, columns, p0, m, M, by_channel, by_pixel);
-  }
 };
 
 // The last row and column of an odd map belong to no average: their gradient is as it was, `in` (null: 0).

@@ -115,6 +115,32 @@ void pointwise_forward(const Parallel& parallel, int tasks, int64_t P, const S* 
   });
 }
 
+// Inference: z[P, bp] = activation(act(norm(F[:, :K])) * W + bias), what follows the product folded into W and bias [b].
+template <class U, class S, class A>
+void pointwise_activated(const Parallel& parallel, int tasks, int64_t P, const S* F, int64_t pitch, int64_t K, const Affine<Acc<U>>& norm,
+                         const Unit<U>* W, const Acc<U>* bias, int64_t b, S* z, int64_t zp, const A& activation) {
+  using T = Acc<U>;
+  constexpr int MR = TILE_ROWS, L = LANES<T>;
+  int64_t tiles = ceil_div(P, MR);
+  for_tasks(parallel, tasks, [&](int task) {
+    Frame frame;
+    PointwiseScratch<U> scratch(frame, b);
+    Range r = share(tiles, task, tasks);
+    for (int64_t t = r.begin; t < r.end; t++) {
+      int m = int(min64(MR, P - t * MR));
+      S* zt = z + t * MR * zp;
+      pointwise_tile<U>(F + t * MR * pitch, pitch, m, K, norm, W, b, scratch, [&](int64_t n, const auto& acc) __attribute__((always_inline)) {
+        constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
+        CSP_UNROLL(2) for (int j = 0; j < NV; j++) {
+          Vec<T> shift = load(bias + n + j * L);
+          CSP_UNROLL(16) for (int i = 0; i < MR; i++)
+            if (i < m) store(zt + i * zp + n + j * L, activation.value(acc[i][j] + shift), b - n - j * L);
+        }
+      });
+    }
+  });
+}
+
 // Rows of a gradient, value(pixel, column), m pixels from p0 on, M with padding: by_channel for dgrad, by_pixel for wgrad
 // (the same where a unit is one value). Few rows at a time, so that each is read once.
 template <class U, class Value>
@@ -152,6 +178,7 @@ template <class U, class S> struct PointwiseBackward {
   int64_t Kp;                   // pitch of dW
   const PartialSums<T>* parts;  // a task: dW1 [rows][Kp], sums [Kp] of dn1 and of dn1 * (x - mean)
   int64_t rows = zp;            // b rounded up to 16
+  bool wgrad = true;
 
   // dz of M rows, m of them real: by_channel for dgrad, by_pixel for wgrad (the same where a unit is one value).
   void pack_dz(int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) const {
@@ -236,7 +263,7 @@ template <class U, class S> struct PointwiseBackward {
               if (K - k > L) dgrad_panel<2>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, m, k, aq, M / D * L, part);
               else dgrad_panel<1>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, m, k, aq, M / D * L, part);
             }
-          for (int64_t k = k0; k < k1; k += 2 * L)
+          for (int64_t k = k0; wgrad && k < k1; k += 2 * L)
             for (int64_t n = 0; n < round_up(b, L); n += WROWS<T>) {
               const Unit<U>* A = by_pixel + (n / L) * (M / D) * L + n % L;
               const Unit<U>* ak = a + (k - k0) * (M / D);

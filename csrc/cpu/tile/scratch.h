@@ -2,7 +2,7 @@
 #pragma once
 #include <atomic>
 #include <exception>
-#include "../dense_block.h"
+#include "../call.h"
 #include "../scratch.h"
 #include "vec.h"
 

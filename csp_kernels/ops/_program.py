@@ -1,0 +1,307 @@
+"""Runs programs: torch.ops.csp_kernels.stage with fake kernels and autograd, which every operator of a graph calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from csp_kernels._tracing import cached_constant
+from csp_kernels.ops import _checks as checks
+from csp_kernels.ops import _node as node
+from csp_kernels.reference.stage import stage as reference_stage
+from csp_kernels.stage.compile import compile_stage
+from csp_kernels.stage.cost import side
+from csp_kernels.stage.graph import Conv, Graph
+from csp_kernels.stage.program import Add, Buffer, Copy, Fill, Measure, Product, Program, Wanted, values_read
+from csp_kernels.stage.text import decode, encode
+
+
+class Names(NamedTuple):
+    """What errors call the tensors of an operator: one for each input and output."""
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+
+class Part(NamedTuple):
+    """Channels whose moments are asked for: all that a norm normalises, or those of a value from `start` on.
+
+    kind: "norm" or "value"; number: which one of the graph's.
+    """
+
+    kind: str
+    number: int
+    start: int = 0
+
+
+class Moments(NamedTuple):
+    """Batch means and variances of a call: stats [2, columns] of the program of this text."""
+
+    text: str
+    stats: Tensor
+
+    def of(self, parts: tuple[Part, ...] | None) -> Tensor:
+        """[2, channels] of the parts side by side (None: of all norms); 0 where no norm needs them."""
+        # what traces (torch.compile, FakeTensorMode, make_fx) must not leave its tensors to real calls
+        traced = torch.compiler.is_compiling() or type(self.stats) is not Tensor
+        index, missing = (_where if traced else _known_where)(self.text, parts, self.stats.device)
+        if not self.stats.shape[1]:
+            return self.stats.new_zeros(2, index.shape[0])
+        found = self.stats.index_select(1, index)
+        return found if missing is None else found.masked_fill(missing, 0.0)
+
+
+Source = (
+    Graph | tuple[Any, ...]
+)  # a graph, or a builder and its arguments: torch.compile passes on no graph it was given
+
+
+@lru_cache(maxsize=1024)
+def built(source: Source) -> Graph:
+    return source if isinstance(source, Graph) else source[0](*source[1:])
+
+
+def run(
+    source: Source,
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    running: Sequence[Tensor],
+    frozen: list[bool],
+    eps: list[float],
+    names: Names,
+    *,
+    recompute: str = "none",
+    seed: Tensor | None = None,
+) -> tuple[list[Tensor], Moments]:
+    """The outputs of a graph in the memory format of inputs[0], by the kernels; all arguments have been checked.
+
+    params: none missing, in the dtype of sums. running, frozen, eps, recompute: see `csp.ops.stage`.
+    """
+    x = inputs[0]
+    channels_last = checks.is_channels_last(x)
+    used = [node.in_place(t) for t in inputs]
+    wants = tuple(t.requires_grad for t in (*used, *params)) if node.wants_gradients(*used, *params) else ()
+    text = _program(source, tuple(frozen), wants, recompute)
+    fixed = node.fixed(running, checks.ACCUMULATE[x.dtype], bool(wants))
+    op = torch.ops.csp_kernels.stage.default
+    arguments = used, params, fixed, seed, text, eps, node.winograd(x.dtype)
+    if not wants:
+        y, _, stats = op(*arguments)
+        return [checks.formatted(t, channels_last) for t in y], Moments(text, stats)
+    y, _, stats = node.call(op, _FORMULA, arguments)
+    outputs = [checks.formatted(t, channels_last) for t in y]
+    given = [*inputs, *outputs]
+    for i in read_again(text):
+        node.watch(y[0], [*names.inputs, *names.outputs][i], given[i], [*used, *y][i])
+    return outputs, Moments(text, stats)
+
+
+_GRAPHS: dict[
+    str, tuple[Graph, tuple[bool, ...]]
+] = {}  # of programs that ran with gradients, for their second derivatives
+
+
+@cached_constant
+def read_again(text: str) -> tuple[int, ...]:
+    """Inputs, and behind them outputs, whose values backward reads: the others need not be kept."""
+    program = decode(text)
+    found = {place.buffer for step in program.backward for place in values_read(step)}
+    return tuple(i for i in sorted(found) if program.buffers[i].kind in ("input", "output"))
+
+
+def wanted_gradients(graph: Graph, wants: Sequence[bool]) -> Wanted:
+    """wants: of each input, then of each parameter, whether it wants a gradient."""
+    inputs, params = wants[: len(graph.inputs)], wants[len(graph.inputs) :]
+    nodes: list[int] = []
+    norms: list[int] = []
+    at = 0
+    for item in graph.order:
+        conv = graph.nodes[item.index] if item.kind == "conv" else None
+        count = 1 + conv.bias if isinstance(conv, Conv) else 2
+        if any(params[at : at + count]):
+            (norms if conv is None else nodes).append(item.index)
+        at += count
+    wanted = tuple(i for i, flag in enumerate(inputs) if flag)
+    return Wanted(wanted, tuple(sorted(nodes)), tuple(sorted(norms)))
+
+
+@cached_constant
+def _program(source: Source, frozen: tuple[bool, ...], wants: tuple[bool, ...], recompute: str) -> str:
+    """wants: see wanted_gradients; (): no gradients at all."""
+    graph = built(source)
+    text = encode(compile_stage(graph, frozen, wanted_gradients(graph, wants) if wants else None, recompute))
+    if wants:
+        _GRAPHS[text] = graph, frozen
+    return text
+
+
+# --- batch statistics ---
+
+
+def _where(text: str, parts: tuple[Part, ...] | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Where each channel's statistics are, and which have none."""
+    columns = _columns(text, parts)
+    index = torch.tensor([max(c, 0) for c in columns], dtype=torch.int64, device=device)
+    if min(columns, default=0) >= 0:
+        return index, None
+    return index, torch.tensor([c < 0 for c in columns], device=device)
+
+
+_known_where = lru_cache(maxsize=1024)(_where)
+
+
+@cached_constant
+def _columns(text: str, parts: tuple[Part, ...] | None) -> tuple[int, ...]:
+    """For each channel of the parts its column of statistics, -1: it has none."""
+    program = decode(text)
+    if parts is None:
+        parts = tuple(Part("norm", i) for i in range(len(program.norms)))
+    norms, values = _columns_of_norms(program), _columns_of_values(program)
+    return tuple(c for part in parts for c in (norms if part.kind == "norm" else values)[part.number][part.start :])
+
+
+def _columns_of_norms(program: Program) -> dict[int, list[int]]:
+    columns = {i: [-1] * norm.channels for i, norm in enumerate(program.norms)}
+    for step in program.forward:
+        for b in step.bindings if isinstance(step, Fill) else ():
+            if b.statistics is not None:
+                columns[b.norm][b.at : b.at + b.count] = range(b.statistics, b.statistics + b.count)
+    return columns
+
+
+def _columns_of_values(program: Program) -> dict[int, list[int]]:
+    inputs = sum(buffer.kind == "input" for buffer in program.buffers)
+    channels = {i: buffer.channels for i, buffer in enumerate(program.buffers[:inputs])}
+    channels |= {inputs + i: weight.out_channels for i, weight in enumerate(program.weights) if weight is not None}
+    channels |= {inputs + step.node: step.to.stop - step.to.start for step in program.forward if isinstance(step, Add)}
+    columns = {value: [-1] * n for value, n in channels.items()}
+    for step in program.forward:
+        if not isinstance(step, (Copy, Measure, Product, Add)) or step.statistics is None:
+            continue
+        column = step.statistics
+        for value in _values(step, inputs):
+            columns[value] = list(range(column, column + channels[value]))
+            column += channels[value]
+    return columns
+
+
+def _values(step: Copy | Measure | Product | Add, inputs: int) -> list[int]:
+    """Of the graph, that an instruction takes the statistics of."""
+    if isinstance(step, (Copy, Measure)):
+        return [step.source.buffer]
+    return [inputs + step.node] if isinstance(step, Add) else [inputs + index for index in step.nodes]
+
+
+# --- fake kernels ---
+
+
+def _image(like: Tensor, buffer: Buffer) -> Tensor:
+    return node.fake_image(like, buffer.channels, side(buffer.size, like.shape[2]), side(buffer.size, like.shape[3]))
+
+
+def _fake(inputs: list[Tensor], params: list[Tensor], running: list[Tensor], seed: Tensor | None, program: str,
+          eps: list[float], winograd: int) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    x, p = inputs[0], decode(program)
+    n, _, height, width = x.shape
+    outputs = [_image(x, b) for b in p.buffers if b.kind == "output"]
+    kept = [
+        x.new_empty((n * side(b.size, height) * side(b.size, width), node.padded(b.channels)))
+        for b in p.buffers
+        if b.kind == "kept"
+    ]
+    return outputs, kept, node.fake_statistics(x, p.statistics)
+
+
+def _fake_backward(grads: list[Tensor], inputs: list[Tensor], outputs: list[Tensor], kept: list[Tensor], stats: Tensor,
+                   params: list[Tensor], running: list[Tensor], seed: Tensor | None, program: str, eps: list[float],
+                   winograd: int) -> list[Tensor]:  # fmt: skip
+    p = decode(program)
+    images = [node.fake_image(inputs[i], inputs[i].shape[1]) for i in p.wanted.inputs]
+    return [*images, *(torch.empty_like(params[i]) for i in _wanted_params(p))]
+
+
+def _wanted_params(program: Program) -> list[int]:
+    """Which parameters have gradients, in the order in which the operator returns them."""
+    found = []
+    for i in program.wanted.nodes:
+        weight = program.weights[i]
+        assert weight is not None
+        found += [weight.position, weight.position + 1] if weight.bias else [weight.position]
+    for i in program.wanted.norms:
+        found += [program.norms[i].position, program.norms[i].position + 1]
+    return found
+
+
+# --- autograd ---
+
+
+def _save(arguments: tuple[Any, ...], output: Any) -> node.Saved:
+    inputs, params, running, seed, program, eps, winograd = arguments
+    outputs, kept, stats = output
+    images = [*inputs, *outputs]
+    again = read_again(program)
+    rest = program, eps, winograd, len(inputs), [t.shape for t in images], [t.requires_grad for t in inputs]
+    read = [t if i in again else None for i, t in enumerate(images)]
+    return node.Saved(read, (kept, stats, params, running, seed), rest)
+
+
+def _gradients(saved: node.Saved, grads: list[Tensor | None]) -> list[Tensor | None]:
+    kept_images, (kept, stats, params, running, seed), (text, eps, winograd, count, shapes, _) = saved
+    like = next(g for g in grads if g is not None)
+    images = [
+        like.new_empty(1, 1, 1, 1).expand(shape) if t is None else t  # nobody reads it
+        for t, shape in zip(kept_images, shapes, strict=True)
+    ]
+    outputs = [t if kept_images[count + i] is None else node.packed(t) for i, t in enumerate(images[count:])]
+    given = [
+        node.packed(like.new_zeros(shape) if g is None else g) for g, shape in zip(grads, shapes[count:], strict=True)
+    ]
+    found = torch.ops.csp_kernels.stage_backward.default(
+        given, images[:count], outputs, kept, stats, params, running, seed, text, eps, winograd
+    )
+    program = decode(text)
+    at = [*program.wanted.inputs, *(count + i for i in _wanted_params(program))]
+    gradients: list[Tensor | None] = [None] * (count + len(params))
+    for position, gradient in zip(at, found, strict=True):
+        gradients[position] = gradient
+    return gradients
+
+
+def _twin(saved: node.Saved) -> node.Twin:
+    images, (_, _, params, running, seed), (text, eps, _, count, shapes, differentiable) = saved
+    if text not in _GRAPHS:
+        raise RuntimeError("stage: its second derivatives need the graph, which this process has not seen: run it here")
+    graph, frozen = _GRAPHS[text]
+    inputs = [_original(text, images, shapes, i) for i in range(count)]
+    inputs = [t if d else t.detach() for t, d in zip(inputs, differentiable, strict=True)]
+
+    def reference(*leaves: Tensor) -> list[Tensor]:
+        return reference_stage(
+            graph, leaves[:count], leaves[count:], running, frozen=frozen, eps=eps, seed=seed
+        )[0]  # fmt: skip
+
+    return [*inputs, *params], reference
+
+
+def _original(text: str, images: Sequence[Tensor | None], shapes: Sequence[Any], index: int) -> Tensor:
+    """An input, from the output that it was copied to, if it was not kept. If backward reads it nowhere, no derivative
+    depends on its values: zeros stand for it."""
+    t = images[index]
+    if t is not None:
+        return t
+    program = decode(text)
+    for step in program.forward:
+        if isinstance(step, Copy) and step.source.buffer == index:
+            output = images[step.to.buffer]
+            if output is not None and program.buffers[step.to.buffer].kind == "output":
+                return output[:, step.to.start : step.to.stop]
+    like = next(t for t in images if t is not None)
+    return like.new_zeros(shapes[index]).requires_grad_()
+
+
+_FORMULA = node.Formula(_save, _gradients, _twin)
+node.register("stage", {"": _fake, "_backward": _fake_backward}, _FORMULA)

@@ -1,0 +1,81 @@
+"""Inference: norms that use running statistics become part of the 1x1 convolutions in front of them, and what lies
+between a 1x1 and the 3x3 behind it need not be written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from csp_kernels.stage.graph import Conv, Graph, Node, Read, Write
+from csp_kernels.stage.program import Activate, Add, Bottleneck, Buffer, Forward, Place, Product, Segment
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a value holds instead of what its convolution gives, v: act(norm(v)), affine columns from `column` on."""
+
+    column: int
+    act: str
+    slope: float
+
+
+def fold(graph: Graph, frozen: Sequence[bool], columns: Sequence[int]) -> tuple[Graph, dict[int, Folded]]:
+    """Where all that read a 1x1's value read it through the same norm and activation, the 1x1 takes them over: the
+    graph that reads those values as they are, and what they hold, by node. columns: first one of each norm."""
+    reads: dict[int, list[Read]] = {value: [] for value in range(len(graph.channels))}
+    for _, user in graph.users():
+        for read in user.reads:
+            reads[read.value].append(read)
+    found = {}
+    for index, node in enumerate(graph.nodes):
+        if not isinstance(node, Conv) or node.kernel != 1 or node.groups > 1 or node.bias or node.drop_rate:
+            continue
+        behind = {_behind(read, frozen, columns) for read in reads[graph.value(index)]}
+        folded = behind.pop() if len(behind) == 1 else None
+        if folded is not None:
+            found[index] = folded
+    values = {graph.value(index) for index in found}
+    nodes: tuple[Node, ...] = tuple(replace(node, reads=_plain(node.reads, values)) for node in graph.nodes)
+    outputs = tuple(Write(_plain(write.reads, values), write.pool) for write in graph.outputs)
+    return replace(graph, nodes=nodes, outputs=outputs), found
+
+
+def _behind(read: Read, frozen: Sequence[bool], columns: Sequence[int]) -> Folded | None:
+    if read.norm is None or not frozen[read.norm]:
+        return None
+    return Folded(columns[read.norm] + read.at - read.start, read.act, read.slope)
+
+
+def _plain(reads: Sequence[Read], values: set[int]) -> tuple[Read, ...]:
+    """Those of these values without norm and activation."""
+    return tuple(Read(read.value, read.start, read.stop) if read.value in values else read for read in reads)
+
+
+def with_bottlenecks(steps: Sequence[Forward], buffers: Sequence[Buffer]) -> tuple[Forward, ...]:
+    """With one instruction for a 1x1 and the 3x3 that alone reads it."""
+    made: list[Forward] = []
+    for step in steps:
+        last = made[-1] if made else None
+        if isinstance(last, Product) and isinstance(step, Product) and _is_bottleneck(last, step):
+            alone = sum(_overlap(place, last.to) for other in steps for place in _read(other)) == 1
+            if alone and buffers[last.to.buffer].kind == "scratch":
+                made[-1] = Bottleneck(last, step)
+                continue
+        made.append(step)
+    return tuple(made)
+
+
+def _is_bottleneck(reduce: Product, conv: Product) -> bool:
+    through = [*((s.act, s.column) for s in reduce.segments), (reduce.act, reduce.column)]
+    through_relu = len(through) == 2 and all(act == "relu" and column is not None for act, column in through)
+    conv3x3 = conv.conv.kernel == 3 and conv.drop is None and conv.statistics is None
+    return through_relu and not reduce.conv.pool and conv3x3 and conv.segments == (Segment(reduce.to),)
+
+
+def _read(step: Forward) -> tuple[Place, ...]:
+    """Places of whole segments that an instruction reads."""
+    return tuple(s.place for s in step.segments) if isinstance(step, (Product, Add, Activate)) else ()
+
+
+def _overlap(a: Place, b: Place) -> bool:
+    return a.buffer == b.buffer and a.start < b.stop and b.start < a.stop
