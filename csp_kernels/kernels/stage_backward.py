@@ -207,8 +207,10 @@ class BackwardPass(Forward):
 
 
 def _written_as_it_is(segments: Sequence[Segment]) -> Segment | None:
-    """Of a sum: a term whose gradient is that of the sum and is written, and no other term's."""
-    return next((s for s in segments if plain(s) and s.gradient == "write" and not _read_twice(s, segments)), None)
+    """Of a sum: the term whose gradient is that of the sum and is written, and no other term's. None if there are two
+    such terms: both are lent one memory, so neither may add to it later."""
+    found = [s for s in segments if plain(s) and s.gradient == "write"]
+    return found[0] if len(found) == 1 and not _read_twice(found[0], segments) else None
 
 
 def _read_twice(segment: Segment, segments: Sequence[Segment]) -> bool:

@@ -217,7 +217,7 @@ def test_backward_runs_where_forward_did(chosen: str, calls: Counter[str], monke
     a = arguments(case)
     x = a.inputs[0].requires_grad_()
     monkeypatch.setattr(backends, "_selected", chosen)
-    (y,), _ = csp.ops.stage(case.graph, [x], a.params)
+    (y,), _ = csp.ops.stage(case.graph, [x], [p.requires_grad_() for p in a.params])
     monkeypatch.setattr(backends, "_selected", "triton" if chosen == "native" else "native")
     y.backward(packed(torch.randn(y.shape)).to(y.dtype))
     assert calls == (dict.fromkeys(PASSES, 1) if chosen == "native" else {}) and x.grad is not None

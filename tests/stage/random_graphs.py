@@ -29,7 +29,7 @@ class RandomGraph:
         unread = [v for v in range(len(inputs), len(self.channels)) if v not in self.read]
         for size in dict.fromkeys(self.sizes[v] for v in unread):
             values = [v for v in unread if self.sizes[v] == size]
-            self.build.write([self.whole(v) for v in values], rng.random() < 0.2)
+            self.build.write([self.whole(v) for v in values], rng.random() < 0.2 and len(size) < 2)
         for _ in range(rng.randint(0 if unread else 1, 2)):
             self.build.write(self.reads())
         self.graph = self.finished()
