@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -70,33 +70,46 @@ def update_running(norms: Sequence[Any], columns: Sequence[tuple[int, int]], sta
     batch, counts as one and changes nothing else.
     """
     moving = [pair for pair in zip(norms, columns, strict=True) if pair[0].training and pair[0].track_running_stats]
-    if _in_one_call(norm for norm, _ in moving):
-        _update_in_one_call(moving, stats, count)
+    in_one_call = _of_one_call(norm for norm, _ in moving)
+    if in_one_call is not None:
+        _update_in_one_call(in_one_call, moving, stats, count)
     else:
         _check_memory(norm for norm, _ in moving)
         _update(moving, stats, count)
 
 
-def _in_one_call(norms: Iterable[nn.BatchNorm2d]) -> bool:
-    """All buffers are what the compiled operator takes, and nobody records what is done to them."""
+_Running = tuple[list[Tensor], list[Tensor], list[Tensor]]  # means, variances, counters
+
+
+def _of_one_call(norms: Iterable[Any]) -> _Running | None:
+    """The buffers, if they are what the compiled operator takes and nobody records what is done to them."""
     if torch.compiler.is_compiling() or not native.available() or torch._C._are_functorch_transforms_active():
-        return False
+        return None
+    found: _Running = [], [], []
     for norm in norms:
-        mean, var, counter = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        buffers = norm._buffers
+        mean, var, counter = (buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
         if norm.momentum is None or not (_plain(mean) and _plain(var) and type(counter) is Tensor and counter.is_cpu):
-            return False
-    return True
+            return None
+        for values, value in zip(found, (mean, var, counter), strict=True):
+            values.append(value)
+    return found
 
 
-def _plain(t: object) -> bool:
-    return type(t) is Tensor and t.is_cpu and t.dtype in (torch.float32, torch.float64) and t.is_contiguous()
+def _plain(t: object) -> TypeGuard[Tensor]:
+    return type(t) is Tensor and t.is_cpu and t.dtype in _UPDATED and t.is_contiguous()
 
 
-def _update_in_one_call(moving: Sequence[tuple[Any, tuple[int, int]]], stats: Tensor, count: int) -> None:
-    counters = [norm.num_batches_tracked for norm, _ in moving]
-    advancing = moving if count else []
-    means, vars_ = [norm.running_mean for norm, _ in advancing], [norm.running_var for norm, _ in advancing]
-    starts, momenta = [start for _, (start, _) in advancing], [float(norm.momentum) for norm, _ in advancing]
+_UPDATED = (torch.float32, torch.float64)
+
+
+def _update_in_one_call(
+    running: _Running, moving: Sequence[tuple[Any, tuple[int, int]]], stats: Tensor, count: int
+) -> None:
+    means, vars_, counters = running
+    starts, momenta = [start for _, (start, _) in moving], [float(norm.momentum) for norm, _ in moving]
+    if not count:
+        means, vars_, starts, momenta = [], [], [], []
     unbiased = count / (count - 1) if count > 1 else 1.0
     torch.ops.csp_kernels.update_running.default(means, vars_, counters, stats, starts, momenta, unbiased)
     # as in-place operations of PyTorch do, so that autograd notices where it saved one of them

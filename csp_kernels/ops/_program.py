@@ -48,11 +48,9 @@ class Moments(NamedTuple):
         """[2, channels] of the parts side by side (None: of all norms); 0 where no norm needs them."""
         # what traces (torch.compile, FakeTensorMode, make_fx) must not leave its tensors to real calls
         traced = torch.compiler.is_compiling() or type(self.stats) is not Tensor
-        index, missing = (_where if traced else _known_where)(self.text, parts, self.stats.device)
-        if not self.stats.shape[1]:
-            return self.stats.new_zeros(2, index.shape[0])
-        found = self.stats.index_select(1, index)
-        return found if missing is None else found.masked_fill(missing, 0.0)
+        where = _where if traced else _known_where
+        index, nothing = where(self.text, parts, self.stats.shape[1], self.stats.device)
+        return (self.stats if nothing is None else torch.cat((self.stats, nothing), 1)).index_select(1, index)
 
 
 Source = (
@@ -90,7 +88,7 @@ def run(
     op = torch.ops.csp_kernels.stage.default
     arguments = used, params, fixed, seed, text, eps, node.winograd(x.dtype)
     if not wants:
-        y, _, stats = op(*arguments)
+        y, _, stats = node.without_gradients(op, arguments)
         return [checks.formatted(t, channels_last) for t in y], Moments(text, stats)
     y, _, stats = node.call(op, _FORMULA, arguments)
     outputs = [checks.formatted(t, channels_last) for t in y]
@@ -142,13 +140,12 @@ def _program(source: Source, frozen: tuple[bool, ...], wants: tuple[bool, ...], 
 # --- batch statistics ---
 
 
-def _where(text: str, parts: tuple[Part, ...] | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Where each channel's statistics are, and which have none."""
+def _where(text: str, parts: tuple[Part, ...] | None, count: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Where each channel's statistics are among `count`, and the column of zeros behind them, of channels that have
+    none; None: all have."""
     columns = _columns(text, parts)
-    index = torch.tensor([max(c, 0) for c in columns], dtype=torch.int64, device=device)
-    if min(columns, default=0) >= 0:
-        return index, None
-    return index, torch.tensor([c < 0 for c in columns], device=device)
+    index = torch.tensor([count if c < 0 else c for c in columns], dtype=torch.int64, device=device)
+    return index, torch.zeros(2, 1, dtype=torch.float64, device=device) if min(columns, default=0) < 0 else None
 
 
 _known_where = lru_cache(maxsize=1024)(_where)
@@ -253,7 +250,7 @@ def _gradients(saved: node.Saved, grads: list[Tensor | None]) -> list[Tensor | N
     kept_images, (kept, stats, params, running, seed), (text, eps, winograd, count, shapes, _) = saved
     like = next(g for g in grads if g is not None)
     images = [
-        like.new_empty(1, 1, 1, 1).expand(shape) if t is None else t  # nobody reads it
+        like.new_empty_strided(shape, (0, 0, 0, 0)) if t is None else t  # nobody reads it
         for t, shape in zip(kept_images, shapes, strict=True)
     ]
     outputs = [t if kept_images[count + i] is None else node.packed(t) for i, t in enumerate(images[count:])]
@@ -263,12 +260,18 @@ def _gradients(saved: node.Saved, grads: list[Tensor | None]) -> list[Tensor | N
     found = torch.ops.csp_kernels.stage_backward.default(
         given, images[:count], outputs, kept, stats, params, running, seed, text, eps, winograd
     )
-    program = decode(text)
-    at = [*program.wanted.inputs, *(count + i for i in _wanted_params(program))]
     gradients: list[Tensor | None] = [None] * (count + len(params))
-    for position, gradient in zip(at, found, strict=True):
+    for position, gradient in zip(_gradient_positions(text), found, strict=True):
         gradients[position] = gradient
     return gradients
+
+
+@cached_constant
+def _gradient_positions(text: str) -> tuple[int, ...]:
+    """Of what backward returns, among the inputs and, behind them, the parameters."""
+    program = decode(text)
+    count = sum(buffer.kind == "input" for buffer in program.buffers)
+    return *program.wanted.inputs, *(count + i for i in _wanted_params(program))
 
 
 def _twin(saved: node.Saved) -> node.Twin:

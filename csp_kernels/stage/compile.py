@@ -45,7 +45,7 @@ from csp_kernels.stage.program import (
 def compile_stage(
     graph: Graph, frozen: tuple[bool, ...], wanted: Wanted | None = None, recompute: str = "none"
 ) -> Program:
-    """The program of a graph; wanted None: no gradients, nothing is kept.
+    """The program of a graph; wanted None, or nothing in it: no gradients, nothing is kept.
 
     frozen: norms that use running statistics. recompute: what backward computes again instead of keeping it,
     "none", "bottleneck" (1x1 convolutions that 3x3 ones alone read) or "all" (all but inputs and outputs).
@@ -56,6 +56,7 @@ def compile_stage(
         raise ValueError(f"frozen: got {len(frozen)} items, expected {len(graph.norms)}, one a norm")
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(RECOMPUTE)}")
+    wanted = None if wanted == Wanted() else wanted
     sources, columns = _sources(graph), norm_columns(graph)
     if wanted is None:
         graph, folded = fold(graph, frozen, columns)

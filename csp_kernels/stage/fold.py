@@ -30,7 +30,7 @@ def fold(graph: Graph, frozen: Sequence[bool], columns: Sequence[int]) -> tuple[
     for index, node in enumerate(graph.nodes):
         if not isinstance(node, Conv) or node.kernel != 1 or node.groups > 1 or node.bias or node.drop_rate:
             continue
-        behind = {_behind(read, frozen, columns) for read in reads[graph.value(index)]}
+        behind = {_behind(graph, read, frozen, columns) for read in reads[graph.value(index)]}
         folded = behind.pop() if len(behind) == 1 else None
         if folded is not None:
             found[index] = folded
@@ -40,10 +40,14 @@ def fold(graph: Graph, frozen: Sequence[bool], columns: Sequence[int]) -> tuple[
     return replace(graph, nodes=nodes, outputs=outputs), found
 
 
-def _behind(read: Read, frozen: Sequence[bool], columns: Sequence[int]) -> Folded | None:
+def _behind(graph: Graph, read: Read, frozen: Sequence[bool], columns: Sequence[int]) -> Folded | None:
+    """Of the whole value, also where some of it is read: None if the norm has no channels for the rest."""
     if read.norm is None or not frozen[read.norm]:
         return None
-    return Folded(columns[read.norm] + read.at - read.start, read.act, read.slope)
+    first = read.at - read.start
+    if first < 0 or first + graph.channels[read.value] > graph.norms[read.norm]:
+        return None
+    return Folded(columns[read.norm] + first, read.act, read.slope)
 
 
 def _plain(reads: Sequence[Read], values: set[int]) -> tuple[Read, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,6 +106,15 @@ def test_random_graphs(seed: int) -> None:
     case, wanted, recompute = random_case(seed)
     case.compare(compile_stage(case.graph, case.frozen, wanted, recompute))
     case.compare(compile_stage(case.graph, case.frozen))  # keeps nothing
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_a_norm_of_some_of_what_a_1x1_gives(start: int) -> None:
+    """It is not folded into the 1x1: it has nothing for the other channels."""
+    build = Builder(3)
+    value = build.conv([build.read(0)], 4)
+    build.write([replace(build.read(value, start=start, stop=start + 2), norm=build.norm(2), act="relu")])
+    Case(build.graph(), (True,)).compare(compile_stage(build.graph(), (True,)))
 
 
 BLOCKS: dict[str, Callable[[], Graph]] = {
