@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from csp_kernels import ops
-from csp_kernels.layers._children import Fused, hooked_globally, not_plain, recorded, warn_once
+from csp_kernels.layers._children import Fused, not_a, recorded, warn_once
 from csp_kernels.layers._norms import frozen_norms, update_running
 from csp_kernels.ops.stage import stage_sizes, unsupported
 from csp_kernels.reference.stage import stage as reference_stage
@@ -27,9 +27,9 @@ class Stage(Fused, nn.Module):
     usual. Dropout is on in training mode.
     recompute: what backward computes again instead of keeping it, "none", "bottleneck" (1x1 convolutions that 3x3 ones
     alone read) or "all" (all but inputs and outputs).
-    dtypes, memory formats and errors: `csp.ops.stage`. A graph that the kernels cannot run whole (`csp.ops.stage`), or
-    children with hooks, run as the reference does, with one warning; RuntimeError if "native" was chosen, and for
-    children of another kind (SyncBatchNorm).
+    dtypes, memory formats and errors: `csp.ops.stage`. A graph that the kernels cannot run whole runs as the reference
+    does, with one warning; RuntimeError if "native" was chosen. RuntimeError also for children that would do something
+    else if they were called: of another kind (SyncBatchNorm), with hooks or a forward of their own.
     """
 
     def __init__(self, graph: Graph, *, eps: float = 1e-5, momentum: float = 0.1, recompute: str = "none") -> None:
@@ -39,6 +39,7 @@ class Stage(Fused, nn.Module):
             raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(RECOMPUTE)}")
         self.graph, self.recompute = graph, recompute
         self._evaluated = without_dropout(graph)
+        self._geometries: dict[int, tuple[object, ...]] = {}
         for item in graph.order:
             node = graph.nodes[item.index] if item.kind == "conv" else None
             child: nn.Module
@@ -47,6 +48,7 @@ class Stage(Fused, nn.Module):
                     node.in_channels, node.out_channels, node.kernel, node.stride, node.kernel // 2,
                     groups=node.groups, bias=node.bias,
                 )  # fmt: skip
+                self._geometries[item.index] = _geometry(child)
             else:
                 child = nn.BatchNorm2d(graph.norms[item.index], eps=eps, momentum=momentum)
             _attach(self, item.name, child)
@@ -76,24 +78,19 @@ class Stage(Fused, nn.Module):
         """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can."""
         children = [self.get_submodule(item.name) for item in self.graph.order]
         graph = self.graph if self.training else self._evaluated
-        return children, unsupported(graph) or self._hooked(children)
+        return children, unsupported(graph)
 
     def _norms(self, children: Sequence[Any]) -> list[Any]:
-        """In the order of the graph's norms."""
+        """In the order of the graph's norms. Raises RuntimeError if a child, called, would do something else."""
         found: dict[int, Any] = {}
         for item, child in zip(self.graph.order, children, strict=True):
-            expected = nn.Conv2d if item.kind == "conv" else nn.BatchNorm2d
-            if not isinstance(child, expected):
-                raise RuntimeError(f"{item.name}: got a {type(child).__name__}, expected an nn.{expected.__name__}")
             if item.kind == "norm":
                 found[item.index] = child
+            other = not_a(item.name, child, nn.Conv2d if item.kind == "conv" else nn.BatchNorm2d)
+            if other or (item.kind == "conv" and _geometry(child) != self._geometries[item.index]):
+                why = other or f"{item.name} has another stride, padding, dilation or groups than the graph"
+                raise RuntimeError(f"csp.Stage: {why}, but the stage does not call its children; make it what it was")
         return [found[i] for i in range(len(found))]
-
-    def _hooked(self, children: Sequence[Any]) -> str:
-        """Why somebody would notice that the norms are not called; "" if nobody."""
-        pairs = zip(self.graph.order, children, strict=True)
-        reasons = (not_plain(item.name, child) for item, child in pairs if item.kind == "norm")
-        return hooked_globally() or next((reason for reason in reasons if reason), "")
 
     def _update(self, norms: Sequence[Any], stats: Tensor, x: Tensor) -> None:
         """Norms over equally many pixels at a time."""
@@ -107,6 +104,10 @@ class Stage(Fused, nn.Module):
 
     def extra_repr(self) -> str:
         return f"recompute={self.recompute!r}"
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[object, ...]:
+    return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
 
 
 def _attach(parent: nn.Module, name: str, child: nn.Module) -> None:

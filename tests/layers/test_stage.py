@@ -150,11 +150,42 @@ def test_says_what_it_cannot_run() -> None:
         stage(x)
 
 
-def test_children_of_another_kind() -> None:
+class Loud(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "kind": (lambda s: setattr(s, "last", nn.SyncBatchNorm(8).double()), "last is a SyncBatchNorm, not a BatchNorm2d"),
+    "forward": (lambda s: setattr(s, "last", Loud(8).double()), "last is a Loud, not a BatchNorm2d"),
+    "hook of a norm": (lambda s: s.last.register_forward_hook(lambda *_: None), "last has a forward hook"),
+    "hook of a convolution": (
+        lambda s: s.down.register_full_backward_hook(lambda *_: None),
+        "down has a backward hook",
+    ),
+    "stride": (lambda s: setattr(s.down, "stride", (2, 2)), "down has another stride"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_children_that_would_do_something_else(name: str) -> None:
+    """Nobody calls them: said before any work."""
     stage, _ = pair()
-    stage.last = nn.SyncBatchNorm(8).double()
-    with pytest.raises(RuntimeError, match=r"last: got a SyncBatchNorm, expected an nn\.BatchNorm2d"):
+    change, message = CHANGES[name]
+    change(stage)
+    before = {k: v.clone() for k, v in stage.state_dict().items()}
+    with pytest.raises(RuntimeError, match=f"csp.Stage: {message}"):
         stage(torch.randn(1, 20, 8, 8, dtype=torch.float64))
+    assert all(torch.equal(v, before[k]) for k, v in stage.state_dict().items())
+
+
+def test_a_parametrized_convolution(native: None) -> None:
+    """Its weight is computed anew at each call."""
+    stage, naive = pair()
+    for conv in (stage.down, naive.down):
+        nn.utils.parametrizations.weight_norm(conv)
+    x = torch.randn(2, 20, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(stage(x), naive(x), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(
