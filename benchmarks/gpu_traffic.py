@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
 
 import guard
+import torch
 import traffic
 from torch import nn
 
@@ -95,9 +96,12 @@ class Stage:
         step, inference = analysis.profile(module.train(), shape), analysis.profile(module.eval(), shape)
         # In training a norm reads its input once more, for the statistics: half of what it moves in inference.
         statistics = sum(row.dram_bytes_naive for row in inference.rows if row.kind == "BatchNorm2d") / 2
-        forward, fused = inference.total["dram_bytes_naive"] + statistics, inference.total["dram_bytes_fused"]
+        forward = inference.total["dram_bytes_naive"] + statistics
         naive = Bytes(forward, step.total["dram_bytes_naive"] - forward)
-        return naive, Bytes(fused, step.total["dram_bytes_fused"] - fused)
+        x = torch.empty(shape, dtype=torch.float16, device="meta", requires_grad=True)
+        program = csp.explain(module.train(), x)
+        passes = program.forward_total, program.backward_total
+        return naive, Bytes(*(total.bytes_read + total.bytes_written for total in passes))
 
     def counted(self) -> tuple[list[traffic.Use], list[traffic.Use]]:
         return traffic.step(self.module(), self.channels, SMALL)
