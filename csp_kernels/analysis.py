@@ -211,10 +211,14 @@ class _Counter(TorchDispatchMode):
         self.training, self.fused, self.stack = training, fused, [""]
         self.names = {module: name for name, module in model.named_modules()}
         self.rows: dict[str, Row] = {}
+        never_called = {
+            child for stage in model.modules() if isinstance(stage, layers.Stage) for child in stage.modules()
+        }
         for module in self.names:
             _to_twin(module)
-            module.register_forward_pre_hook(self._enter)
-            module.register_forward_hook(self._leave)
+            if module not in never_called or isinstance(module, layers.Stage):
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave)
         self.modules = dict(model.named_modules())
 
     def _enter(self, module: nn.Module, _: Any) -> None:

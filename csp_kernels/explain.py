@@ -133,7 +133,7 @@ def explain(module: nn.Module, *inputs: Tensor | Sequence[Tensor] | None) -> Exp
     A call that the reference runs (`unsupported`: hooks, other norms, what the kernels cannot do; or
     csp.use_backend("reference")) computes at other costs: these would be the kernels', were its children plain.
     Raises TypeError for another module, TypeError or ValueError for inputs that it does not take, RuntimeError for one
-    whose convolutions are other modules.
+    whose convolutions are other modules, or a csp.Stage that would refuse the call for its children.
     """
     if not isinstance(module, Layer):
         *kinds, last = (f"csp.{kind.__name__}" for kind in get_args(Layer))

@@ -12,14 +12,15 @@ template <class T> void advance(T* running, const double* batch, int64_t n, doub
   for (int64_t i = 0; i < n; i++) running[i] = T((1 - momentum) * double(running[i]) + momentum * (factor * batch[i]));
 }
 
-// running = (1 - momentum) * running + momentum * batch, of the mean and of the unbiased variance, as nn.BatchNorm2d has it; the
+// running = (1 - momentum) * running + momentum * batch, of the mean and of the variance times `unbiased`, as nn.BatchNorm2d has it; the
 // i-th norm's channels are those of stats [2, columns] (mean and biased variance) from starts[i] on. Norms advance one after
 // the other, so that a shared one advances twice. Counters count one batch more. All is checked before anything is written.
 void update_running(std::vector<Tensor> means, std::vector<Tensor> vars, std::vector<Tensor> counters, const Tensor& stats,
-                    std::vector<int64_t> starts, std::vector<double> momenta, double unbiased) {
+                    std::vector<int64_t> starts, std::vector<double> momenta, std::vector<double> unbiased) {
   check_count({OP, "vars"}, vars.size(), means.size(), "one for each mean");
   check_count({OP, "starts"}, starts.size(), means.size(), "one for each mean");
   check_count({OP, "momenta"}, momenta.size(), means.size(), "one for each mean");
+  check_count({OP, "unbiased"}, unbiased.size(), means.size(), "one for each mean");
   const auto* batch = static_cast<const double*>(checked({OP, "stats"}, stats, CODES.float64, {2, ANY}));
   const int64_t columns = stats.size(1);
   for (size_t i = 0; i < means.size(); i++) {
@@ -39,9 +40,9 @@ void update_running(std::vector<Tensor> means, std::vector<Tensor> vars, std::ve
     const int64_t n = means[i].size(0);
     void *m = means[i].mutable_data_ptr(), *v = vars[i].mutable_data_ptr();
     if (dtype_of(means[i]) == CODES.float32) {
-      advance(static_cast<float*>(m), mean, n, momenta[i], 1), advance(static_cast<float*>(v), var, n, momenta[i], unbiased);
+      advance(static_cast<float*>(m), mean, n, momenta[i], 1), advance(static_cast<float*>(v), var, n, momenta[i], unbiased[i]);
     } else {
-      advance(static_cast<double*>(m), mean, n, momenta[i], 1), advance(static_cast<double*>(v), var, n, momenta[i], unbiased);
+      advance(static_cast<double*>(m), mean, n, momenta[i], 1), advance(static_cast<double*>(v), var, n, momenta[i], unbiased[i]);
     }
   }
 }
@@ -51,6 +52,6 @@ void update_running(std::vector<Tensor> means, std::vector<Tensor> vars, std::ve
 
 STABLE_TORCH_LIBRARY_FRAGMENT(csp_kernels, m) {
   m.def("update_running(Tensor(a!)[] means, Tensor(b!)[] vars, Tensor(c!)[] counters, Tensor stats, int[] starts, float[] momenta, "
-        "float unbiased) -> ()");
+        "float[] unbiased) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(csp_kernels, CPU, m) { m.impl("update_running", TORCH_BOX(&csp::update_running)); }

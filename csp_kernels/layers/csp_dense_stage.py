@@ -106,7 +106,8 @@ class CSPDenseStage(Fused, reference.CSPDenseStage):
 
     def _update(self, norms: list[Any], stats: Tensor, x: Tensor) -> None:
         transition: Any = self._modules["transition"]
-        norms = norms[: len(norms) - len(transition.units()) // 2]  # those of the dense layers
-        columns = prefixes(norms, transition.dense_channels) if self.layer == "pre" else consecutive(norms)
-        update_running(norms, columns, stats, x.shape[0] * x.shape[2] * x.shape[3])
-        transition.update(stats, sum(columns[-1]), x)
+        counts = transition.counts(x)
+        dense = norms[: len(norms) - sum(length for _, length in counts)]
+        columns = prefixes(dense, transition.dense_channels) if self.layer == "pre" else consecutive(dense)
+        columns += consecutive(norms[len(dense) :], sum(columns[-1]))
+        update_running(norms, columns, stats, [(x.shape[0] * x.shape[2] * x.shape[3], len(dense)), *counts])

@@ -55,7 +55,7 @@ class PartialTransition(Fused, reference.PartialTransition):
             eps=[norm.eps for norm in norms],
         )
         if not all(frozen):
-            self.update(stats, 0, dense)
+            update_running(norms, consecutive(norms), stats, self.counts(dense))
         return y
 
     def holders(self) -> tuple[list[Any], str]:
@@ -89,15 +89,11 @@ class PartialTransition(Fused, reference.PartialTransition):
         reasons = (not_plain_unit(f"{prefix}{name}", modules[name]) for name in ("t", "u") if name in modules)
         return next(filter(None, reasons), "")
 
-    def update(self, stats: Tensor, start: int, x: Tensor) -> None:
-        """Running statistics from stats, whose columns from start are this module's; x has the unpooled N, H, W."""
-        norms = self.units()[::2]
-        columns = consecutive(norms, start)
+    def counts(self, x: Tensor) -> list[tuple[int, int]]:
+        """Over how many values norms take their statistics, and how many norms; x has the unpooled N, H, W."""
         n, _, h, w = x.shape
-        full = len(norms) - pools_first(self.fusion, self.order, self.pool)
-        update_running(norms[:full], columns[:full], stats, n * h * w)
-        if full < len(norms):
-            update_running(norms[full:], columns[full:], stats, n * (h // 2) * (w // 2))
+        pooled = int(pools_first(self.fusion, self.order, self.pool))
+        return [(n * h * w, len(self.units()) // 2 - pooled), (n * (h // 2) * (w // 2), pooled)]
 
     def _check(self, part: Tensor | None, dense: Tensor) -> None:
         """The channels of the inputs; the operator sees to everything else."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from csp_kernels import ops
 from csp_kernels.layers._children import Fused, not_a, recorded, warn_once
-from csp_kernels.layers._norms import frozen_norms, update_running
+from csp_kernels.layers._norms import consecutive, frozen_norms, update_running
 from csp_kernels.ops.stage import stage_sizes, unsupported
 from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.check import check
@@ -29,7 +31,8 @@ class Stage(Fused, nn.Module):
     alone read) or "all" (all but inputs and outputs).
     dtypes, memory formats and errors: `csp.ops.stage`. A graph that the kernels cannot run whole runs as the reference
     does, with one warning; RuntimeError if "native" was chosen. RuntimeError also for children that would do something
-    else if they were called: of another kind (SyncBatchNorm), with hooks or a forward of their own.
+    else if they were called: of another kind (SyncBatchNorm), with a forward of their own. Hooks on them are not
+    called, with one warning.
     """
 
     def __init__(self, graph: Graph, *, eps: float = 1e-5, momentum: float = 0.1, recompute: str = "none") -> None:
@@ -40,6 +43,8 @@ class Stage(Fused, nn.Module):
         self.graph, self.recompute = graph, recompute
         self._evaluated = without_dropout(graph)
         self._geometries: dict[int, tuple[object, ...]] = {}
+        names = [item.name.split(".")[:-1] for item in graph.order]
+        self._levels = sorted({".".join(name[:i]) for name in names for i in range(1, len(name) + 1)})
         for item in graph.order:
             node = graph.nodes[item.index] if item.kind == "conv" else None
             child: nn.Module
@@ -62,6 +67,10 @@ class Stage(Fused, nn.Module):
             params += [child.weight, child.bias] if child.bias is not None or child in norms else [child.weight]
         graph = self.graph if self.training else self._evaluated
         eps = [norm.eps for norm in norms]
+        if any(isinstance(x, Proxy) for x in inputs):
+            raise RuntimeError(
+                "csp.Stage: torch.fx cannot record it; make it a leaf (Tracer.is_leaf_module), or torch.export"
+            )
         if recorded(inputs[0] if inputs else None):
             outputs, stats = reference_stage(graph, inputs, params, running, frozen=frozen, eps=eps)
         else:
@@ -75,32 +84,42 @@ class Stage(Fused, nn.Module):
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def holders(self) -> tuple[list[Any], str]:
-        """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can."""
+        """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can.
+        Raises RuntimeError if a child, called, would do something else."""
         children = [self.get_submodule(item.name) for item in self.graph.order]
-        graph = self.graph if self.training else self._evaluated
-        return children, unsupported(graph)
+        self._check_children(children)
+        return children, unsupported(self.graph if self.training else self._evaluated)
+
+    def _check_children(self, children: Sequence[Any]) -> None:
+        """Nobody calls them, nor the levels of their names."""
+        for item, child in zip(self.graph.order, children, strict=True):
+            self._check(item.name, child, nn.Conv2d if item.kind == "conv" else nn.BatchNorm2d)
+            if item.kind == "conv" and _geometry(child) != self._geometries[item.index]:
+                why = f"{item.name} has another stride, padding, dilation or groups than the graph"
+                raise RuntimeError(f"csp.Stage: {why}, but it does not call its children; make it what it was")
+        for level in self._levels:
+            self._check(level, self.get_submodule(level), nn.Module)
+
+    def _check(self, name: str, child: nn.Module, base: type[nn.Module]) -> None:
+        why = not_a(name, child, base)
+        if why and not _is_hooked(child):
+            raise RuntimeError(f"csp.Stage: {why}, but it does not call its children; make it what it was")
+        if why and not self._warned:
+            self._warned = True
+            text = f"csp.Stage: {why}, which is not called, since it does not call its children; hook the stage"
+            warnings.warn(text, RuntimeWarning, stacklevel=6)
 
     def _norms(self, children: Sequence[Any]) -> list[Any]:
-        """In the order of the graph's norms. Raises RuntimeError if a child, called, would do something else."""
-        found: dict[int, Any] = {}
-        for item, child in zip(self.graph.order, children, strict=True):
-            if item.kind == "norm":
-                found[item.index] = child
-            other = not_a(item.name, child, nn.Conv2d if item.kind == "conv" else nn.BatchNorm2d)
-            if other or (item.kind == "conv" and _geometry(child) != self._geometries[item.index]):
-                why = other or f"{item.name} has another stride, padding, dilation or groups than the graph"
-                raise RuntimeError(f"csp.Stage: {why}, but the stage does not call its children; make it what it was")
+        """In the order of the graph's norms."""
+        pairs = zip(self.graph.order, children, strict=True)
+        found = {item.index: child for item, child in pairs if item.kind == "norm"}
         return [found[i] for i in range(len(found))]
 
     def _update(self, norms: Sequence[Any], stats: Tensor, x: Tensor) -> None:
-        """Norms over equally many pixels at a time."""
         n, _, height, width = x.shape
-        starts = [sum(self.graph.norms[:i]) for i in range(len(norms))]
-        sized = stage_sizes(self.graph)[1]
-        for size in dict.fromkeys(size for _, size in sized):
-            chosen = [i for i, s in sized if s == size]
-            columns = [(starts[i], self.graph.norms[i]) for i in chosen]
-            update_running([norms[i] for i in chosen], columns, stats, n * side(size, height) * side(size, width))
+        sizes = (size for _, size in stage_sizes(self.graph)[1])  # of each norm, in order
+        counts = [(n * side(size, height) * side(size, width), 1) for size in sizes]
+        update_running(norms, consecutive(norms), stats, counts)
 
     def extra_repr(self) -> str:
         return f"recompute={self.recompute!r}"
@@ -110,10 +129,22 @@ def _geometry(conv: nn.Conv2d) -> tuple[object, ...]:
     return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
 def _attach(parent: nn.Module, name: str, child: nn.Module) -> None:
     *levels, last = name.split(".")
     for level in levels:
         if level not in parent._modules:
-            parent.add_module(level, nn.Module())
+            _add(parent, level, nn.Module(), name)
         parent = parent.get_submodule(level)
-    parent.add_module(last, child)
+    _add(parent, last, child, name)
+
+
+def _add(parent: nn.Module, name: str, child: nn.Module, path: str) -> None:
+    """Raises ValueError for a name that modules use themselves."""
+    if not name or hasattr(parent, name):
+        raise ValueError(f"name {path!r}: got {name!r} in it, expected words that are no attribute of a module")
+    parent.add_module(name, child)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ def stage(
     eps: float | Sequence[float] = 1e-5,
     seed: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """The outputs, and stats [2, channels of all norms] float64: batch mean and biased variance, of frozen norms too.
+    """The outputs, and stats [2, channels of all norms] float64: batch mean and biased variance, 0 of frozen norms.
 
     inputs: [N, channels, H, W] each. params: as graph.order lists them, weight (and bias, if it has one) of a
     convolution, weight and bias of a norm; None is ones or zeros. running: mean and variance of each frozen norm.
@@ -44,7 +44,7 @@ def stage(
             y = ACTIVATIONS[node.act](sum(read[1:], read[0]), node.slope)
         values.append(y)
     outputs = [_pooled(torch.cat([run.read(values, r) for r in write.reads], 1), write) for write in graph.outputs]
-    return outputs, run.stats
+    return outputs, run.stats(inputs[0])
 
 
 class _Run:
@@ -67,12 +67,7 @@ class _Run:
             else:
                 self.norms[item.index] = next(given), next(given)
         self.moments = [(next(moments), next(moments)) if f else None for f in self.frozen]
-        columns = [0]
-        for channels in graph.norms:
-            columns.append(columns[-1] + channels)
-        self.columns = columns
-        device = next((p.device for p in params if p is not None), None)
-        self.stats = torch.zeros(2, columns[-1], dtype=torch.float64, device=device)
+        self.found: list[dict[tuple[int, int], Tensor]] = [{} for _ in graph.norms]  # statistics by channels read
 
     def read(self, values: Sequence[Tensor], read: Read) -> Tensor:
         x = values[read.value][:, read.start : read.stop]
@@ -85,9 +80,13 @@ class _Run:
         weight, bias = (None if t is None else to(t[channels], dtype) for t in self.norms[norm])
         moments = self.moments[norm]
         mean, var = (None, None) if moments is None else (to(t[channels], dtype) for t in moments)
-        at = self.columns[norm]
-        self.stats[:, at + channels.start : at + channels.stop] = statistics(x, True)
+        self.found[norm][channels.start, channels.stop] = statistics(x, moments is None)
         return F.batch_norm(x, mean, var, weight, bias, moments is None, 0.0, self.eps[norm])
+
+    def stats(self, like: Tensor) -> Tensor:
+        """[2, channels of all norms] float64."""
+        pieces = [piece for found in self.found for piece in _joined(found)]
+        return torch.cat(pieces, 1) if pieces else like.new_zeros((2, 0), dtype=torch.float64)
 
     def conv(self, index: int, node: Conv, x: Tensor) -> Tensor:
         weight, bias = self.convs[index]
@@ -95,6 +94,15 @@ class _Run:
         x = F.avg_pool2d(x, 2) if node.pool else x
         bias = to(bias, x.dtype)
         return F.conv2d(x, weight.to(x.dtype), bias, node.stride, node.kernel // 2, groups=node.groups)
+
+
+def _joined(found: dict[tuple[int, int], Tensor]) -> Iterator[Tensor]:
+    """[2, channels] of a norm in pieces; reads may share channels."""
+    end = 0
+    for start, stop in sorted(found):
+        if stop > end:
+            yield found[start, stop][:, end - start :]
+            end = stop
 
 
 def _pooled(x: Tensor, write: Write) -> Tensor:

@@ -19,7 +19,10 @@ class Builder:
         self._order: list[Parameters] = []
 
     def channels(self, value: int) -> int:
-        return (*self._inputs, *(node.out_channels for node in self._nodes))[value]
+        known = (*self._inputs, *(node.out_channels for node in self._nodes))
+        if not 0 <= value < len(known):
+            raise ValueError(f"value: got {value}, expected one of 0 to {len(known) - 1}, which exist here")
+        return known[value]
 
     def norm(self, channels: int, name: str = "") -> int:
         """A batch norm, for reads to use."""
@@ -40,19 +43,19 @@ class Builder:
         name: str = "",
     ) -> int:
         """The value of a convolution."""
-        node = Conv(tuple(reads), out_channels, kernel, stride, groups, bias, pool, drop_rate)
+        node = Conv(_listed(reads), out_channels, kernel, stride, groups, bias, pool, drop_rate)
         self._nodes.append(node)
         self._listed(name, "conv", len(self._nodes) - 1)
         return len(self._inputs) + len(self._nodes) - 1
 
     def sum(self, reads: Sequence[Read], act: str = "identity", slope: float = 0.0) -> int:
         """The value of a sum."""
-        self._nodes.append(Sum(tuple(reads), act, slope))
+        self._nodes.append(Sum(_listed(reads), act, slope))
         return len(self._inputs) + len(self._nodes) - 1
 
     def write(self, reads: Sequence[Read], pool: bool = False) -> None:
         """The next output."""
-        self._outputs.append(Write(tuple(reads), pool))
+        self._outputs.append(Write(_listed(reads), pool))
 
     def read(
         self, value: int, norm: int | None = None, act: str = "identity", slope: float = 0.0, *, start: int = 0,
@@ -73,6 +76,12 @@ class Builder:
     def _listed(self, name: str, kind: str, index: int) -> int:
         self._order.append(Parameters(name or f"{kind}{index}", kind, index))
         return index
+
+
+def _listed(reads: Sequence[Read]) -> tuple[Read, ...]:
+    if isinstance(reads, Read) or not all(isinstance(read, Read) for read in reads):
+        raise TypeError(f"reads: got {reads!r}, expected a sequence of what Builder.read returns")
+    return tuple(reads)
 
 
 def through_norm(build: Builder, reads: Sequence[Read], act: str = "relu", name: str = "") -> list[Read]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from csp_kernels.stage.graph import ACTIVATIONS, Conv, Graph, Node, Read, Sum, Write
 
 
@@ -16,8 +18,7 @@ def check(graph: Graph) -> None:
     _expect(bool(graph.outputs), "outputs", "none", "one or more")
     for i, (name, user) in enumerate(graph.users()):
         _check_reads(graph, name, user, min(len(graph.channels), graph.value(i)))
-    sizes(graph)
-    _check_norms(graph)
+    _check_norms(graph, sizes(graph))
     used = {read.value for _, user in graph.users() for read in user.reads}
     for i in range(len(graph.nodes)):
         _expect(graph.value(i) in used, f"v{graph.value(i)}", "no reader", "a node or an output that reads it")
@@ -37,7 +38,7 @@ def _check_reads(graph: Graph, name: str, user: Node | Write, values: int) -> No
         channels = graph.channels[read.value]
         slices = f"channels [{read.start}, {read.stop})"
         _expect(0 <= read.start < read.stop <= channels, where, slices, f"some of the {channels} of v{read.value}")
-        _check_activation(where, read.act)
+        _check_activation(where, read.act, read.slope)
         if read.norm is not None:
             norms = len(graph.norms)
             _expect(0 <= read.norm < norms, where, f"norm {read.norm}", f"one of the graph's {norms}")
@@ -45,15 +46,18 @@ def _check_reads(graph: Graph, name: str, user: Node | Write, values: int) -> No
             slices = f"[{read.at}, {end}) of norm {read.norm}"
             _expect(0 <= read.at < end <= width, where, slices, f"some of its {width}")
     if isinstance(user, Sum):
-        _check_activation(name, user.act)
+        _check_activation(name, user.act, user.slope)
         widths = sorted({read.channels for read in user.reads})
         _expect(len(widths) == 1, name, f"{len(user.reads)} reads of {widths} channels", "one or more of one width")
     elif isinstance(user, Conv):
         _check_conv(name, user)
+    else:
+        _expect(isinstance(user.pool, bool), name, f"pool {user.pool!r}", "True or False")
 
 
-def _check_activation(where: str, act: str) -> None:
+def _check_activation(where: str, act: str, slope: float) -> None:
     _expect(act in ACTIVATIONS, where, f"activation {act!r}", f"one of {', '.join(ACTIVATIONS)}")
+    _expect(math.isfinite(slope), where, f"slope {slope}", "a finite number")
 
 
 def _check_conv(name: str, conv: Conv) -> None:
@@ -68,6 +72,7 @@ def _check_conv(name: str, conv: Conv) -> None:
     alone = conv.kernel == 1 and not conv.bias
     expected = "it in front of a 1x1 without bias alone, where it equals pooling behind it"
     _expect(alone or not conv.pool, name, "pool", expected)
+    _expect(isinstance(conv.pool, bool), name, f"pool {conv.pool!r}", "True or False")
 
 
 def sizes(graph: Graph) -> list[str]:
@@ -93,8 +98,8 @@ def _size(name: str, user: Node | Write, found: list[str]) -> str:
 _HALVES = {"f": "pooling", "c": "stride 2"}
 
 
-def _check_norms(graph: Graph) -> None:
-    """Each channel of a norm normalises one channel of one value."""
+def _check_norms(graph: Graph, sizes: list[str]) -> None:
+    """Each channel of a norm normalises one channel of one value, and all of them as many pixels."""
     normalises: list[dict[int, tuple[int, int]]] = [{} for _ in graph.norms]
     for name, user in graph.users():
         for i, read in enumerate(user.reads):
@@ -104,6 +109,9 @@ def _check_norms(graph: Graph) -> None:
         _expect(channels > 0, f"norm {norm}", f"{channels} channels", "at least 1")
         unused = sorted({*range(channels)} - {*found})
         _expect(not unused, f"norm {norm}", f"no reader of channels {unused}", "reads that use all of them")
+        first, *others = dict.fromkeys(value for value, _ in found.values())
+        other = next((value for value in others if sizes[value] != sizes[first]), first)
+        _expect(other == first, f"norm {norm}", f"v{first} and v{other}, which differ in size", "values of one size")
 
 
 def _normalise(found: dict[int, tuple[int, int]], read: Read, where: str) -> None:

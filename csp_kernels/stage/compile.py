@@ -300,16 +300,18 @@ class _BackwardPass:
             written[c] = True
 
     def _compute_again(self, reads: Sequence[Read]) -> None:
-        """A node's own value is there when its turn comes: what reads it had it computed."""
-        for read in reads:
-            self._value_again(read.value)
-
-    def _value_again(self, value: int) -> None:
-        """Unless it is there: a value that was not kept, after those that it is made of."""
-        if not self.there[value]:
-            index = value - len(self.graph.inputs)
-            nodes = next(nodes for nodes in self.layout.siblings if index in nodes)
-            for sibling in self.common.values(nodes):
-                self.there[sibling] = True
-            self._compute_again(self.graph.nodes[index].reads)
+        """Values that were not kept, with those that they are made of, unless they are there. A node's own value is
+        there when its turn comes: what reads it had it computed."""
+        missing: set[tuple[int, ...]] = set()
+        waiting = [read.value for read in reads]
+        while waiting:
+            value = waiting.pop()
+            if not self.there[value]:
+                index = value - len(self.graph.inputs)
+                nodes = next(nodes for nodes in self.layout.siblings if index in nodes)
+                for sibling in self.common.values(nodes):
+                    self.there[sibling] = True
+                missing.add(nodes)
+                waiting += [read.value for read in self.graph.nodes[index].reads]
+        for nodes in sorted(missing):
             self.steps.append(self.common.compute(nodes, again=True))

@@ -126,11 +126,27 @@ def _same_reads(graph: Graph) -> list[tuple[int, ...]]:
     return [tuple(nodes) for nodes in groups.values()]
 
 
+def _bottlenecks(graph: Graph) -> set[int]:
+    """Values of 1x1 that 3x3 convolutions alone read, and of 3x3 like that which themselves read bottlenecks alone."""
+    others = {
+        r.value for _, user in graph.users() for r in user.reads if not (isinstance(user, Conv) and user.kernel == 3)
+    }
+    found: set[int] = set()
+    for index, node in enumerate(graph.nodes):
+        value = graph.value(index)
+        if not isinstance(node, Conv) or value in others:
+            continue
+        if node.kernel == 1 or all(read.value in found for read in node.reads):
+            found.add(value)
+    return found
+
+
 class _Placing:
     """Gives every value a place: its output's, if one holds it as it is, or one beside what it is read with."""
 
     def __init__(self, graph: Graph, folded: dict[int, Folded], keep: bool, recompute: str) -> None:
         self.graph, self.folded, self.keep, self.recompute = graph, folded, keep, recompute
+        self.bottlenecks = _bottlenecks(graph)
         self.sizes = sizes(graph)
         inputs = [Buffer("input", i, c, "") for i, c in enumerate(graph.inputs)]
         ends = self.sizes[len(graph.channels) :]
@@ -228,18 +244,8 @@ class _Placing:
 
     def _kind(self, value: int) -> str:
         """ "bottleneck": what lies between a 1x1 and the last 3x3 behind it is computed again."""
-        again = self.recompute == "all" or (self.recompute == "bottleneck" and self._is_bottleneck(value))
+        again = self.recompute == "all" or (self.recompute == "bottleneck" and value in self.bottlenecks)
         return "kept" if self.keep and not again else "scratch"
-
-    def _is_bottleneck(self, value: int) -> bool:
-        """A 1x1 that 3x3 convolutions alone read, or a 3x3 like that which itself reads bottlenecks alone."""
-        if value < len(self.graph.inputs):
-            return False
-        node = self.graph.nodes[value - len(self.graph.inputs)]
-        readers = [user for _, user in self.graph.users() if any(read.value == value for read in user.reads)]
-        if not isinstance(node, Conv) or not all(isinstance(user, Conv) and user.kernel == 3 for user in readers):
-            return False
-        return node.kernel == 1 or all(self._is_bottleneck(read.value) for read in node.reads)
 
     def _new(self, kind: str, values: Sequence[int]) -> None:
         """A buffer for values of one size side by side."""

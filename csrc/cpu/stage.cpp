@@ -265,18 +265,33 @@ template <class S> struct Stage {
     }
   }
 
-  // What a product reads: segments that are normalised on load, and scratch memory that holds those with other activations.
+  // What a product reads: segments that are normalised on load, and scratch memory that holds the others.
   struct Reads {
     std::vector<Segment<S>> segments;
     std::vector<std::pair<size_t, Read<S>>> activated;  // index, and what was activated
     std::vector<Affine<T>> norms;
   };
+  static bool overlap(const stage::Place& a, const stage::Place& b) { return a.buffer == b.buffer && a.start < b.stop && b.start < a.stop; }
+  // Whether each segment is read from scratch memory: for its activation or, beside such a one, for sharing channels with
+  // another segment. Backward adds up their gradients one after the other, in the order of the segments.
+  static std::vector<bool> apart(const std::vector<stage::Segment>& segments) {
+    std::vector<bool> found;
+    bool any = false;
+    for (const stage::Segment& s : segments) any = any || !on_load(s.act);
+    for (const stage::Segment& s : segments) {
+      int sharing = 0;
+      for (const stage::Segment& other : segments) sharing += overlap(s.place, other.place);
+      found.push_back(!on_load(s.act) || (any && sharing > 1));
+    }
+    return found;
+  }
   Reads reads(Frame& inner, const std::vector<stage::Segment>& from) {
     Reads r;
     r.norms.reserve(from.size());
+    const std::vector<bool> scratch = apart(from);
     for (const stage::Segment& s : from) {
       Segment<S> to{value(s.place), of(s.place).pitch, s.place.channels(), nullptr, nullptr, 0, 0};
-      if (!on_load(s.act)) {
+      if (scratch[r.segments.size()]) {
         r.activated.emplace_back(r.segments.size(), read(inner, s));
         to.pitch = padded_channels(to.channels);
         S* y = inner.take<S>(of(s.place).pixels() * to.pitch);
@@ -568,10 +583,9 @@ template <class S> struct Stage {
     };
     if (g) run(ValueGradient<S>(g, g_pitch, value(i.of), of(i.of).pitch, out, o));
     else with_value_gradient(i, inner, o, run);
-    for (size_t k = 0; k < r.segments.size(); k++) {
-      const stage::Segment& s = i.segments[k];
-      if (on_load(s.act)) add_sums(s, parts, mix.tasks, r.segments[k].column);
-    }
+    const std::vector<bool> scratch = apart(i.segments);
+    for (size_t k = 0; k < r.segments.size(); k++)
+      if (!scratch[k]) add_sums(i.segments[k], parts, mix.tasks, r.segments[k].column);
     for (auto& [k, from] : r.activated) {
       const Segment<S>& s = r.segments[k];
       if (s.g) back(from, i.segments[k], targets[k], inner, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(s.g + pixel * s.g_pitch + c, s.channels - c); });

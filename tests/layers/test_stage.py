@@ -158,11 +158,6 @@ class Loud(nn.BatchNorm2d):
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "kind": (lambda s: setattr(s, "last", nn.SyncBatchNorm(8).double()), "last is a SyncBatchNorm, not a BatchNorm2d"),
     "forward": (lambda s: setattr(s, "last", Loud(8).double()), "last is a Loud, not a BatchNorm2d"),
-    "hook of a norm": (lambda s: s.last.register_forward_hook(lambda *_: None), "last has a forward hook"),
-    "hook of a convolution": (
-        lambda s: s.down.register_full_backward_hook(lambda *_: None),
-        "down has a backward hook",
-    ),
     "stride": (lambda s: setattr(s.down, "stride", (2, 2)), "down has another stride"),
 }
 
@@ -177,6 +172,36 @@ def test_children_that_would_do_something_else(name: str) -> None:
     with pytest.raises(RuntimeError, match=f"csp.Stage: {message}"):
         stage(torch.randn(1, 20, 8, 8, dtype=torch.float64))
     assert all(torch.equal(v, before[k]) for k, v in stage.state_dict().items())
+
+
+HOOKED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "norm": (lambda s: s.last.register_forward_hook(lambda *_: None), "last has a forward hook"),
+    "convolution": (lambda s: s.down.register_full_backward_hook(lambda *_: None), "down has a backward hook"),
+    "level": (lambda s: s.concat.register_forward_pre_hook(lambda *_: None), "concat has a forward hook"),
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_that_nobody_calls(name: str) -> None:
+    """Said once; networks under tools that hook every module still run."""
+    stage, _ = pair()
+    hook, message = HOOKED[name]
+    hook(stage)
+    x = torch.randn(1, 20, 8, 8, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match=f"csp.Stage: {message}, which is not called"):
+        stage(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stage(x)
+
+
+def test_what_a_network_with_a_stage_costs() -> None:
+    """csp.analysis hooks every module that is called."""
+    network = nn.Sequential(nn.Conv2d(3, 20, 3), pair()[0].float())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        total = csp.analysis.profile(network, (2, 3, 16, 16)).total
+    assert total["flops"] > 0 and total["dram_bytes_fused"] < total["dram_bytes_naive"]
 
 
 def test_a_parametrized_convolution(native: None) -> None:
@@ -233,6 +258,69 @@ def test_check_sees_a_wrong_number(part: int, monkeypatch: pytest.MonkeyPatch) -
     assert ("output" in kinds, "gradient" in kinds, bool(kinds - {"output", "gradient"})) == (
         part == 0, part < 2, part == 2,
     )  # fmt: skip
+
+
+def test_check_refuses_dropout() -> None:
+    """No two calls drop the same: it would allow anything."""
+    with pytest.raises(ValueError, match="dropout that is on in itself"):
+        csp.check(csp.Stage(osa_with_dropout()), torch.randn(2, 8, 9, 9))
+    with pytest.raises(ValueError, match="dropout that is on in 1,"):
+        csp.check(nn.Sequential(nn.ReLU(), csp.DenseBlock(1, 8, 4, drop_rate=0.5)), torch.randn(2, 8, 9, 9))
+    assert csp.check(csp.Stage(osa_with_dropout()).eval(), torch.randn(2, 8, 9, 9))
+
+
+def osa_with_dropout() -> Graph:
+    build = Builder(8)
+    build.write([build.read(build.conv([build.read(0)], 8, 3, drop_rate=0.5))])
+    return build.graph()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_check_of_what_is_zero_but_for_rounding(dtype: torch.dtype, native: None) -> None:
+    """The gradient of a bias in front of another norm, and the mean of what a norm has centred."""
+    build = Builder(16)
+    value = build.conv([build.read(0, build.norm(16))], 16)
+    build.write([build.read(value, build.norm(16), "relu")])
+    verdict = csp.check(csp.Stage(build.graph()).to(dtype), torch.randn(2, 16, 6, 6).to(dtype))
+    assert verdict, str(verdict)
+
+
+def test_check_without_gradients_and_of_lists(native: None) -> None:
+    x = torch.randn(2, 8, 6, 6)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert csp.check(csp.ConcatConv([8, 8], 8), [x, x])
+    assert csp.check(csp.PartialTransition(0, 8, 8, 8), None, x)
+
+
+def test_one_norm_fails_and_none_has_moved() -> None:
+    """Norms over different numbers of pixels advance together or not at all."""
+    stage, _ = pair()
+    stage.last.register_buffer("running_mean", torch.zeros(9).double())
+    before = {k: v.clone() for k, v in stage.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"running_mean: got torch.float64 \[9\], expected .* \[8\]"):
+        stage(torch.randn(2, 20, 8, 8, dtype=torch.float64))
+    assert all(torch.equal(v, before[k]) for k, v in stage.state_dict().items())
+
+
+def test_vmap_in_evaluation() -> None:
+    stage, naive = (m.eval() for m in pair())
+    x = torch.randn(3, 2, 20, 8, 8, dtype=torch.float64)
+    for ours, theirs in zip(torch.func.vmap(stage)(x), torch.func.vmap(naive)(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_torch_fx_is_told() -> None:
+    with pytest.raises(RuntimeError, match=r"csp.Stage: torch\.fx cannot record it"):
+        torch.fx.symbolic_trace(nn.Sequential(pair()[0]))
+
+
+@pytest.mark.parametrize("name", ["training", "forward", "conv..x", "graph"])
+def test_names_that_modules_use(name: str) -> None:
+    build = Builder(8)
+    build.write([build.read(build.conv([build.read(0)], 8, name=name))])
+    with pytest.raises(ValueError, match="name "):
+        csp.Stage(build.graph())
 
 
 def test_check_needs_tensors() -> None:

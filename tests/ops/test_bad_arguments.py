@@ -562,6 +562,7 @@ RUNNING: dict[str, tuple[int, Any, str]] = {  # position and value of an argumen
     "before the columns": (4, [-1], r"starts\[0\]: got -1, expected 0 to 3"),
     "behind the columns": (4, [4], r"starts\[0\]: got 4, expected 0 to 3"),
     "no momentum": (5, [], "momenta: got 0, expected 1"),
+    "no factor": (6, [], "unbiased: got 0, expected 1"),
 }
 
 
@@ -576,7 +577,7 @@ def test_running_statistics(name: str) -> None:
         torch.ones(2, 8).double(),
         [3],
         [0.5],
-        1.0,
+        [1.0],
     ]
     wrong = [*right[:at], value, *right[at + 1 :]]
     with pytest.raises(RuntimeError, match=message):
@@ -591,7 +592,7 @@ def test_freed_running_statistics() -> None:
     mean = torch.zeros(5)
     mean.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"means\[0\]: .* storage holds 0 bytes"):
-        OPS.update_running([mean], [torch.ones(5)], [], torch.ones(2, 8).double(), [0], [0.5], 1.0)
+        OPS.update_running([mean], [torch.ones(5)], [], torch.ones(2, 8).double(), [0], [0.5], [1.0])
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ class RandomGraph:
         size = rng.choice(self.sizes)
         alike = [v for v, s in enumerate(self.sizes) if s == size]
         raw = []
-        for value in rng.sample(alike, rng.randint(1, min(4, len(alike)))):
+        values = rng.sample(alike, rng.randint(1, min(4, len(alike))))
+        values += [rng.choice(values)] * (rng.random() < 0.15)
+        for value in values:
             start = rng.randrange(self.channels[value]) if rng.random() < 0.3 else 0
             stop = rng.randint(start + 1, self.channels[value]) if rng.random() < 0.3 else self.channels[value]
             raw.append(build.read(value, start=start, stop=stop))

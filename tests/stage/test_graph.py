@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -106,6 +107,13 @@ WRONG = [
         two(Read(2, 0, 6, 0), Read(0, 2, 8, 0)),
         "output 0, reads[1]: got channel 0 of norm 0 on channel 2 of v0, expected it on channel 0 of v2 alone",
     ),
+    (read(act="leaky_relu", slope=math.nan), "output 0, reads[0]: got slope nan, expected a finite number"),
+    (conv(pool=2), "v2: got pool 2, expected True or False"),
+    ({"outputs": (Write((Read(2, 0, 6, 0),), 2),)}, "output 0: got pool 2, expected True or False"),
+    (
+        {**conv(pool=True), "norms": (14,), "outputs": (Write((Read(2, 0, 6, 0),)), Write((Read(0, 0, 8, 0, 6),)))},
+        "norm 0: got v2 and v0, which differ in size, expected values of one size",
+    ),
     ({"norms": (6, 0)}, "norm 1: got 0 channels, expected at least 1"),
     ({"outputs": (Write((Read(0, 0, 6, 0),)),)}, "v2: got no reader, expected a node or an output that reads it"),
     ({"order": (BASE["order"][0],)}, "order: got [('conv', 0)], expected [('conv', 0), ('norm', 0)], each once"),
@@ -124,6 +132,15 @@ def test_wrong_graphs_are_refused(changes: dict[str, Any], message: str) -> None
     with pytest.raises(ValueError) as error:
         check(Graph(**{**BASE, **changes}))
     assert str(error.value).startswith(message)
+
+
+def test_the_builder_names_what_is_wrong() -> None:
+    build = Builder(8)
+    with pytest.raises(ValueError, match="value: got 5, expected one of 0 to 0"):
+        build.read(5)
+    for wrong in (build.read(0), [0]):
+        with pytest.raises(TypeError, match=r"reads: got .*, expected a sequence of what Builder\.read returns"):
+            build.write(wrong)  # type: ignore[arg-type]
 
 
 def test_a_norm_may_be_shared_by_reads_of_the_same_channels() -> None:

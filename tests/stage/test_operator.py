@@ -108,6 +108,33 @@ def test_random_graphs(seed: int) -> None:
     case.compare(compile_stage(case.graph, case.frozen))  # keeps nothing
 
 
+def test_a_1x1_that_reads_channels_twice() -> None:
+    """Through SiLU and as they are: the first gradient is written, the second added to it."""
+    build = Builder(8)
+    value = build.conv([build.read(0)], 8)
+    reads = [
+        build.read(value, act="silu"),
+        build.read(value, start=2, stop=7),
+        build.read(value, build.norm(8), "relu"),
+    ]
+    build.write([build.read(build.conv(reads, 8))])
+    graph = build.graph()
+    Case(graph, (False,)).compare(compile_stage(graph, (False,), Wanted.all(graph)))
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_deep_and_dense_graphs_compile_at_once(recompute: str) -> None:
+    """Neither recursion nor time that doubles with each layer."""
+    build = Builder(4)
+    reads = [conv_norm(build, [build.read(0)], 4)]
+    for _ in range(400):
+        reads.append(conv_norm(build, reads[-2:], 4, 3))
+    build.write(reads[-1:])
+    graph = build.graph()
+    program = compile_stage(graph, (True,) * len(graph.norms), Wanted.all(graph), recompute)
+    assert len(program.backward) > 400
+
+
 @pytest.mark.parametrize("start", [0, 1, 2])
 def test_a_norm_of_some_of_what_a_1x1_gives(start: int) -> None:
     """It is not folded into the 1x1: it has nothing for the other channels."""
