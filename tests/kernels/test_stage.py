@@ -210,7 +210,7 @@ def test_empty_batch(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "winograd", "expected"),
-    [(torch.float32, 4, "tf32"), (torch.float32, 2, "ieee"), (torch.bfloat16, 4, "ieee"), (torch.float64, 2, "ieee")],
+    [(torch.float32, 4, "tf32"), (torch.float32, 12, "tf32"), (torch.float32, 10, "ieee"), (torch.float32, 2, "ieee"), (torch.bfloat16, 4, "ieee"), (torch.float64, 2, "ieee")],
     ids=str,
 )
 def test_precision(dtype: torch.dtype, winograd: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
