@@ -1,8 +1,9 @@
 """What the steps of the GPU schedule (gpu_schedule.py) share: arguments, a clock, and a file of results.
 
-A step is a program `gpu_<step>.py --out FOLDER --device cuda|cpu --limit SECONDS [--dry-run]`. It does the most valuable
-work first, writes what it finds to FOLDER/<step>.jsonl as it finds it, stops by itself when its time is over, and exits
-with 0 if all that it tried was fine, with 1 if something failed. gpu_worker.py runs its work in processes that may die.
+A step is a program `gpu_<step>.py --out FOLDER --device cuda|cpu --limit SECONDS [--dry-run]`. It does the most
+valuable work first, writes what it finds to FOLDER/<step>.jsonl as it finds it, stops by itself when its time is over,
+and exits with 0 if all that it tried was fine, with 1 if something failed. gpu_worker.py runs a step's work in
+processes that may die.
 
 This file imports no torch, which takes seconds: a step imports it first, so that those count.
 """
@@ -75,7 +76,7 @@ def finite(value: Any) -> Any:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of results, in order; none if there is no file. A line that a kill cut short is left out."""
+    """The objects of a file of results, in order; none if there is no file. Lines cut short by a kill are left out."""
     if not path.exists():
         return
     for text in path.read_text(errors="replace").splitlines():
