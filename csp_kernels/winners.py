@@ -1,4 +1,4 @@
-"""The table of measured winners by which "auto" chooses on a GPU: csp_kernels/winners.json, read once, when it is needed.
+"""The table of measured winners by which "auto" chooses on a GPU: csp_kernels/winners.json, read once, when needed.
 
 A row says how many times as fast as the plain reference the backends ran a class of calls on a family of devices:
 

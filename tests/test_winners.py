@@ -1,5 +1,5 @@
-"""The table of measured winners and what "auto" makes of it. There is no GPU here: the CPU stands in for one, by another
-answer to what family its devices are of."""
+"""The table of measured winners and what "auto" makes of it. There is no GPU here: the CPU stands in for one, by
+another answer to what family its devices are of."""
 
 from __future__ import annotations
 

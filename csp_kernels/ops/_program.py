@@ -80,7 +80,8 @@ def run(
 ) -> tuple[list[Tensor], Moments]:
     """The outputs of a graph in the memory format of inputs[0], by the kernels; all arguments have been checked.
 
-    params: none missing, in the dtype of sums. backend: "native" or "triton". running, frozen, eps, recompute: see `csp.ops.stage`.
+    params: none missing, in the dtype of sums. backend: "native" or "triton". running, frozen, eps, recompute: see
+    `csp.ops.stage`.
     """
     x = inputs[0]
     channels_last = checks.is_channels_last(x)

@@ -61,8 +61,8 @@ def backend_of(
 
 
 def automatic(operator: str, inputs: Sequence[Tensor], params: Sequence[Tensor | None]) -> str:
-    """What "auto" runs where it is not "native" anyway: the fastest of the backends that are available and were measured
-    to be faster than the reference at such calls of csp.ops.<operator>; "reference" if there is none."""
+    """What "auto" runs where it is not "native" anyway: the fastest of the backends that are available and were
+    measured to be faster than the reference at such calls of csp.ops.<operator>; "reference" if there is none."""
     device = inputs[0].device
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *params))
     for name in winners.faster(device, operator, inputs, training):
