@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import stage_cases as cases
 import torch
-from stage_cases import GRAPHS, Case, Result, arguments, order_of, twin
+from stage_cases import GRAPHS, KINDS, Case, Result, arguments, order_of, twin
 from tolerances import error
 
 import csp_kernels as csp
@@ -30,13 +30,6 @@ from random_graphs import RandomGraph, some
 
 TRITON = cases.Operators(kernels.forward, kernels.backward)
 names = pytest.mark.parametrize("name", GRAPHS)
-# Of every kind one: the interpreter is slow.
-KINDS = [
-    "dense, odd widths", "dropout", "csp stage of 3x3", "transition", "concat, three inputs, two outputs",
-    "concat, unaligned outputs", "post", "two_way", "partial, csp, pre, pool", "partial, first, post",
-    "partial, last, pre", "stage, pre, csp", "stage, post, last", "stage, two_way, first", "joins", "slices",
-    "siblings",
-]  # fmt: skip
 kinds = pytest.mark.parametrize("name", KINDS)
 
 
