@@ -75,7 +75,8 @@ class FusedGraphs:
         for read, first, second, written in self.layers:
             if self.packed:
                 torch.cat(features, 1, out=read)
-            first(), second()
+            first()
+            second()
             features.append(written)
         return torch.cat(features, 1) if self.packed else self.buffer
 

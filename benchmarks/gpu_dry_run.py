@@ -1,4 +1,4 @@
-"""Without a GPU: what the speed step launches, on memory that nobody reads or writes, for csp_kernels.kernels.dry_run."""
+"""Without a GPU: what the speed step launches, on memory that nobody reads or writes, for kernels/dry_run.py."""
 
 from __future__ import annotations
 

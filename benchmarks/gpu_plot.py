@@ -6,11 +6,11 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from gpu_report_speed import COMPILED, EAGER, OURS, Group, Groups, Line
+from gpu_report_speed import COMPILED, EAGER, OURS, Group, Groups, Line, ratio
 
 Cases = Mapping[Group, Mapping[str, Line]]
 PANELS: dict[str, Callable[[Line, Line | None], float | None]] = {
-    "times as fast as eager channels_last": lambda line, eager: eager and eager["median_ms"] / line["median_ms"],
+    "times as fast as eager channels_last": lambda line, eager: ratio(eager, line, "median_ms"),
     "share of the copy bandwidth": lambda line, _: line.get("share_of_copy"),
     "share of the matmul ceiling": lambda line, _: line.get("share_of_matmul"),
 }

@@ -20,8 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu_plot
 from gpu_report_speed import Line, ceilings, groups, merged, number, rows_of, speed, table, troubles
@@ -29,6 +28,7 @@ from gpu_steps import read
 
 from csp_kernels import winners
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES, MODES = ("bfloat16", "float32", "tf32", "float16"), ("training", "inference")
 STEPS = ("build", "correctness", "speed", "tuning", "sanitizer", "counters")
 

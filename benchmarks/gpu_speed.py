@@ -1,16 +1,16 @@
-"""How fast are the GPU's kernels? Copy bandwidth and matmul rate first; then dense blocks, CSP stages, transitions, joins
-and networks, in training and inference, bfloat16 before float32: csp (CUDA C++ with Triton, and Triton alone), eager
-channels_last, torch.compile, and cuDNN's fused graphs where its Python front end is installed.
+"""How fast are the GPU's kernels? Copy bandwidth and matmul rate first; then dense blocks, CSP stages, transitions,
+joins and networks, in training and inference, bfloat16 before float32: csp (CUDA C++ with Triton, and Triton alone),
+eager channels_last, torch.compile, and cuDNN's fused graphs where its Python front end is installed.
 
     python benchmarks/gpu_speed.py --out FOLDER                 # on a GPU
     python benchmarks/gpu_speed.py --out FOLDER --device cpu    # tiny sizes, to try it out
     python benchmarks/gpu_speed.py --out FOLDER --dry-run       # compiles every launch for sm_90, runs none
 
 A step of benchmarks/gpu_schedule.py: writes FOLDER/speed.jsonl, a line a candidate and mode, most valuable first
-(benchmarks/gpu_speed_cases.py has the order). Every candidate is checked against float64 before it is timed; one that is
-wrong, raises or loses the CUDA context is reported and left out. Medians and quartiles by CUDA events, the level-2 cache
-emptied before each call. bytes and flops are counted, not measured: gbs, tflops and the shares of the two ceilings say
-how fast those would have been moved and multiplied. peak_bytes: what a call needs beside what is there before it;
+(benchmarks/gpu_speed_cases.py has the order). Every candidate is checked against float64 before it is timed; one that
+is wrong, raises or loses the CUDA context is reported and left out. Medians and quartiles by CUDA events, the level-2
+cache emptied before each call. bytes and flops are counted, not measured: gbs, tflops and the shares of both ceilings
+say how fast those would have been moved and multiplied. peak_bytes: what a call needs beside what is there before it;
 saved_bytes: what autograd keeps for backward. benchmarks/gpu_report.py makes tables of it.
 """
 

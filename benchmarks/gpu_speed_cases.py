@@ -21,7 +21,9 @@ DTYPES = {  # name -> storage, float32 matmul precision
     "tf32": (torch.float32, "high"),
     "float16": (torch.float16, "highest"),
 }
-BLOCKS = (Block(64, 128, 28, 12), Block(64, 64, 56, 6), Block(64, 256, 14, 24), Block(64, 512, 7, 16), Block(16, 128, 28, 12))  # fmt: skip
+BLOCKS = (  # of densenet121, and the one that the CPU's tables begin with
+    Block(64, 128, 28, 12), Block(64, 64, 56, 6), Block(64, 256, 14, 24), Block(64, 512, 7, 16), Block(16, 128, 28, 12)
+)  # fmt: skip
 NETWORKS = ("densenet121", "csp_peleenet", "csp_darknet53")
 EAGER, COMPILED = "eager channels_last", "compile channels_last"
 CUDNN = ("cudnn graph", "cudnn graph, cat")
@@ -76,7 +78,7 @@ def dense_block(block: Block) -> Item:
 
 
 def layer(operator: str, case: Case, images: int = 64) -> Item:
-    return Item("layer", operator, replace(case, inputs=[(images, *rest) for _, *rest in case.inputs]))
+    return Item("layer", operator, replace(case, inputs=[(images, c, h, w) for _, c, h, w in case.inputs]))
 
 
 def post(operator: str, name: str, *sizes: int) -> Item:
