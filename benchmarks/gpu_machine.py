@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -76,3 +78,12 @@ def commit() -> str | None:
 def slug(name: str) -> str:
     """A folder's name of a device's."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, beside nvcc, of CUDA_HOME, or where NVIDIA installs it; None: nowhere."""
+    home, compiler = os.environ.get("CUDA_HOME"), shutil.which(os.environ.get("NVCC") or "nvcc")
+    folders = [Path(home, "bin")] if home else []
+    folders += [Path(compiler).resolve().parent] if compiler else []
+    folders += [Path("/usr/local/cuda/bin"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)]
+    return shutil.which(name) or next((str(f / name) for f in folders if os.access(f / name, os.X_OK)), None)
