@@ -1,9 +1,10 @@
-"""First step of the GPU schedule: the compiled library in place, for this machine's CPU and GPU alone.
+"""First step of the GPU schedule: a library for this GPU, build/gpu/_C.so, which the other steps load.
 
 All files of setup.py's plan are compiled side by side, each a line of build.jsonl. The library is linked twice: without
 CUDA as soon as that is possible, which is all that the Triton kernels need, and with it when nvcc is done. What does
-not compile in CUDA, or in time, costs the CUDA kernels alone. With --device cpu or --dry-run a library that loads is
-left as it is.
+not compile in CUDA, or in time, costs the CUDA kernels alone. Its CPU kernels are not optimised, which takes a minute
+and is of no use on a GPU; so the library in place stays as it is. With --device cpu or --dry-run that one is used, and
+nothing is built where it loads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from gpu_machine import ROOT
+from gpu_machine import BUILT, ROOT, library
 from gpu_steps import Deadline, Results, parse
 
 WAIT = 60.0  # seconds for the library to load and to say what it has
@@ -41,9 +42,10 @@ def load_setup(file: Path = ROOT / "setup.py") -> Any:
     with patch.dict(sys.modules, stand_ins), patch("setuptools.setup", lambda **_: None):
         spec = importlib.util.spec_from_file_location("csp_kernels_setup", file)
         assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+        module: Any = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # its dataclasses look for themselves there
         spec.loader.exec_module(module)
+    module.OBJECTS = BUILT.parent
     return module
 
 
@@ -60,12 +62,14 @@ def substitutes() -> dict[str, ModuleType]:
 
 
 class Build:
-    """One build of the library into `target`. cuda: with CUDA where setup.py finds it of use."""
+    """One build of the library into `target`, which goes first: what is there in the end is of these sources. cuda:
+    with CUDA where setup.py finds it of use."""
 
     def __init__(self, setup: Any, target: Path, cuda: bool, results: Results, deadline: Deadline) -> None:
         self.setup, self.target, self.results, self.deadline = setup, target, results, deadline
         self.running: set[subprocess.Popen[str]] = set()
         self.lock, self.stopped = threading.Lock(), False
+        target.unlink(missing_ok=True)
         setup.run = self.run_command
         self.compiler, (self.version, include, self.libraries) = setup.find_compiler(), setup.torch_paths()
         isas = setup.instruction_sets(self.compiler)
@@ -154,10 +158,11 @@ class Build:
         return self.fine and not left and linked in ("plain", "full")
 
 
-def said_by_the_package() -> tuple[bool, str]:
-    """Whether the library loads, and what the package says is available, in a process of its own."""
+def said_by_the_package(file: Path | None) -> tuple[bool, str]:
+    """Whether the library (None: the one in place) loads, and what the package says is available, in a process of its
+    own."""
     code = "import sys, csp_kernels as csp; print(csp.backends()); sys.exit(not csp.backends()['native'].available)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"CSP_KERNELS_LIBRARY": str(file)} if file else {})}
     try:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=WAIT, env=environment
@@ -171,19 +176,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """1 if something does not compile, or the library does not load."""
     args = parse(__doc__, argv)
     deadline, on_gpu = Deadline(args.limit), args.device == "cuda" and not args.dry_run
-    os.environ.setdefault("CSP_KERNELS_ISAS", "native")
+    os.environ["CSP_KERNELS_ISAS"] = "baseline"
+    os.environ["CXXFLAGS"] = f"{os.environ.get('CXXFLAGS', '')} -O0"
     fine = True
     with Results(args.out, "build") as results:
-        if on_gpu or not said_by_the_package()[0]:
-            setup = load_setup()
+        if on_gpu or not said_by_the_package(None)[0]:
             try:
-                fine = Build(setup, ROOT / setup.LIBRARY, on_gpu, results, deadline).everything()
+                fine = Build(load_setup(), BUILT, on_gpu, results, deadline).everything()
             except SystemExit as error:  # no compiler, or no torch to build against
                 results.write({"what": "set up", "seconds": 0.0, "ok": False, "message": str(error)})
                 print(error, file=sys.stderr)
                 fine = False
         start = time.monotonic()
-        loads, said = said_by_the_package()
+        loads, said = said_by_the_package(library(on_gpu))
         line = {"what": "load", "seconds": round(time.monotonic() - start, 2), "ok": loads, "message": said}
         results.write(line)
         print(said)

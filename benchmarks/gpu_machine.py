@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+BUILT = ROOT / "build" / "gpu" / "_C.so"  # of gpu_build.py
 WAIT = 60.0  # seconds for torch to be imported and to name the device
 
 
@@ -87,3 +88,10 @@ def find_tool(name: str) -> str | None:
     folders += [Path(compiler).resolve().parent] if compiler else []
     folders += [Path("/usr/local/cuda/bin"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)]
     return shutil.which(name) or next((str(f / name) for f in folders if os.access(f / name, os.X_OK)), None)
+
+
+def library(on_gpu: bool) -> Path | None:
+    """The library that steps load: on a GPU the one of gpu_build.py, elsewhere only if none is in place; None: the one
+    in place."""
+    in_place = any((ROOT / "csp_kernels").glob("_C*.so"))
+    return BUILT if BUILT.exists() and (on_gpu or not in_place) else None

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpu_machine import ROOT, Machine, commit, describe, processor, slug
+from gpu_machine import ROOT, Machine, commit, describe, library, processor, slug
 from gpu_steps import SKIPPED, Deadline, seconds
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -50,13 +50,29 @@ class Outcome:
 # --- a step ---
 
 
-def run_step(name: str, command: Sequence[str], limit: float, folder: Path, grace: float = GRACE) -> Outcome:
+def environment(on_gpu: bool) -> dict[str, str]:
+    """Of a step: the package of this tree, and the library of gpu_build.py unless CSP_KERNELS_LIBRARY names another."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    if file := library(on_gpu):
+        found.setdefault("CSP_KERNELS_LIBRARY", str(file))
+    return found
+
+
+def run_step(
+    name: str, command: Sequence[str], limit: float, folder: Path, on_gpu: bool = False, grace: float = GRACE
+) -> Outcome:
     """Runs a step's program to its end, or to limit + grace seconds: then it is killed, with all that it started."""
-    start, environment = time.monotonic(), {**os.environ, "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    start = time.monotonic()
     with (folder / f"{name}.log").open("ab") as log:
         step = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+            env=environment(on_gpu),
+            start_new_session=True,
         )
         try:
             with suppress(subprocess.TimeoutExpired):
@@ -99,6 +115,10 @@ class Plan:
     total: float = TOTAL
     programs: Path = Path(__file__).resolve().parent
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda" and not self.dry_run
+
     def command(self, step: str, limit: float) -> list[str]:
         """Of a step."""
         words = [sys.executable, str(self.programs / f"gpu_{step}.py"), "--out", str(self.folder)]
@@ -120,7 +140,7 @@ def run(plan: Plan, machine: Machine) -> list[Outcome]:
             outcome = Outcome(name, "skipped", 0.0, own, f"{plan.total:g} s for all steps are over")
         else:
             print(f"{name:<12} at most {limit:g} s", flush=True)
-            outcome = run_step(name, plan.command(name, limit), limit, plan.folder)
+            outcome = run_step(name, plan.command(name, limit), limit, plan.folder, plan.on_gpu)
         outcomes.append(outcome)
         record(plan.folder, about, earlier, outcomes)
         print(f"{name:<12} {outcome.status:<10} {outcome.seconds:6.1f} s  {outcome.message}".rstrip(), flush=True)
