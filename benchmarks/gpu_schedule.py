@@ -140,7 +140,7 @@ def run(plan: Plan, machine: Machine) -> list[Outcome]:
             outcome = Outcome(name, "skipped", 0.0, own, f"{plan.total:g} s for all steps are over")
         else:
             print(f"{name:<12} at most {limit:g} s", flush=True)
-            outcome = run_step(name, plan.command(name, limit), limit, plan.folder, plan.on_gpu)
+            outcome = run_step(name, plan.command(name, limit), limit, plan.folder, plan.on_gpu, GRACE)
         outcomes.append(outcome)
         record(plan.folder, about, earlier, outcomes)
         print(f"{name:<12} {outcome.status:<10} {outcome.seconds:6.1f} s  {outcome.message}".rstrip(), flush=True)
