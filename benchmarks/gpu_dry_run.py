@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from gpu_speed_cases import DTYPES, Item
+from race import Case
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,13 +50,20 @@ class Clock:
 def launches(item: Item, dtype: str) -> None:
     """All that a training step and a forward pass in eval mode launch: of a network what each of its fused layers does.
     To be called within `Triton` and a dry run."""
+    if item.kind == "layer":
+        return launches_of(item.case, dtype)
     storage, precision = DTYPES[dtype]
     torch.set_float32_matmul_precision(precision)
-    if item.kind == "layer":
-        inputs = [torch.empty(shape, requires_grad=True) for shape in item.case.inputs]
-        return step(item.case.fused(), [inputs] if item.case.as_list else inputs, storage)
     for call in calls(item.case.fused(), torch.empty(item.case.inputs[0], device="meta")):
         step(copy.deepcopy(call.layer), call.inputs, storage)
+
+
+def launches_of(case: Case, dtype: str, images: int | None = None) -> None:
+    """Of a layer; images: another number of them than the case's."""
+    storage, precision = DTYPES[dtype]
+    torch.set_float32_matmul_precision(precision)
+    inputs = [torch.empty(images or n, *rest, device="meta", requires_grad=True) for n, *rest in case.inputs]
+    step(case.fused(), [inputs] if case.as_list else inputs, storage)
 
 
 def step(module: nn.Module, inputs: Sequence[Any], dtype: torch.dtype) -> None:
