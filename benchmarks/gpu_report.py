@@ -30,6 +30,7 @@ from csp_kernels import winners
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES, MODES = ("bfloat16", "float32", "tf32", "float16"), ("training", "inference")
+GAIN, SHOWN = 1.02, 40
 STEPS = ("build", "correctness", "speed", "tuning", "sanitizer", "counters")
 
 
@@ -126,33 +127,37 @@ def failures(run: Run) -> list[str]:
 
 
 def tuned(run: Run) -> list[str]:
-    """Where another configuration than the first is the fastest."""
+    """Where another configuration than the first is faster by more than GAIN: the SHOWN that gain most."""
     choices: dict[tuple[str, str], list[Line]] = {}
     for line in run.lines["tuning"]:
         if line.get("median_ms") is not None and "kernel" in line:
             choices.setdefault((str(line["kernel"]), str(line["key"])), []).append(line)
-    rows = []
+    found = []
     for (kernel, key), lines in choices.items():
         first = next((line for line in lines if line.get("first")), None)
         winner = next((line for line in lines if line.get("winner")), None)
         if first is not None and winner is not None and first is not winner:
             gain = first["median_ms"] / winner["median_ms"]
-            rows.append([kernel, key, str(first["tile"]), str(winner["tile"]), f"{gain:.2f}"])
+            found.append((gain, [kernel, key, str(first["tile"]), str(winner["tile"]), f"{gain:.2f}"]))
     if not choices:
         return []
-    text = f"Of {len(choices)} choices {len(rows)} have another winner than the configuration that runs untuned."
-    shown = ["", *table(["kernel", "class", "first", "winner", "x first"], rows)] if rows else []
+    better = [row for gain, row in sorted(found, key=lambda item: -item[0]) if gain > GAIN]
+    text = f"Of {len(choices)} choices {len(found)} have another winner than the configuration that runs untuned"
+    text += f", {len(better)} one that is more than {GAIN - 1:.0%} faster."
+    shown = ["", *table(["kernel", "class", "first", "winner", "x first"], better[:SHOWN])] if better else []
     return ["## Configurations", "", text, *shown]
 
 
 def constants_of(run: Run) -> dict[str, Line]:
-    """The last line about each of the planner's constants."""
-    return {str(line["constant"]): line for line in run.lines["tuning"] if "constant" in line}
+    """The last line about each of the planner's constants that was measured."""
+    measured = (line for line in run.lines["tuning"] if line.get("value") is not None)
+    return {str(line["constant"]): line for line in measured if "constant" in line}
 
 
 def constants(run: Run) -> list[str]:
     rows = [
-        [f"`{name}`", str(line.get("value")), str(line.get("from") or "")] for name, line in constants_of(run).items()
+        [f"`{name}`", number(line["value"], ".5g"), str(line.get("from") or "")]
+        for name, line in constants_of(run).items()
     ]
     return ["## The planner's constants", "", *table(["constant", "measured", "from"], rows)] if rows else []
 
@@ -220,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.document}{''.join(f', {name}' for name in pictures)}")
     print(write_winners(run))
     for name, line in constants_of(run).items():
-        print(f"{name} = {line.get('value')}  # {line.get('from') or ''}".rstrip(" #"))
+        print(f"{name} = {number(line['value'], '.5g')}  # {line.get('from') or ''}".rstrip(" #"))
     return 0
 
 

@@ -61,6 +61,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
          "winner": True},
         {"kernel": "mix.dgrad", "key": "1", "tile": "wide", "median_ms": 1.0, "first": True, "winner": True},
         {"constant": "launch_ns", "value": 1800, "from": "an empty kernel"},
+        {"constant": "step_ns", "value": None, "from": "needs a GPU"},
         {"constant": "launch_ns", "value": 1700, "from": "an empty kernel, again"},
         {"left": []},
     ],
@@ -108,7 +109,8 @@ def test_a_whole_run(report: Report, capsys: pytest.CaptureFixture[str]) -> None
     found = ["2.000", "4.000", "8.000", "3.000", "4.00", "1.50", "50 %", "25 %", "0.20", "0.25"]
     assert cells(document, "dense_block: 12 layers, batch 64")[1:] == found
     assert cells(document, "mix |")[1:] == ["", "1 of 2"] and cells(document, "conv3x3")[1:] == ["1 of 1", ""]
-    assert "Of 2 choices 1 have another winner" in document and cells(document, "mix.forward")[-1] == "1.50"
+    assert "Of 2 choices 1 have another winner" in document and "1 one that is more than 2% faster" in document
+    assert "step_ns" not in document and cells(document, "mix.forward")[-1] == "1.50"
     assert cells(document, "`launch_ns`")[1] == "1700" and "1 of 1 runs without a complaint" in document
     assert cells(document, "mix | dram")[2:] == ["12", "Mbyte"]
     assert "- speed, 2: densenet121, float32; tf32" in document and "- build: was cut short" in document
