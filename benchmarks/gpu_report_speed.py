@@ -119,7 +119,7 @@ def rows_of(found: Groups, family: str) -> list[dict[str, Any]]:
     measured and clearly faster in each."""
     classes: dict[tuple[Any, ...], list[dict[str, float]]] = {}
     for group, candidates in found.items():
-        if group.kind != "layer" or group.operator not in ops.__all__:
+        if group.operator not in ops.__all__:  # a network
             continue
         for caller, reference in (("eager", EAGER), ("compiled", COMPILED)):
             other, ours = candidates.get(reference), {b: candidates.get(f"csp {b}") for b in winners.BACKENDS}

@@ -218,6 +218,19 @@ def test_compiled_functions_have_rows_of_their_own(plant: Plant) -> None:
     assert not ran(block, image())
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_is_asked_of_a_device_is_constant_when_traced(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("why_not_cuda", "why_not_triton"):
+        monkeypatch.setattr(_transforms, name, lambda *_: "no luck")
+
+    def ask(x: Tensor) -> tuple[Any, ...]:
+        missing = [_transforms._missing(name, x.device.index) for name in winners.BACKENDS]
+        return x + 1, winners.family(x.device), winners.dtype_name(x.dtype), missing
+
+    compiled = torch.compile(ask, backend="eager", fullgraph=True, dynamic=dynamic)
+    assert compiled(torch.zeros(3))[1:] == ("", "float32", [True, True])
+
+
 def test_classes() -> None:
     assert winners.shape_class(1, 1) == (0, 0) and winners.shape_class(3, 3) == (0, 1)
     assert winners.shape_class(4, 4) == (1, 2) and winners.shape_class(2**16 - 1, 127) == (7, 6)
