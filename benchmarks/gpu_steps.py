@@ -2,8 +2,10 @@
 
 A step is a program `gpu_<step>.py --out FOLDER --device cuda|cpu --limit SECONDS [--dry-run]`. It does the most
 valuable work first, writes what it finds to FOLDER/<step>.jsonl as it finds it, stops by itself when its time is over,
-and exits with 0 if all that it tried was fine, with 1 if something failed. gpu_worker.py runs a step's work in
-processes that may die.
+and exits with 0 if all that it tried was fine, 1 if something failed, SKIPPED if it can do nothing here. gpu_worker.py
+runs a step's work in processes that may die.
+
+A dry run needs no GPU, whatever --device says: "cuda" stands for the sizes that a GPU would get, "cpu" for tiny ones.
 
 This file imports no torch, which takes seconds: a step imports it first, so that those count.
 """
@@ -20,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 STARTED = time.monotonic()  # of the process, or nearly
+SKIPPED = 77  # exit status of a step that can do nothing here; the last line that it prints says why
 
 
 class Deadline:

@@ -39,14 +39,17 @@ NOT_LAUNCHED = "the host's path alone, by the CPU's clock: nothing is launched w
 
 def cases(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
     """(name, case, type), most valuable first: what networks are trained in, dense blocks before the others."""
-    from gpu_candidates import CASES
+    from gpu_speed_cases import layers
+
+    items = layers()
 
     made = [
-        (f"{operator}: {case.name}, {kind}", case, kind)
+        (f"{operator}: {item.case.name}, batch {item.batch}, {kind}", item.case, kind)
         for kinds in (TYPES[:2], TYPES[2:])
         for operator in OPERATORS
         for kind in kinds
-        for case in CASES[operator]
+        for item in items
+        if item.operator == operator
     ]
     return [one for one in made if args.only in one[0] and one[2] in args.kinds]
 
@@ -55,11 +58,11 @@ def step(case: Any, kind: str, device: str) -> None:
     """A training step and an inference pass of a case; on the CPU of a single image, on memory that nobody reads."""
     import gpu_dry_run
     import torch
-    from gpu import DTYPES
+    from gpu_speed_cases import DTYPES
 
-    dtype, precision = DTYPES[kind]
     if device != "cuda":
-        return gpu_dry_run.step(case, dtype, precision, 1, False)
+        return gpu_dry_run.launches_of(case, kind, 1)
+    dtype, precision = DTYPES[kind]
     torch.set_float32_matmul_precision(precision)
     module = case.fused().to(dtype).to(memory_format=torch.channels_last)
     inputs = [torch.randn(s).to(dtype).contiguous(memory_format=torch.channels_last) for s in case.inputs]
@@ -74,13 +77,12 @@ def step(case: Any, kind: str, device: str) -> None:
 def parts(args: argparse.Namespace) -> Iterator[Part]:
     """What is compiled ahead, by job."""
     import gpu_dry_run
-    from gpu import DTYPES
     from gpu_comparisons import comparisons
 
     for comparison in comparisons(args):
         yield comparison.name, comparison.launch
     for name, case, kind in cases(args):
-        yield name, partial(gpu_dry_run.step, case, *DTYPES[kind], None, False)
+        yield name, partial(gpu_dry_run.launches_of, case, kind)
 
 
 # --- jobs ---

@@ -18,6 +18,7 @@ from tolerances import error
 import csp_kernels as csp
 from csp_kernels.kernels import conv3x3, mix
 from csp_kernels.kernels import stage as kernels
+from csp_kernels.ops._node import TRITON_ALONE
 from csp_kernels.stage.build import Builder
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.place import RECOMPUTE
@@ -203,7 +204,14 @@ def test_empty_batch(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "winograd", "expected"),
-    [(torch.float32, 4, "tf32"), (torch.float32, 2, "ieee"), (torch.bfloat16, 4, "ieee"), (torch.float64, 2, "ieee")],
+    [
+        (torch.float32, 4, "tf32"),
+        (torch.float32, 4 + TRITON_ALONE, "tf32"),
+        (torch.float32, 2, "ieee"),
+        (torch.float32, 2 + TRITON_ALONE, "ieee"),
+        (torch.bfloat16, 4, "ieee"),
+        (torch.float64, 2, "ieee"),
+    ],
     ids=str,
 )
 def test_precision(dtype: torch.dtype, winograd: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
