@@ -5,6 +5,9 @@ CUDA as soon as that is possible, which is all that the Triton kernels need, and
 not compile in CUDA, or in time, costs the CUDA kernels alone. Its CPU kernels are not optimised, which takes a minute
 and is of no use on a GPU; so the library in place stays as it is. With --device cpu or --dry-run that one is used, and
 nothing is built where it loads.
+
+While nvcc is busy other processes compile the Triton kernels of gpu_small.py into Triton's cache: under the sanitizer
+there is no time for that.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ from unittest.mock import patch
 from gpu_machine import BUILT, ROOT, library
 from gpu_steps import Deadline, Results, parse
 
-WAIT = 60.0  # seconds for the library to load and to say what it has
+SMALL = Path(__file__).resolve().parent / "gpu_small.py"
+PARTS = 10  # processes that compile its cases
+LOAD = 10.0  # seconds of the step that are kept for the library to load and to say what it has
+WAIT = 60.0  # seconds after which that is given up
 
 
 def load_setup(file: Path = ROOT / "setup.py") -> Any:
@@ -63,9 +69,18 @@ def substitutes() -> dict[str, ModuleType]:
 
 class Build:
     """One build of the library into `target`, which goes first: what is there in the end is of these sources. cuda:
-    with CUDA where setup.py finds it of use."""
+    with CUDA where setup.py finds it of use. linked: called when there is a library."""
 
-    def __init__(self, setup: Any, target: Path, cuda: bool, results: Results, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        setup: Any,
+        target: Path,
+        cuda: bool,
+        results: Results,
+        deadline: Deadline,
+        linked: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.linked = linked
         self.setup, self.target, self.results, self.deadline = setup, target, results, deadline
         self.running: set[subprocess.Popen[str]] = set()
         self.lock, self.stopped = threading.Lock(), False
@@ -129,7 +144,10 @@ class Build:
             self.setup.link(objects, self.target, self.compiler, self.libraries, cuda)
             return f"CUDA: {', '.join(f'sm_{a}' for a in cuda.architectures)}" if cuda else "without CUDA"
 
-        return self.attempt("link", work) is not None
+        if self.attempt("link", work) is None:
+            return False
+        self.linked()
+        return True
 
     def everything(self) -> bool:
         """Compiles and links. True if all went well; what is not done in time is a line {"left": [...]}."""
@@ -158,17 +176,46 @@ class Build:
         return self.fine and not left and linked in ("plain", "full")
 
 
-def said_by_the_package(file: Path | None) -> tuple[bool, str]:
+class Ahead:
+    """Processes that fill Triton's cache for the GPUs that are here."""
+
+    def __init__(self, setup: Any) -> None:
+        found = setup.capabilities()
+        self.target = f"sm_{found[0]}" if found else ""
+        self.parts: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Once, as soon as there is a library to load."""
+        if self.parts or not self.target:
+            return
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CSP_KERNELS_LIBRARY": str(BUILT), "OMP_NUM_THREADS": "1"}
+        for i in range(PARTS):
+            line = [sys.executable, str(SMALL), "--dry-run", "--target", self.target, "--part", f"{i}/{PARTS}"]
+            self.parts.append(subprocess.Popen(line, env=environment))
+
+    def finish(self, results: Results, deadline: Deadline) -> None:
+        """Waits for them nearly until the step's end, and writes how many were done: the others cost the sanitizer time."""
+        start, done = time.monotonic(), 0
+        for process in self.parts:
+            try:
+                done += process.wait(max(0.0, deadline.left() - LOAD)) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()
+        line = {"what": "compile Triton kernels ahead", "seconds": round(time.monotonic() - start, 2)}
+        results.write({**line, "ok": done == len(self.parts), "message": f"{done} of {len(self.parts)} processes"})
+
+
+def said_by_the_package(file: Path | None, wait: float = WAIT) -> tuple[bool, str]:
     """Whether the library (None: the one in place) loads, and what the package says is available, in a process of its
     own."""
     code = "import sys, csp_kernels as csp; print(csp.backends()); sys.exit(not csp.backends()['native'].available)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"CSP_KERNELS_LIBRARY": str(file)} if file else {})}
     try:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=WAIT, env=environment
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=wait, env=environment
         )
     except subprocess.TimeoutExpired:
-        return False, f"nothing in {WAIT:.0f} s"
+        return False, f"nothing in {wait:.0f} s"
     return done.returncode == 0, (done.stdout + done.stderr).strip()
 
 
@@ -178,17 +225,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline, on_gpu = Deadline(args.limit), args.device == "cuda" and not args.dry_run
     os.environ["CSP_KERNELS_ISAS"] = "baseline"
     os.environ["CXXFLAGS"] = f"{os.environ.get('CXXFLAGS', '')} -O0"
-    fine = True
+    start, fine = time.monotonic(), True
     with Results(args.out, "build") as results:
-        if on_gpu or not said_by_the_package(None)[0]:
+        loads, said = (False, "") if on_gpu else said_by_the_package(None)
+        if not loads:
             try:
-                fine = Build(load_setup(), BUILT, on_gpu, results, deadline).everything()
+                setup = load_setup()
+                ahead = Ahead(setup) if on_gpu else None
+                linked = ahead.start if ahead else lambda: None
+                fine = Build(setup, BUILT, on_gpu, results, deadline, linked).everything()
+                if ahead:
+                    ahead.finish(results, deadline)
             except SystemExit as error:  # no compiler, or no torch to build against
                 results.write({"what": "set up", "seconds": 0.0, "ok": False, "message": str(error)})
                 print(error, file=sys.stderr)
                 fine = False
-        start = time.monotonic()
-        loads, said = said_by_the_package(library(on_gpu))
+            start = time.monotonic()
+            loads, said = said_by_the_package(library(on_gpu), max(LOAD / 2, deadline.left() + 3))
         line = {"what": "load", "seconds": round(time.monotonic() - start, 2), "ok": loads, "message": said}
         results.write(line)
         print(said)

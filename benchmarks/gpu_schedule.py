@@ -32,6 +32,7 @@ from gpu_steps import SKIPPED, Deadline, seconds
 RESULTS = Path(__file__).resolve().parent / "results"
 STEPS = {"build": 90, "correctness": 90, "speed": 180, "tuning": 120, "sanitizer": 40, "counters": 30}  # seconds
 TOTAL = 540.0  # seconds of all together: a step gets what is left
+PATIENCE = 3600.0  # seconds of a step of a dry run, which nobody's machine is lent for
 GRACE = 5.0  # seconds that a step may go on after its limit, before it is killed
 LEAST = 5.0  # seconds under which a step is not begun
 
@@ -196,7 +197,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="compile every launch for sm_90, run none")
     parser.add_argument("--steps", type=chosen, default=[*STEPS], help=f"some of {','.join(STEPS)} (default: all)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/<device>)")
-    parser.add_argument("--total", type=seconds, default=TOTAL, help=f"seconds for all steps (default: {TOTAL:g})")
+    parser.add_argument("--total", type=seconds, help=f"seconds for all steps (default: {TOTAL:g}; dry run: none)")
     parser.add_argument("--limit", type=seconds, help="most seconds of a step, where its own limit is larger")
     return parser.parse_args(argv)
 
@@ -233,9 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         dry_run = True
     if device == "cpu" or not machine.device:
         machine = Machine(processor(), None, machine.torch, machine.triton)
-    steps = {name: min(STEPS[name], args.limit or STEPS[name]) for name in args.steps}
+    limits = dict.fromkeys(STEPS, PATIENCE) if dry_run else STEPS
+    steps = {name: min(limits[name], args.limit or PATIENCE) for name in args.steps}
+    total = args.total or (sum(steps.values()) + GRACE * len(steps) if dry_run else TOTAL)
     name = f"{slug(machine.device)}{'-dry-run' if dry_run else ''}"
-    plan = Plan(steps, (args.out or RESULTS / name).resolve(), device, dry_run, args.total)
+    plan = Plan(steps, (args.out or RESULTS / name).resolve(), device, dry_run, total)
     print(f"{machine.device}, torch {machine.torch}, triton {machine.triton}; results go to {plan.folder}")
     try:
         with stopping_on_signals():

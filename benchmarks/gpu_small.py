@@ -134,16 +134,22 @@ def profiled(device: str) -> None:
 
 
 @contextlib.contextmanager
-def compiled_only() -> Iterator[None]:
-    """Inside, every launch is compiled for sm_90 and none is run."""
+def compiled_only(target: str) -> Iterator[None]:
+    """Inside, every launch is compiled for the target and none is run."""
     from gpu_dry_run import Triton
 
     from csp_kernels.kernels.dry_run import dry_run
 
     csp.use_backend("native")  # its operators are what `Triton` takes the place of
-    with dry_run("sm_90") as launches, Triton():
+    with dry_run(target) as launches, Triton():
         yield
-    print(f"{len(launches)} builds for sm_90; nothing was executed")
+    print(f"{len(launches)} builds for {target}; nothing was executed")
+
+
+def part(text: str) -> slice:
+    """Of "1/3": the second and each third behind it."""
+    first, count = map(int, text.split("/"))
+    return slice(first, None, count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,20 +158,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     parser.add_argument("--backend", choices=("native", "triton"), default="native")
     parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES], metavar="CASE")
+    parser.add_argument(
+        "--part", type=part, default=slice(None), metavar="I/N", help="each Nth of them from the Ith on"
+    )
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--target", default="sm_90", help="of a dry run")
     parser.add_argument("--times", action="store_true")
     parser.add_argument("--profiled", action="store_true")
     args = parser.parse_args(argv)
     if args.dry_run:
-        with compiled_only():
-            return everything("cpu", args.cases)
+        with compiled_only(args.target):
+            return everything("cpu", args.cases[args.part])
     csp.use_backend(args.backend)
     if args.times:
         times(args.device)
     elif args.profiled:
         profiled(args.device)
     else:
-        return everything(args.device, args.cases)
+        return everything(args.device, args.cases[args.part])
     return 0
 
 

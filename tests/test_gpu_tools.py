@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,7 +53,8 @@ def build(folder: Path, monkeypatch: pytest.MonkeyPatch, limit: float = 30.0, **
     setup.has_gpu, setup.capabilities = (lambda: True), (lambda: ("90",))
     target.write_text("of other sources")
     with Results(folder, "build") as results:
-        fine = gpu_build.Build(setup, target, True, results, Deadline(limit)).everything()
+        linked = lambda: results.write({"what": "linked", "ok": target.exists(), "seconds": 0})  # noqa: E731
+        fine = gpu_build.Build(setup, target, True, results, Deadline(limit), linked).everything()
     found = list(gpu_steps.read(folder / "build.jsonl"))
     return fine, target, {line.get("what", "left"): line for line in found}
 
@@ -61,6 +63,7 @@ def test_build_has_the_gpu_that_is_there(tmp_path: Path, monkeypatch: pytest.Mon
     fine, target, found = build(tmp_path, monkeypatch)
     assert fine and target.read_text() == "object\n" and found["left"] == {"left": []}
     assert found["link"]["message"] == "CUDA: sm_90" and found["compile dense_block.cu with CUDA"]["ok"]
+    assert found["linked"]["ok"]  # what waits for a library is told
     assert all(line["ok"] and line["seconds"] >= 0 for what, line in found.items() if what != "left")
 
 
@@ -88,6 +91,23 @@ def test_build_without_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = gpu_build.load_setup()
     assert setup.setuptools.__version__ == "77" and setup.plan(["c++"], {"v3": []}, Path("torch"), None)
     assert sys.modules["setuptools"] is None
+
+
+def test_kernels_are_compiled_ahead_for_the_gpu_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By processes of a part of the cases each; one of them fails, one is late."""
+    (tmp_path / "small.py").write_text(
+        "import sys, time\nassert sys.argv[1:4] == ['--dry-run', '--target', 'sm_103'], sys.argv\n"
+        "part = sys.argv[5]\ntime.sleep(60 if part == '1/3' else 0)\nsys.exit(part == '2/3')\n"
+    )
+    monkeypatch.setattr(gpu_build, "SMALL", tmp_path / "small.py")
+    monkeypatch.setattr(gpu_build, "PARTS", 3)
+    ahead = gpu_build.Ahead(SimpleNamespace(capabilities=lambda: ("103",)))
+    ahead.start()
+    ahead.start()  # the second link
+    with Results(tmp_path, "build") as results:
+        ahead.finish(results, Deadline(gpu_build.LOAD + 2))
+    (line,) = gpu_steps.read(tmp_path / "build.jsonl")
+    assert (line["ok"], line["message"]) == (False, "1 of 3 processes") and 1 < line["seconds"] < 10
 
 
 # --- compute-sanitizer ---
