@@ -194,12 +194,12 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
     """It takes the real path of the host, and launches nothing. A candidate of the 3x3 kills its process: both it and
     the job are reported, the next process goes on with the next job."""
     (tmp_path / "planted.py").write_text(PLANTED)
-    more = "--device", "cpu", "--only", "PostDense", "--kinds", "bfloat16", "float32"
+    more = "--device", "cpu", "--only", "post_dense_block", "--kinds", "bfloat16", "float32"
     status, found, stderr = run(tmp_path / "planted.py", tmp_path / "out", *more)
     assert status == 1 and found[-1] == {"left": []}, stderr
     deadly = [line for line in found if line.get("ok") is False]
     jobs = [line for line in deadly if "tile" not in line]
-    assert [line["message"] for line in jobs] == ["exit status 5"] and "PostDenseBlock" in jobs[0]["kernel"]
+    assert [line["message"] for line in jobs] == ["exit status 5"] and "post_dense_block" in jobs[0]["kernel"]
     timed = [line for line in found if line.get("median_ms")]
     assert [line["kernel"] for line in deadly if "tile" in line] == ["conv3x3.dgrad"]
     assert {line["kernel"] for line in timed} >= {"mix.forward", "activate.backward", "conv3x3.forward"}
@@ -230,9 +230,10 @@ def test_stops_at_its_limit(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("native")
 def test_dry_run_compiles_and_runs_nothing(tmp_path: Path) -> None:
-    more = "--dry-run", "--only", "dense layer: bfloat16, 64 x 7x7", "--kinds", "bfloat16"
-    status, found, stderr = run(ROOT / "benchmarks" / "gpu_tuning.py", tmp_path, *more)
-    line, last = found
-    assert status == 0 and line["ok"] and last == {"left": []}, stderr
-    made = re.fullmatch(r"compiled for sm_90, (\d+) builds in .* s; not run", line["message"])
-    assert made and int(made[1]) >= 3  # the 1x1 and the 3x3, of which there are two candidates each, and a norm
+    status, found, stderr = run(ROOT / "benchmarks" / "gpu_tuning.py", tmp_path, "--dry-run", "--device", "cpu")
+    layer, concat, last = found
+    assert status == 0 and layer["ok"] and concat["ok"] and last == {"left": []}, stderr
+    assert layer["job"].startswith("dense layer") and concat["job"].startswith("concat_conv")
+    for line in (layer, concat):  # the 1x1 and what is behind it, of which there are two candidates each
+        made = re.fullmatch(r"compiled for sm_90, (\d+) builds in .* s; not run", line["message"])
+        assert made and int(made[1]) >= 4
