@@ -281,6 +281,12 @@ class Table:
             case = Case(GRAPHS[name], (False, False, True), "all")
             yield from list(self.both(family_of(name), f"{name}, some frozen, recompute", case, kind))[:1]
 
+    def few(self) -> list[Check]:
+        """On tiny maps one check of each kernel family."""
+        firsts = [(family, *next(iter(graphs.items()))) for family, graphs in FAMILIES.items()]
+        cases = [(family, name, Case(graph, size=TINY)) for family, name, graph in firsts]
+        return [next(self.both(*case, "bfloat16")) for case in cases]
+
     def checks(self, kinds: Sequence[str] = tuple(TYPES)) -> list[Check]:
         """Most valuable first: bfloat16 and float32 before the others, of these layers before what explains them."""
         order = [(make, kind) for kind in FIRST for make in (self.layers, self.compiled)]

@@ -19,20 +19,21 @@ Works = dict[str, Callable[[], object]]
 
 
 class Layer:
-    """Tensors of a dense layer's 3x3. b: bottleneck, g: growth, channels: that enter its 1x1 (0: it has none)."""
+    """Tensors of a dense layer's 3x3, weights in float32. b: bottleneck, g: growth, channels: that enter its 1x1 (0: it
+    has none)."""
 
     def __init__(
         self, dtype: torch.dtype, n: int, h: int, w: int, b: int, g: int, channels: int = 0, precision: str = "ieee",
         make: Callable[..., Tensor] = torch.randn,
     ) -> None:  # fmt: skip
         pixels, self.precision, self.geometry = n * h * w, precision, Geometry(n, h, w)
-        self.weight, self.dz = (make(g, b, 3, 3) / (9 * b) ** 0.5).to(dtype), make(pixels, b, dtype=dtype)
+        self.weight, self.dz = make(g, b, 3, 3) / (9 * b) ** 0.5, make(pixels, b, dtype=dtype)
         self.z, self.grown, self.gradient = (make(pixels, c, dtype=dtype) for c in (b, g, g))
         self.norm, self.owed = Norm(*make(3, b).unbind()), Correction(*make(3, g).unbind())
         self.moments = make(2, g, dtype=torch.float64)
         if channels:
             self.features, self.norm1 = make(pixels, channels, dtype=dtype), Norm(*make(3, channels).unbind())
-            self.weight1 = (make(b, channels) / channels**0.5).to(dtype)
+            self.weight1 = make(b, channels) / channels**0.5
 
     def forward(self, statistics: bool = True) -> None:
         into = self.moments if statistics else None

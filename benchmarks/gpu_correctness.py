@@ -3,7 +3,8 @@ and TF32), bfloat16, float16 and float64, forward and backward, against float64,
 
     python benchmarks/gpu_correctness.py --out FOLDER                      # on a GPU
     python benchmarks/gpu_correctness.py --out FOLDER --device cpu         # the C++ operators, on tiny maps
-    python benchmarks/gpu_correctness.py --out FOLDER --dry-run            # compiles every launch for sm_90, runs none
+    python benchmarks/gpu_correctness.py --out FOLDER --dry-run            # compiles every launch for sm_90, runs none;
+                                                                           # with --device cpu too: a few of them
 
 A step of benchmarks/gpu_schedule.py: writes FOLDER/correctness.jsonl, a line a check, most valuable first
 (benchmarks/gpu_checks.py). Other processes compile ahead of the checks (benchmarks/gpu_precompile.py). Each check
@@ -43,7 +44,8 @@ def checks(args: argparse.Namespace) -> list[Any]:
         raise RuntimeError(f"correctness: {why_not_triton()}")
     compiled = args.device == "cuda" and not args.dry_run and not why_not_cuda()
     table = Table("cuda" if args.dry_run else args.device, compiled)
-    found = table.checks([kind for kind in TYPES if kind in args.kinds])
+    few = args.dry_run and args.device == "cpu"
+    found = table.few() if few else table.checks([kind for kind in TYPES if kind in args.kinds])
     return [check for check in found if args.only in str(check)]
 
 
@@ -132,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return compile_only(args)
     if args.worker:
         return gpu_worker.work(STEP, args, jobs)
+    given += ["--limit", f"{args.limit:.1f}"]  # of which the imports have taken some
     with compilers(args, given) as found:
         limit = float("inf") if args.dry_run else JOB_LIMIT
         return gpu_worker.main(STEP, __file__, __doc__ or "", jobs, limit, [*given, *found], arguments)

@@ -37,9 +37,11 @@ class truncated(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not torch.conv2d:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias, stride, padding = args
-        if bias is not None or stride != 1 or (kwargs or {}).get("groups", 1) != 1:
-            raise ValueError(f"conv2d: got bias {bias}, stride {stride}, {kwargs}; expected none, 1 and one group")
-        return _Convolution.apply(x, weight, padding)
+        return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: None = None, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
+    if bias is not None or stride != 1 or groups != 1:
+        raise ValueError(f"conv2d: got bias {bias}, stride {stride}, {groups} groups; expected none, 1 and one group")
+    y: Tensor = _Convolution.apply(x, weight, padding)
+    return y
