@@ -5,7 +5,6 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 ARGS ?=
-TARGET ?= sm_90
 # Tests run in a process for each core, at most 8, of one thread each: pytest-xdist.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 BUDGET ?= 120
@@ -21,7 +20,8 @@ help:
 	@echo "make test   run the tests: every kind of them, a sample of the many; ten minutes from nothing"
 	@echo "make verify run the others: the many, all instruction sets, CUDA by nvcc, sanitizers; half an hour"
 	@echo "make bench  time the operators against eager PyTorch and torch.compile"
-	@echo "make gpu    on a GPU: all tests, tests/gpu, benchmarks and plots; without one: compile every kernel for TARGET ($(TARGET))"
+	@echo "make gpu    nine minutes on a GPU: kernels right? fast? tuned; STEPS=correctness,speed for some of it, OUT=folder;"
+	@echo "            PYTHON=python3 uses that one as it is, without network; without a GPU kernels are compiled for sm_90"
 	@echo "make lint   ruff and mypy"
 	@echo "make build  compile the library in place, for every instruction set, and for CUDA where there are a GPU and nvcc"
 	@echo "make cuda   compile the CUDA kernels where there is no GPU, warnings and spills being errors, into build/cuda"
@@ -48,18 +48,18 @@ verify: $(VENV)/.test $(VENV)/.build
 bench: $(VENV)/.bench $(VENV)/.native
 	$(PY) benchmarks/bench_dense_block.py $(ARGS)
 
-# ARGS is the benchmark's. It runs even where a test fails: it checks its candidates itself.
-gpu: $(VENV)/.test $(VENV)/.build
-	@if $(PY) -c 'import sys; from csp_kernels.backends import why_not_triton; sys.exit(why_not_triton() or 0)'; then \
-	  failed=0; \
-	  $(PYTEST) || failed=1; \
-	  $(PY) -m pytest tests/gpu || failed=1; \
-	  $(PY) benchmarks/gpu.py --plot $(ARGS) || failed=1; \
-	  exit $$failed; \
-	else \
-	  echo "no GPU: a dry run, which compiles every kernel for $(TARGET) and runs none (make gpu TARGET=sm_80 for another)"; \
-	  $(PY) benchmarks/gpu.py --dry-run --with-tests --target $(TARGET) $(ARGS); \
-	fi
+# Steps under limits of time, most valuable first: docs/gpu_schedule.md. A PYTHON that is named runs them as it is: no
+# virtual environment, no downloads. Without a GPU every launch is compiled for sm_90 and none is run.
+STEPS ?=
+OUT ?=
+ifeq ($(origin PYTHON),file)
+gpu: $(VENV)/.test $(VENV)/.native
+gpu: GPU_PYTHON = $(PY)
+else
+gpu: GPU_PYTHON = $(PYTHON)
+endif
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu_schedule.py $(if $(STEPS),--steps "$(STEPS)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .

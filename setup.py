@@ -9,9 +9,9 @@ the instruction sets to compile for (default: all that the compiler knows; a nam
 "native" is the best that runs on this machine). CSP_KERNELS_SANITIZE=1 builds build/sanitize/_C.so instead, with
 AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 CUDA: the compiler is NVCC, else nvcc of CUDA_HOME or on PATH (NVCC_CCBIN and NVCC_APPEND_FLAGS are its own);
-CSP_KERNELS_CUDA=0 leaves CUDA out, 1 compiles it where torch finds no GPU too (for wheels) and fails without nvcc;
-CSP_KERNELS_CUDA_ARCHS="80,90" names compute capabilities (default: those of 80, 90 and 100 that this nvcc knows) and
-compiles for them, GPU or not.
+CSP_KERNELS_CUDA=0 leaves CUDA out, 1 compiles it for every GPU, also where torch finds none (for wheels), and fails
+without nvcc; CSP_KERNELS_CUDA_ARCHS="80,90" names compute capabilities and compiles for them, GPU or not (default: that
+of the GPU here; with CSP_KERNELS_CUDA=1 those of 80, 90 and 100 that this nvcc knows).
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ SANITIZERS = [
 if SANITIZE:  # checks as calls: inlined into unrolled loops they take minutes to compile
     CXX_FLAGS += [*SANITIZERS, "--param=asan-instrumentation-with-call-threshold=0", "-O1", "-g1", "-DCSP_SANITIZE"]
 
-CUDA_ARCHITECTURES = ("80", "90", "100")
+CUDA_ARCHITECTURES = ("80", "90", "100")  # of wheels
+OLDEST_CAPABILITY = 80
 SLOWEST = ("stage",)  # to compile
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"]
 
@@ -220,8 +221,12 @@ def find_cuda() -> Cuda | None:
             )
         say(f"skips CUDA: {name} is not found (on a GPU the operators then run in triton)")
         return None
+    here = () if wanted == "1" or not has_gpu() else capabilities()
+    if here and int(here[0]) < OLDEST_CAPABILITY and not os.environ.get("CSP_KERNELS_CUDA_ARCHS"):
+        say(f"skips CUDA: a GPU here is sm_{here[0]}, and the kernels need sm_{OLDEST_CAPABILITY} or later")
+        return None
     version = run([compiler, "--version"]).stdout.strip().splitlines()[-1]
-    return Cuda(compiler, version, architectures(compiler), cuda_libraries(compiler))
+    return Cuda(compiler, version, architectures(compiler, here), cuda_libraries(compiler))
 
 
 def has_gpu() -> bool:
@@ -231,21 +236,46 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and not torch.version.hip
 
 
-def architectures(compiler: str) -> tuple[str, ...]:
-    """Compute capabilities to build for, without their points."""
+def capabilities() -> tuple[str, ...]:
+    """Compute capabilities of the GPUs here, without their points, the oldest first."""
+    import torch
+
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return tuple(f"{major}{minor}" for major, minor in sorted(found))
+
+
+def architectures(compiler: str, here: Sequence[str] = ()) -> tuple[str, ...]:
+    """Compute capabilities to build for, without their points. here: of the GPUs to build for; none: for all GPUs."""
     known = {word.removeprefix("compute_") for word in run([compiler, "--list-gpu-arch"]).stdout.split()}
     named = re.findall(r"\w+", os.environ.get("CSP_KERNELS_CUDA_ARCHS", "").replace(".", ""))
-    fit = [a for a in named or CUDA_ARCHITECTURES if a in known and int(a) >= 80]
+    if here and not named:
+        return tuple(sorted({nearest(capability, known, compiler) for capability in here}, key=int))
+    fit = [a for a in named or CUDA_ARCHITECTURES if a in known and int(a) >= OLDEST_CAPABILITY]
     missing = sorted({*(named or CUDA_ARCHITECTURES)} - {*fit})
     if missing and (named or not fit):
         raise SystemExit(
             f"csp_kernels: CSP_KERNELS_CUDA_ARCHS: got {', '.join(missing)}; {compiler} knows "
-            f"{', '.join(sorted(known, key=int))}, and the kernels need 80 or later. "
+            f"{', '.join(sorted(known, key=int))}, and the kernels need {OLDEST_CAPABILITY} or later. "
             "Name one of these, install a newer CUDA, or set CSP_KERNELS_CUDA=0."
         )
     for architecture in missing:
         say(f"skips CUDA architecture sm_{architecture}: {compiler} does not know it")
     return tuple(sorted({*fit}, key=int))
+
+
+def nearest(capability: str, known: Iterable[str], compiler: str) -> str:
+    """This capability, or where nvcc is older than the GPU the latest before it, whose PTX the driver then compiles."""
+    older = [a for a in known if OLDEST_CAPABILITY <= int(a) <= int(capability)]
+    if not older:
+        raise SystemExit(
+            f"csp_kernels: {compiler} knows {', '.join(sorted(known, key=int)) or 'no architectures'}; the GPU here is "
+            f"sm_{capability}, and the kernels need sm_{OLDEST_CAPABILITY} or later. Install a newer CUDA, or set "
+            "CSP_KERNELS_CUDA=0."
+        )
+    best = max(older, key=int)
+    if best != capability:
+        say(f"builds for sm_{best} instead of sm_{capability}, which {compiler} does not know")
+    return best
 
 
 def cuda_libraries(compiler: str) -> tuple[str, ...]:

@@ -49,6 +49,14 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+def gpus(monkeypatch: pytest.MonkeyPatch, *found: tuple[int, int]) -> None:
+    """torch finds these, by their compute capabilities."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found[device])
+    monkeypatch.setattr(torch.version, "hip", None)
+
+
 @pytest.mark.parametrize(
     ("gpu", "environment", "expected"),
     [
@@ -56,7 +64,9 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (False, {"CSP_KERNELS_CUDA": "1"}, ("80", "90", "100")),
         (False, {"CSP_KERNELS_CUDA_ARCHS": "9.0"}, ("90",)),
         (False, {"CSP_KERNELS_CUDA": "0", "CSP_KERNELS_CUDA_ARCHS": "90"}, "skips CUDA: CSP_KERNELS_CUDA=0"),
-        (True, {}, ("80", "90", "100")),
+        (True, {}, ("90",)),  # that of the GPU alone
+        (True, {"CSP_KERNELS_CUDA": "1"}, ("80", "90", "100")),
+        (True, {"CSP_KERNELS_CUDA_ARCHS": "80"}, ("80",)),
         (True, {"CSP_KERNELS_CUDA": "0"}, "skips CUDA: CSP_KERNELS_CUDA=0"),
     ],
 )
@@ -70,8 +80,7 @@ def test_cuda_is_compiled_where_it_is_of_use(
     expected: str | tuple[str, ...],
 ) -> None:
     """One line says why not."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.version, "hip", None)
+    gpus(monkeypatch, *[(9, 0), (9, 0)] if gpu else [])
     for name, value in {"NVCC": str(nvcc), **environment}.items():
         monkeypatch.setenv(name, value)
     cuda = build.find_cuda()
@@ -80,6 +89,30 @@ def test_cuda_is_compiled_where_it_is_of_use(
         assert cuda is None and said == f"csp_kernels: {expected}\n"
     else:
         assert cuda.architectures == expected and not said
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "said"),
+    [
+        ([(8, 0), (10, 0)], ("80", "100"), ""),
+        ([(8, 9)], ("80",), "csp_kernels: builds for sm_80 instead of sm_89, which {} does not know\n"),
+        ([(7, 5)], None, "csp_kernels: skips CUDA: a GPU here is sm_75, and the kernels need sm_80 or later\n"),
+    ],
+)
+def test_cuda_is_compiled_for_the_gpus_that_are_there(
+    build: Any,
+    nvcc: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: list[tuple[int, int]],
+    expected: tuple[str, ...] | None,
+    said: str,
+) -> None:
+    """All of them; a GPU that nvcc is too old for, and one that the kernels are too new for."""
+    monkeypatch.setenv("NVCC", str(nvcc))
+    gpus(monkeypatch, *found)
+    cuda = build.find_cuda()
+    assert (cuda and cuda.architectures) == expected and capsys.readouterr().err == said.format(nvcc)
 
 
 def test_asked_for_cuda_without_nvcc(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
