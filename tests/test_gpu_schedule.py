@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,6 +226,23 @@ def test_what_there_was_no_time_for_is_said(tmp_path: Path) -> None:
     began = time.monotonic()
     status, (a, end) = work(tmp_path, "a hang b", limit=0.8)
     assert status == 0 and a["name"] == "a" and end == {"left": ["hang", "b"]} and time.monotonic() - began < 10
+
+
+# --- make ---
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_with_a_python_uses_it_as_it_is() -> None:
+    """One command and no other: no virtual environment, no pip. Without PYTHON it is .venv's."""
+    chosen = ("make", "-n", "gpu", "STEPS=build,speed", "OUT=/tmp/a folder", "ARGS=--total 60")
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS")}
+    bare, usual = (
+        subprocess.run([*chosen, *more], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        for more in (("PYTHON=python3.99",), ())
+    )
+    options = '--steps "build,speed" --out "/tmp/a folder" --total 60'
+    assert bare.splitlines() == [f"python3.99 benchmarks/gpu_schedule.py {options}"]
+    assert usual.splitlines()[-1] == f".venv/bin/python benchmarks/gpu_schedule.py {options}" and "pip" in usual
 
 
 # --- the whole ---
