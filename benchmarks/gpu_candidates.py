@@ -1,148 +1,99 @@
-"""What the GPU benchmark runs: cases of every operator, and the candidates of a case on a device."""
+"""What a candidate of the GPU's speed step runs on: the modules and numbers of a case, what is true of them, and the
+bytes and FLOPs that they are counted to take."""
 
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import bench_concat_conv
-import bench_csp_stage
-import bench_partial_transition
 import torch
-from blocks import BN_SIZE, DEFAULT_BLOCKS, Block, Checkpointed
-from gpu_timing import Work
-from race import Case, Runner, randomise
+from gpu_speed_cases import CUDNN, DTYPES, EAGER, Item
+from harness import relative_error
+from race import FACTOR, Runner, randomise
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import csp_kernels as csp
-from csp_kernels.backends import why_not_cuda
 
-DENSENET121 = (Block(64, 64, 56, 6), Block(64, 128, 28, 12), Block(64, 256, 14, 24), Block(64, 512, 7, 16))
-COMPILERS = {"compile": "default", "compile max-autotune": "max-autotune"}  # candidate -> mode
-
-
-def dense_case(block: Block) -> Case:
-    arguments = block.layers, block.channels, block.growth, BN_SIZE
-    return Case(
-        f"dense block {block}",
-        lambda: csp.DenseBlock(*arguments),
-        lambda: csp.reference.DenseBlock(*arguments),
-        [(block.batch, block.channels, block.size, block.size)],
-    )
-
-
-def layer_case(name: str, *arguments: int) -> Case:
-    return Case(
-        f"{name}, 128, 28x28",
-        lambda: getattr(csp, name)(*arguments),
-        lambda: getattr(csp.reference, name)(*arguments),
-        [(16, 128, 28, 28)],
-    )
-
-
-CASES: dict[str, list[Case]] = {
-    "dense_block": [dense_case(block) for block in (*DEFAULT_BLOCKS, *DENSENET121)],
-    "concat_conv": bench_concat_conv.CASES,
-    "partial_transition": bench_partial_transition.CASES,
-    "csp_stage": bench_csp_stage.CASES,
-    "post_dense_block": [layer_case("PostDenseBlock", 4, 128, 32, BN_SIZE)],
-    "two_way_dense_block": [layer_case("TwoWayDenseBlock", 4, 128, 32, 2)],
-}
+MODES = ("training", "inference")
+FLOOR = {"float32": 1e-6, "tf32": 1e-4, "float16": 2e-4, "bfloat16": 1e-3}  # error that is allowed anyway
+KINKS = {"float32": 2e-2, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 6e-2}  # of gradients: ReLUs near zero change sides
 
 
 class Scene:
-    """The modules, inputs and output gradient of a case on a device: the same numbers for every candidate.
+    """The modules, inputs and output gradient of an item in a type on a device: the same numbers for every candidate,
+    and what float64 makes of them. on: where the numbers are made, "cpu" or "cuda"."""
 
-    images: instead of the case's own number of them. on: where the numbers are made ("cpu", "cuda").
-    """
-
-    def __init__(self, case: Case, dtype: torch.dtype, on: str, images: int | None = None) -> None:
+    def __init__(self, item: Item, dtype: str, on: str) -> None:
         torch.manual_seed(0)
-        self.as_list, self.dtype = case.as_list, dtype
+        self.item, self.name, self.dtype = item, dtype, DTYPES[dtype][0]
         with torch.device(on):
-            self.naive, self.fused = case.naive(), case.fused()
-            shapes = [(images or n, *rest) for n, *rest in case.inputs]
-            self.inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+            self.naive, self.fused = item.case.naive(), item.case.fused()
+            self.inputs = [torch.randn(shape).to(self.dtype) for shape in item.case.inputs]
         randomise(self.naive)
         self.fused.load_state_dict(self.naive.state_dict())
         with torch.no_grad():  # in eval mode: running statistics stay
             singles = [t[:1].float() for t in self.inputs]
-            one = self.naive.eval()(singles) if case.as_list else self.naive.eval()(*singles)
-        self.naive.train()
-        self.grad = torch.randn((shapes[0][0], *one.shape[1:]), device=on).to(dtype)
+            one = self.naive.eval()(singles) if item.case.as_list else self.naive.eval()(*singles)
+        self.grad = torch.randn((item.batch, *one.shape[1:]), device=on).to(self.dtype)
+        self.limits = functools.cache(self._limits)
+        self.exact = functools.cache(self._exact)
 
-    def runner(self, module: nn.Module, last: bool = True, wide: bool = False, **options: Any) -> Runner:
-        """module on copies; last: in channels_last; wide: in float64. Options are what it is wrapped in."""
-        layout = torch.channels_last if last else torch.contiguous_format
-        kind = torch.float64 if wide else self.dtype
-        own = copy.deepcopy(module).to(self.dtype).to(kind).to(memory_format=layout)
-        inputs = [t.to(kind).contiguous(memory_format=layout) for t in self.inputs]
-        grad = self.grad.to(kind).contiguous(memory_format=layout)
-        return Runner(own, _call(own, **options), inputs, grad, self.as_list)
+    def runner(self, candidate: str) -> Runner:
+        """A copy of the module in channels_last; chooses the backend for the process."""
+        ours = candidate.startswith("csp ")
+        csp.use_backend(candidate.removeprefix("csp ") if ours else "reference")
+        if candidate in CUDNN:
+            from gpu_cudnn import FusedGraphs
 
-    def exact(self) -> Runner:
+            return self._runner(self.naive, self.dtype, lambda block: FusedGraphs(block, packed=candidate != CUDNN[0]))
+        return self._runner(
+            self.fused if ours else self.naive, self.dtype, torch.compile if "compile" in candidate else None
+        )
+
+    def _runner(
+        self, module: nn.Module, kind: torch.dtype, wrap: Callable[[Any], Callable[..., Any]] | None = None
+    ) -> Runner:
+        own = copy.deepcopy(module).to(self.dtype).to(kind).to(memory_format=torch.channels_last)
+        tensors = [t.to(kind) for t in (*self.inputs, self.grad)]
+        *inputs, grad = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+        return Runner(own, wrap(own) if wrap else own, inputs, grad, self.item.case.as_list)
+
+    def _exact(self, mode: str) -> list[Tensor]:
         """Eager in float64 on the same numbers after their rounding."""
-        return self.runner(self.naive, wide=True)
+        return work(self._runner(self.naive, torch.float64), mode)()
 
-    def ours(self) -> Iterator[tuple[str, Runner]]:
-        yield "csp", self.runner(self.fused)
-        if csp.backends()["triton"].available and not why_not_cuda():  # then the first has the 3x3 of csrc/cuda
-            yield "csp triton", self.runner(self.fused, backend="triton")
-        if hasattr(self.fused, "recompute"):
-            module: Any = copy.deepcopy(self.fused)
-            module.recompute = "bottleneck"
-            yield "csp recompute", self.runner(module)
+    def errors(self, results: Sequence[Tensor], mode: str) -> list[float]:
+        """Of the output, then of each gradient; of a network's gradients, which its depth makes noise of where they are
+        small, all together."""
+        pairs = list(zip(results, self.exact(mode), strict=True))
+        if self.item.kind == "network" and len(pairs) > 1:
+            flat = [torch.cat([t.double().flatten() for t in side]) for side in zip(*pairs[1:], strict=True)]
+            pairs = [pairs[0], (flat[0], flat[1])]
+        return [relative_error(got, exact) for got, exact in pairs]
 
-    def candidates(self, compilers: Sequence[str]) -> Iterator[tuple[str, Runner]]:
-        """All, ours first, each made when its turn comes."""
-        yield from self.ours()
-        yield "eager NCHW", self.runner(self.naive, last=False)
-        yield "eager channels_last", self.runner(self.naive)
-        yield "checkpointed", self.runner(self.naive, checkpointed=True)
-        for name in compilers:
-            mode = COMPILERS[name]
-            if mode == "default":  # the other takes minutes a block
-                yield f"{name} NCHW", self.runner(self.naive, last=False, compiler=mode)
-            yield f"{name} channels_last", self.runner(self.naive, compiler=mode)
+    def _limits(self, mode: str) -> list[float]:
+        """Outputs may err FACTOR times as much as eager's; gradients by KINKS more."""
+        factor = FACTOR[DTYPES[self.name][1]]
+        eager = self.errors(work(self._runner(self.naive, self.dtype), mode)(), mode)
+        return [factor * e + FLOOR[self.name] + (KINKS[self.name] if i else 0) for i, e in enumerate(eager)]
 
-
-def _call(module: nn.Module, checkpointed: bool = False, compiler: str = "", backend: str = "") -> Callable[..., Any]:
-    """compiler: a mode of torch.compile. Checkpointed: a layer at a time in a dense block, elsewhere the whole.
-    backend: instead of the one chosen; backward runs on its forward's."""
-    if backend:
-        return lambda *inputs: _on(backend, module, *inputs)
-    if compiler:
-        return torch.compile(module, mode=compiler)
-    if not checkpointed:
-        return module
-    if isinstance(module, csp.reference.DenseBlock):
-        return Checkpointed(module)
-    return lambda *inputs: checkpoint(module, *inputs, use_reentrant=False)
+    def disagreement(self, results: Sequence[Tensor], mode: str) -> str:
+        """What is wrong with a candidate's results, in words; "" if nothing."""
+        found, limits = self.errors(results, mode), self.limits(mode)
+        wrong = [i for i, (e, limit) in enumerate(zip(found, limits, strict=True)) if not e <= limit]
+        if not wrong:
+            return ""
+        i = max(wrong, key=lambda i: found[i] / limits[i] if found[i] == found[i] else float("inf"))
+        what = f"gradient {i} of {len(found) - 1}" if i else "the output"
+        return f"{what} errs by {found[i]:.2e} against float64, {limits[i]:.2e} allowed; {len(wrong)} are wrong"
 
 
-def _on(backend: str, module: nn.Module, *inputs: Any) -> Any:
-    with csp.use_backend(backend):
-        return module(*inputs)
-
-
-def passes(runner: Runner) -> dict[str, Work]:
-    """Forward (keeping what backward needs), backward, and both."""
-
-    def leaves() -> list[Tensor]:
-        runner.module.zero_grad(set_to_none=True)
-        return [t.detach().requires_grad_() for t in runner.inputs]
-
-    return {
-        "forward": Work(leaves, runner.forward),
-        "backward": Work(lambda: runner.forward(leaves()), lambda y: y.backward(runner.grad)),
-        "step": Work(lambda: None, lambda _: runner.step()),
-    }
+def work(runner: Runner, mode: str) -> Callable[[], list[Tensor]]:
+    """A training step, or a forward pass in eval mode."""
+    runner.module.train(mode == "training")
+    return runner.step if mode == "training" else runner.infer
 
 
 class Joined(nn.Module):
@@ -157,15 +108,26 @@ class Joined(nn.Module):
         return self.module(list(parts)) if self.as_list else self.module(*parts)
 
 
-def traffic(scene: Scene) -> dict[str, dict[str, int]]:
-    """Pass -> "naive" and "fused" -> bytes by csp.analysis: a forward pass, the rest of a step, a step."""
-    channels = [t.shape[1] for t in scene.inputs]
-    n, _, h, w = scene.inputs[0].shape
-    shape = n, sum(channels), h, w
-    model = Joined(copy.deepcopy(scene.fused).to(scene.dtype), channels, scene.as_list)
-    step, forward = (csp.analysis.profile(model.train(mode), shape).total for mode in (True, False))
-    found: dict[str, dict[str, int]] = {name: {} for name in ("forward", "backward", "step")}
-    for kind in ("naive", "fused"):
-        all_of_it, first = step[f"dram_bytes_{kind}"], forward[f"dram_bytes_{kind}"]
-        found["forward"][kind], found["backward"][kind], found["step"][kind] = first, all_of_it - first, all_of_it
+def counts(item: Item, dtype: str) -> dict[str, dict[str, int]]:
+    """Mode -> "naive" and "fused" bytes by csp.analysis, and FLOPs: those of a forward pass as it is written, in
+    training three times as many."""
+    channels = [c for _, c, _, _ in item.case.inputs]
+    n, _, h, w = item.case.inputs[0]
+    with torch.device("meta"):
+        model = item.case.fused().to(DTYPES[dtype][0])
+    if item.case.as_list or len(channels) > 1:
+        model = Joined(model, channels, item.case.as_list)
+    found: dict[str, dict[str, int]] = {}
+    csp.use_backend("auto")  # the meta device knows no other
+    for mode in MODES:
+        total = csp.analysis.profile(model.train(mode == "training"), (n, sum(channels), h, w)).total
+        flops = total["flops"] * (3 if mode == "training" else 1)
+        found[mode] = {"naive": total["dram_bytes_naive"], "fused": total["dram_bytes_fused"], "flops": flops}
     return found
+
+
+def moved(candidate: str, counted: dict[str, int]) -> int | None:
+    """Bytes that a candidate is counted to move; None where nobody knows."""
+    if candidate.startswith("csp "):
+        return counted["fused"]
+    return counted["naive"] if candidate == EAGER else None

@@ -27,6 +27,7 @@ class Device:
 
     kind = "cpu"
     copy_bytes = 1 << 26
+    matmul_size = 512
 
     @property
     def name(self) -> str:
@@ -52,12 +53,19 @@ class Device:
         spent = interleave({"copy": lambda: self.time(copy)}, 11)["copy"].median
         return 2 * self.copy_bytes / spent / 1e6
 
+    def matmul(self, dtype: torch.dtype) -> float:
+        """Milliseconds of a product of two matrices of matmul_size rows and columns, 2 * matmul_size ** 3 FLOPs."""
+        a, b = (torch.randn(self.matmul_size, self.matmul_size, device=self.kind).to(dtype) for _ in range(2))
+        product = Work(lambda: None, lambda _: torch.mm(a, b))
+        return interleave({"mm": lambda: self.time(product)}, 11)["mm"].median
+
 
 class Gpu(Device):
     """The current CUDA device and stream."""
 
     kind = "cuda"
     copy_bytes = 1 << 30
+    matmul_size = 8192
 
     def __init__(self) -> None:
         self._cache = torch.empty(CACHE, dtype=torch.uint8, device="cuda")

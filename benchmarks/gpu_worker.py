@@ -175,8 +175,8 @@ class Watch:
                 if not message:
                     break
                 print(f"{job or self.step}: {message}", file=sys.stderr, flush=True)
-                if job is None:
-                    fine = False
+                if job is None:  # late at its exit, it has lost nothing
+                    fine = fine and deadline.over() and bool(Progress.of(self.path).plan)
                 elif not deadline.over():  # the job that the step's end cuts short is not lost, but left
                     results.write({**Progress.of(self.path).plan[job], "ok": False, "message": message})
                     self.close(job)

@@ -18,12 +18,13 @@ from types import TracebackType
 
 import torch
 
-from csp_kernels import native
+from csp_kernels import native, winners
 from csp_kernels._tracing import constant_when_traced
 
 NAMES = ("auto", "native", "triton", "reference")
 ENVIRONMENT = "CSP_KERNELS_BACKEND"
 OLDEST_TRITON = (3, 6)
+_ASKED = "(only where chosen, or measured to be faster)"
 _DEVICES = {"native": ("cpu", "cuda"), "triton": ("cuda",)}  # that backends run on, if not on any
 
 
@@ -103,10 +104,22 @@ def backends() -> Backends:
     else:
         compiled = native.why_not()
     return Backends(
+        auto=Backend(True, _auto()),
         native=Backend(native.available(), compiled),
         triton=Backend(not why_not_triton(), why_not_triton() or _gpu()),
         reference=Backend(True, "any device, plain PyTorch"),
     )
+
+
+def _auto() -> str:
+    """What the choice "auto" does here, and why."""
+    cpu = "CPU: native" if native.available() else "CPU: reference, for want of the library"
+    if not torch.cuda.is_available():
+        return f"{cpu}; no GPU here"
+    if why_not_triton():
+        return f"{cpu}; GPU: reference: {why_not_triton()}"
+    here = torch.device("cuda", torch.cuda.current_device())
+    return f"{cpu}; GPU: {winners.summary(winners.family(here))}"
 
 
 def _cuda() -> str:
@@ -115,11 +128,11 @@ def _cuda() -> str:
         return why
     built = f"CUDA C++ for {', '.join(f'sm_{a}' for a in archs)}"
     widths = "3x3 of layers whose bottleneck and growth are multiples of 8 (float32: 4)"
-    return f"{built}; {why}" if why else f"{built}, {widths}; the rest in triton (only if chosen: not yet run on a GPU)"
+    return f"{built}; {why}" if why else f"{built}, {widths}; the rest in triton {_ASKED}"
 
 
 def _gpu() -> str:
-    return f"{torch.cuda.get_device_name()}, triton {_triton_version()} (only if chosen: not yet run on a GPU)"
+    return f"{torch.cuda.get_device_name()}, triton {_triton_version()} {_ASKED}"
 
 
 def _checked(name: str, argument: str) -> str:
@@ -152,8 +165,9 @@ class use_backend:
     their forward passes did, in whatever thread.
 
     "auto" (the default, or the environment variable CSP_KERNELS_BACKEND) takes "native" for tensors on the CPU if the
-    library is loaded, otherwise "reference". On a GPU, "native" (CUDA C++ for the 3x3 of the layers it takes, Triton
-    for the rest) and "triton" (Triton alone) have to be asked for: their kernels have not run on a GPU yet.
+    library is loaded. On a GPU it takes "native" (CUDA C++ for the 3x3 of the layers it takes, Triton for the rest) or
+    "triton" (Triton alone) where csp_kernels/winners.json says that such calls were measured to be faster on such a
+    device, otherwise "reference": so they have to be asked for where nothing has been measured.
     Raises ValueError for an unknown name, RuntimeError for a backend that is not available here.
     """
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from csp_kernels.backends import selected
 from csp_kernels.ops import _node as node
 from csp_kernels.ops._program import wanted_gradients
+from csp_kernels.ops._transforms import automatic
 from csp_kernels.ops.stage import checked_inputs
-from csp_kernels.programs import Layer, graph_of, holders_of, images_of, program_of, recompute_of
+from csp_kernels.programs import Layer, graph_of, holders_of, images_of, operator_of, program_of, recompute_of
 from csp_kernels.stage.cost import Cost, costs, side
 from csp_kernels.stage.graph import Graph
 from csp_kernels.stage.program import (
@@ -141,7 +142,7 @@ def explain(module: nn.Module, *inputs: Tensor | Sequence[Tensor] | None) -> Exp
     graph = graph_of(module)
     images = checked_inputs(graph, images_of(module, inputs))
     program = program_of(module, graph, _wanted(module, graph, images))
-    missing = module.holders()[1] or _elsewhere(images[0].device.type)
+    missing = module.holders()[1] or _elsewhere(module, images)
     names = {item.index: item.name for item in graph.order if item.kind == "conv"}
     table = _Table(program, images[0], names)
     return Explanation(_title(module, images, program), *table.rows(), missing)
@@ -158,12 +159,15 @@ def _wanted(module: Layer, graph: Graph, images: Sequence[Tensor]) -> Wanted | N
     return wanted_gradients(graph, wants) if node.wants_gradients(*images, *params) else None
 
 
-def _elsewhere(device: str) -> str:
-    """Why no kernels run on this device, in words; "" if they do."""
+def _elsewhere(module: Layer, images: Sequence[Tensor]) -> str:
+    """Why no kernels run this call on the device of its inputs, in words; "" if they do."""
+    device = images[0].device.type
     if device in ("cpu", "meta") or (device == "cuda" and selected() in ("native", "triton")):
         return ""
+    if device == "cuda" and automatic(operator_of(module), images, list(module.parameters())) != "reference":
+        return ""
     if device == "cuda":
-        return "the inputs are on cuda, where kernels have to be chosen: csp.use_backend('triton')"
+        return "the inputs are on cuda, where kernels have to be chosen or measured: csp.use_backend('triton')"
     return f"the inputs are on {device}, for which there are no kernels"
 
 

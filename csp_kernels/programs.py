@@ -27,6 +27,13 @@ from csp_kernels.stage.program import Program, Wanted
 Layer = ConcatConv | CSPDenseStage | DenseBlock | PartialTransition | PostDenseBlock | Stage | TwoWayDenseBlock
 
 
+def operator_of(layer: Layer) -> str:
+    """The function of csp.ops that it calls: "csp_stage" of a CSPDenseStage."""
+    kinds = {ConcatConv: "concat_conv", CSPDenseStage: "csp_stage", DenseBlock: "dense_block", Stage: "stage"}
+    kinds |= {PartialTransition: "partial_transition", PostDenseBlock: "post_dense_block"}
+    return next((name for kind, name in kinds.items() if isinstance(layer, kind)), "two_way_dense_block")
+
+
 def graph_of(layer: Layer) -> Graph:
     """What a call computes in the layer's present mode."""
     return without_dropout(layer.graph) if isinstance(layer, Stage) and not layer.training else layer.graph

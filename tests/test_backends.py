@@ -13,6 +13,7 @@ import torch
 
 import csp_kernels as csp
 from csp_kernels import native as library
+from csp_kernels import winners
 from csp_kernels.__main__ import main
 from csp_kernels._tracing import constant_when_traced
 from csp_kernels.backends import _find_triton, resolve, selected, why_not_cuda, why_not_triton
@@ -28,11 +29,33 @@ def test_library_is_loaded() -> None:
 
 def test_report() -> None:
     report = csp.backends()
-    assert list(report) == ["native", "triton", "reference"]
+    assert list(report) == ["auto", "native", "triton", "reference"]
     assert report["native"].available and library.isa() in report["native"].reason
     assert report["triton"].available == (not why_not_triton()) and report["triton"].reason
     assert report["reference"].available
     assert all(name in str(report) for name in report)
+
+
+@pytest.mark.parametrize("gpu, measured", [(False, False), (True, False), (True, True)], ids=str)
+def test_report_says_what_auto_does_and_why(gpu: bool, measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = sys.modules["csp_kernels.backends"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("csp_kernels.winners.family", lambda device: "sm_90")
+    row = {winners.Kind("sm_90", "dense_block", "bfloat16", "training", "eager"): {(7, 7): ("native",), (6, 8): ()}}
+    monkeypatch.setattr("csp_kernels.winners.table", lambda: row if measured else {})
+    if gpu:
+        monkeypatch.setattr(backends, "_WHY_NOT_TRITON", "")
+    reason = backends._auto()
+    assert reason.startswith("CPU: native; ")
+    if not gpu:
+        assert reason == "CPU: native; no GPU here" == csp.backends()["auto"].reason
+    elif not measured:
+        assert "GPU: reference: nothing has been measured on sm_90" in reason
+    else:
+        assert "GPU: on sm_90 native or triton for 1 of 2 measured classes of calls" in reason
+    monkeypatch.setattr(backends, "_WHY_NOT_TRITON", "triton is too old")
+    assert gpu == ("GPU: reference: triton is too old" in backends._auto())
 
 
 def test_setter_and_context_manager() -> None:

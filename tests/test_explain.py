@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import csp_kernels as csp
 from csp_kernels.explain import Explanation, _elsewhere
@@ -289,9 +290,32 @@ def test_a_stage_whose_dense_layers_drop_runs_as_the_reference() -> None:
 
 
 def test_other_devices_in_words() -> None:
-    assert not _elsewhere("cpu") and not _elsewhere("meta")
-    assert _elsewhere("cuda") == "the inputs are on cuda, where kernels have to be chosen: csp.use_backend('triton')"
-    assert _elsewhere("mps") == "the inputs are on mps, for which there are no kernels"
+    layer, said = csp.DenseBlock(2, 8, 4), {}
+    with FakeTensorMode():
+        for device in ("cpu", "meta", "cuda", "mps"):
+            said[device] = _elsewhere(layer, [torch.empty(2, 8, 5, 5, device=device)])
+    assert not said["cpu"] and not said["meta"]
+    assert said["cuda"] == (
+        "the inputs are on cuda, where kernels have to be chosen or measured: csp.use_backend('triton')"
+    )
+    assert said["mps"] == "the inputs are on mps, for which there are no kernels"
+
+
+def test_calls_on_a_gpu_that_were_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def faster(_: torch.device, *call: object) -> tuple[str, ...]:
+        asked.append((call[0], call[2]))
+        return ("triton",)
+
+    monkeypatch.setattr("csp_kernels.winners.faster", faster)
+    monkeypatch.setattr("csp_kernels.ops._transforms._missing", lambda name, device: False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 8, 5, 5, device="cuda")
+        assert not _elsewhere(csp.CSPDenseStage(8, 12, 2, 4, 2), [x])
+        with torch.no_grad():
+            assert not _elsewhere(csp.TwoWayDenseBlock(2, 8, 4, 2), [x])
+    assert asked == [("csp_stage", True), ("two_way_dense_block", False)]
 
 
 def test_errors() -> None:

@@ -10,6 +10,7 @@ accesses are aligned. Not under TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -69,8 +71,12 @@ class _Driver:
 
 
 @contextmanager
-def dry_run(target: str, candidates: bool = False) -> Iterator[list[Launch]]:
-    """What is launched inside, once each; candidates: with every configuration, not only the first."""
+def dry_run(target: str, candidates: bool = False, share: tuple[int, int] = (0, 1)) -> Iterator[list[Launch]]:
+    """What is launched inside, once each; candidates: with every configuration, not only the first.
+
+    share (i, n): only the i-th of n shares of the launches is compiled and found, the same one wherever they are
+    launched, so that n processes that do the same inside leave everything in Triton's cache on disk.
+    """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("a dry run needs Triton without TRITON_INTERPRET=1")
     gpu, found, run = parse(target), dict[int, Launch](), JITFunction.run
@@ -78,6 +84,8 @@ def dry_run(target: str, candidates: bool = False) -> Iterator[list[Launch]]:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **options)
+        if compiled is None:  # of another share
+            return None
         if id(compiled) in found:
             found[id(compiled)].times += 1
         else:
@@ -90,11 +98,15 @@ def dry_run(target: str, candidates: bool = False) -> Iterator[list[Launch]]:
             work(tile)
         return tiles[0]
 
+    def skipped(*, key: Any, fn: Any, **_: Any) -> bool:
+        return zlib.crc32(f"{fn.module}.{fn.name} {key}".encode()) % share[1] != share[0]
+
     driver = triton.runtime.driver
     before = driver._active
     driver.set_active(_Driver(gpu))
     try:
         with (
+            patch.object(knobs.runtime, "jit_cache_hook", skipped),
             patch.object(JITFunction, "run", compile_only),
             patch.object(launch, "architecture", lambda _: gpu.arch),
             patch.object(tune, "choose", every if candidates else tune.choose),

@@ -261,4 +261,4 @@ def laid_as(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 def precision_of(like: Tensor, winograd: int) -> str:
     """Of products: 4 says that less precision than float32's was asked for, see csp_kernels.ops._node.winograd."""
-    return "tf32" if winograd == 4 and like.dtype == torch.float32 else "ieee"
+    return "tf32" if winograd & 4 and like.dtype == torch.float32 else "ieee"

@@ -8,10 +8,13 @@ gradients lie, stage_norms.py the numbers of norms, stage_forward.py and stage_b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from csp_kernels.backends import running as choice
+from csp_kernels.backends import running_as
 from csp_kernels.kernels.launch import laid_as, pixels_of, precision_of
 from csp_kernels.kernels.stage_arguments import check_backward, check_call
 from csp_kernels.kernels.stage_backward import BackwardPass
@@ -19,8 +22,8 @@ from csp_kernels.kernels.stage_forward import Forward
 from csp_kernels.kernels.stage_memory import Memory
 from csp_kernels.kernels.stage_norms import Norms
 from csp_kernels.kernels.stage_plan import Plan, plan
+from csp_kernels.ops._node import TRITON_ALONE, fake_statistics, padded
 from csp_kernels.ops._node import fake_image as image
-from csp_kernels.ops._node import fake_statistics, padded
 from csp_kernels.stage.cost import side
 from csp_kernels.stage.program import Program
 
@@ -51,7 +54,8 @@ def forward(
     if n * h * w > 0:
         norms = Norms(planned, params, running, eps, stats, x, backward=False)
         memory = Memory(p.buffers, x, _views(p, inputs, outputs, kept))
-        Forward(p, memory, norms, params, seed, precision_of(x, winograd)).run(planned.forward)
+        with _as_called(winograd):
+            Forward(p, memory, norms, params, seed, precision_of(x, winograd)).run(planned.forward)
     return outputs, kept, stats
 
 
@@ -81,10 +85,16 @@ def backward(
     memory = Memory(p.buffers, x, _views(p, inputs, outputs, kept, planned.read))
     run = BackwardPass(p, memory, norms, params, seed, precision_of(x, winograd))
     given = {i: pixels_of(grads[b.index]) for i, b in enumerate(p.buffers) if b.kind == "output"}
-    run.start(given, {i: pixels_of(g) for i, g in zip(p.wanted.inputs, images, strict=True)})
-    run.run(planned.backward)
+    with _as_called(winograd):
+        run.start(given, {i: pixels_of(g) for i, g in zip(p.wanted.inputs, images, strict=True)})
+        run.run(planned.backward)
     weights = [laid_as(run.weight_gradients[node], _weight(p, params, node)) for node in p.wanted.nodes]
     return [*images, *weights, *_norm_gradients(p, norms, params)]
+
+
+def _as_called(winograd: int) -> AbstractContextManager[None]:
+    """Inside, `backends.running()` is "triton" if the call said so, whatever is chosen now."""
+    return running_as("triton" if winograd & TRITON_ALONE else choice())
 
 
 def _planned(inputs: Sequence[Tensor], program: str) -> tuple[Tensor, Plan]:

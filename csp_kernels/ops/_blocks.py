@@ -8,7 +8,7 @@ from torch import Tensor
 
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops._program import Names, Source, run
-from csp_kernels.ops._transforms import uses_reference
+from csp_kernels.ops._transforms import backend_of
 
 
 def dense_layers(
@@ -30,12 +30,12 @@ def dense_layers(
     eps = checks.epsilons(eps, frozen, each)
     checks.check_running(x, running, frozen, [shapes[i][0] for i in norms], layer.norm_label)
     checks.check_values(x, checks.pixels(x), frozen)
-    if uses_reference(x, *params, *running):
+    backend = backend_of(name, [x], params, running)
+    if backend == "reference":
         channels_last = checks.is_channels_last(x)
         y, stats = reference(x, params, running, frozen=frozen, eps=eps)
         return checks.formatted(y, channels_last), stats
     names = Names([f"x of {name}"], [f"the output of {name}"])
-    (y,), moments = run(
-        source(checks.weights(params)), [x], checks.filled(params, shapes, x), running, frozen, eps, names
-    )  # fmt: skip
+    full = checks.filled(params, shapes, x)
+    (y,), moments = run(source(checks.weights(params)), [x], full, running, frozen, eps, names, backend=backend)
     return y, moments.of(None)

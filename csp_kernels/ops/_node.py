@@ -73,11 +73,18 @@ def _copied(t: Tensor) -> Tensor:
     return dense(t.clone())
 
 
-def winograd(dtype: torch.dtype) -> int:
-    """Winograd tile: 2 stays within twice the direct form's error, 4 is for where precision was given up for speed."""
+TRITON_ALONE = 8  # in an operator's argument `winograd`, on a GPU: this call is Triton's, CUDA C++ takes no part of it
+
+
+def winograd(dtype: torch.dtype, backend: str = "native") -> int:
+    """Winograd tile: 2 stays within twice the direct form's error, 4 is for where precision was given up for speed.
+
+    backend "triton": and TRITON_ALONE. So the choice travels with the call, into compiled graphs and into backward.
+    """
+    alone = TRITON_ALONE if backend == "triton" else 0
     if dtype == torch.float32:
-        return 2 if _float32_precision() == "highest" else 4
-    return 2 if dtype == torch.float64 else 4
+        return alone + (2 if _float32_precision() == "highest" else 4)
+    return alone + (2 if dtype == torch.float64 else 4)
 
 
 @constant_when_traced  # safe: Dynamo guards on this setting

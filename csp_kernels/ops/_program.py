@@ -74,12 +74,14 @@ def run(
     eps: list[float],
     names: Names,
     *,
+    backend: str,
     recompute: str = "none",
     seed: Tensor | None = None,
 ) -> tuple[list[Tensor], Moments]:
     """The outputs of a graph in the memory format of inputs[0], by the kernels; all arguments have been checked.
 
-    params: none missing, in the dtype of sums. running, frozen, eps, recompute: see `csp.ops.stage`.
+    params: none missing, in the dtype of sums. backend: "native" or "triton". running, frozen, eps, recompute: see
+    `csp.ops.stage`.
     """
     x = inputs[0]
     channels_last = checks.is_channels_last(x)
@@ -88,7 +90,7 @@ def run(
     text = _program(source, tuple(frozen), wants, recompute)
     fixed = node.fixed(running, checks.ACCUMULATE[x.dtype], bool(wants))
     op = torch.ops.csp_kernels.stage.default
-    arguments = used, params, fixed, seed, text, eps, node.winograd(x.dtype)
+    arguments = used, params, fixed, seed, text, eps, node.winograd(x.dtype, backend)
     if not wants:
         y, _, stats = op(*arguments)
         return [checks.formatted(t, channels_last) for t in y], Moments(text, stats)

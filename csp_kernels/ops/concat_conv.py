@@ -10,7 +10,7 @@ from torch import Tensor
 from csp_kernels._tracing import static, static_float
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops._program import Names, Source, run
-from csp_kernels.ops._transforms import uses_reference
+from csp_kernels.ops._transforms import backend_of
 from csp_kernels.reference import concat_conv as reference_concat_conv
 from csp_kernels.stage.concat_conv import concat_conv as concat_conv_stage
 
@@ -66,7 +66,8 @@ def concat_conv(
         raise ValueError(f"negative_slope: got {negative_slope}, expected a finite number")
     _check_splits(splits, out)
     checks.check_values(x, checks.pixels(x), [frozen], "inputs[0]")
-    if uses_reference(*inputs, *params, *running):
+    backend = backend_of("concat_conv", inputs, params, running)
+    if backend == "reference":
         channels_last = checks.is_channels_last(x)
         y, stats = reference_concat_conv(
             inputs, *params, running, frozen=frozen, eps=eps, act=act, negative_slope=negative_slope, splits=splits
@@ -78,7 +79,8 @@ def concat_conv(
         [f"inputs[{i}] of concat_conv" for i in range(len(inputs))],
         [f"output {i} of concat_conv" for i in range(len(sizes))],
     )
-    y, moments = run(source, inputs, checks.filled(params, shapes, x), running, [frozen], [float(eps)], names)
+    full = checks.filled(params, shapes, x)
+    y, moments = run(source, inputs, full, running, [frozen], [float(eps)], names, backend=backend)
     return y, moments.of(None)
 
 

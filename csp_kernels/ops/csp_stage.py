@@ -9,7 +9,7 @@ from torch import Tensor
 from csp_kernels._tracing import cached_constant
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops._program import Names, Part, Source, run
-from csp_kernels.ops._transforms import uses_reference
+from csp_kernels.ops._transforms import backend_of
 from csp_kernels.ops.dense_block import LAYER as PRE
 from csp_kernels.ops.dense_block import features_and_bottlenecks
 from csp_kernels.ops.partial_transition import check_options, check_values
@@ -73,7 +73,8 @@ def csp_stage(
     checks.check_running(x, running, frozen, [shapes[i][0] for i in norms], _norm_label(len(norms), layer, fusion))
     checks.check_values(x, checks.pixels(x), frozen[: len(norms) - last // 3])
     check_values(x, frozen[len(norms) - last // 3 :], fusion, order, pool)
-    if uses_reference(x, *params, *running):
+    backend = backend_of("csp_stage", [x], params, running)
+    if backend == "reference":
         channels_last = checks.is_channels_last(x)
         y, stats = reference_csp_stage(
             x, params, running, part_channels=part_channels, layer=layer, fusion=fusion, pool=pool, frozen=frozen,
@@ -82,7 +83,7 @@ def csp_stage(
         return checks.formatted(y, channels_last), stats
     source = source_of(part_channels, checks.weights(params), layer, fusion, pool)
     full = checks.filled(params, shapes, x)
-    (y,), moments = run(source, [x], full, running, frozen, eps, _NAMES, recompute=recompute)
+    (y,), moments = run(source, [x], full, running, frozen, eps, _NAMES, recompute=recompute, backend=backend)
     return y, moments.of(_parts((len(norms) - last // 3) // 2, len(norms)) if layer == "pre" else None)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from csp_kernels._tracing import cached_constant, static_float
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops._program import Names, Part, Source, run
-from csp_kernels.ops._transforms import uses_reference
+from csp_kernels.ops._transforms import backend_of
 from csp_kernels.reference import dense_block as reference_dense_block
 from csp_kernels.stage.dense_block import dense_block as dense_block_stage
 
@@ -57,13 +57,16 @@ def dense_block(
     checks.check_running(x, running, frozen, [shapes[i][0] for i in checks.norm_indices(shapes)], _norm_label)
     _check_options(x, frozen, drop_rate, recompute)
     channels_last = checks.is_channels_last(x)
-    if uses_reference(x, *params, *running):
+    backend = backend_of("dense_block", [x], params, running)
+    if backend == "reference":
         y, stats = reference_dense_block(x, params, running, frozen=frozen, eps=eps, drop_rate=drop_rate)
         return checks.formatted(y, channels_last), stats
     full = checks.filled(params, shapes, x)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if drop_rate > 0 else None
     source = source_of(checks.weights(params), drop_rate)
-    (y,), moments = run(source, [x], full, running, frozen, eps, _NAMES, recompute=recompute, seed=seed)
+    (y,), moments = run(
+        source, [x], full, running, frozen, eps, _NAMES, recompute=recompute, seed=seed, backend=backend
+    )
     return y, moments.of(features_and_bottlenecks(layers))
 
 

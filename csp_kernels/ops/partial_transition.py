@@ -9,7 +9,7 @@ from torch import Tensor
 from csp_kernels._tracing import static
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops._program import Names, Source, run
-from csp_kernels.ops._transforms import uses_reference
+from csp_kernels.ops._transforms import backend_of
 from csp_kernels.reference import partial_transition as reference_partial_transition
 from csp_kernels.stage.graph import Graph
 from csp_kernels.stage.partial_transition import partial_transition as partial_transition_stage
@@ -70,18 +70,19 @@ def partial_transition(
     sizes = [shapes[i][0] for i in norms]
     checks.check_running(dense, running, frozen, sizes, lambda i: norm_label(i, fusion), "dense")
     check_values(dense, frozen, fusion, order, pool, "dense")
-    if uses_reference(dense, part, *params, *running):
+    given = {"dense": dense} if part is None else {"part": part, "dense": dense}
+    backend = backend_of("partial_transition", [*given.values()], params, running)
+    if backend == "reference":
         channels_last = checks.is_channels_last(dense if part is None else part)
         y, stats = reference_partial_transition(
             part, dense, params, running, fusion=fusion, order=order, pool=pool, frozen=frozen, eps=eps
         )
         return checks.formatted(y, channels_last), stats
-    given = {"dense": dense} if part is None else {"part": part, "dense": dense}
     names = Names([f"{name} of partial_transition" for name in given], ["the output of partial_transition"])
     bypass = 0 if part is None else part.shape[1]
     source = source_of(bypass, dense.shape[1], checks.weights(params), fusion, order, pool)
     full = checks.filled(params, shapes, dense)
-    (y,), moments = run(source, [*given.values()], full, running, frozen, eps, names)
+    (y,), moments = run(source, [*given.values()], full, running, frozen, eps, names, backend=backend)
     return y, moments.of(None)
 
 

@@ -11,7 +11,7 @@ from csp_kernels._tracing import cached_constant
 from csp_kernels.backends import selected
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops._program import Names, run
-from csp_kernels.ops._transforms import uses_reference
+from csp_kernels.ops._transforms import backend_of
 from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.check import sizes
 from csp_kernels.stage.cost import side
@@ -53,12 +53,15 @@ def stage(
     checks.check_choice("recompute", recompute, RECOMPUTE)
     _check_sizes(graph, x, flags)
     seed = _seed(graph, x)
-    if uses_reference(*inputs, *params, *running) or _not_here(graph):
+    backend = backend_of("stage", inputs, params, running)
+    if backend == "reference" or _not_here(graph):
         channels_last = checks.is_channels_last(x)
         y, stats = reference_stage(graph, inputs, params, running, frozen=flags, eps=numbers, seed=seed)
         return [checks.formatted(t, channels_last) for t in y], stats
     full = checks.filled(params, parameter_shapes(graph)[1], x)
-    y, moments = run(graph, inputs, full, running, flags, numbers, _names(graph), recompute=recompute, seed=seed)
+    y, moments = run(
+        graph, inputs, full, running, flags, numbers, _names(graph), recompute=recompute, seed=seed, backend=backend
+    )
     return y, moments.of(None)
 
 

@@ -21,6 +21,7 @@ import csp_kernels as csp
 from csp_kernels.kernels import cuda
 from csp_kernels.kernels import stage as kernels
 from csp_kernels.kernels.launch import Geometry
+from csp_kernels.ops._node import TRITON_ALONE
 from csp_kernels.stage.build import Builder
 from csp_kernels.stage.dense_block import dense_block
 from csp_kernels.stage.graph import Graph
@@ -116,6 +117,13 @@ def test_against_triton_alone(name: str, calls: Counter[str], monkeypatch: pytes
         theirs = triton(case, a)
     assert not calls
     assert all(e <= CLOSE[case.dtype] for e in errors(mine, theirs, case))
+
+
+def test_the_call_says_that_it_is_tritons_alone(calls: Counter[str]) -> None:
+    """As where "auto" has found that Triton wins: whatever is chosen, forward and backward."""
+    a = arguments(WIDE)
+    assert triton(WIDE, a, winograd=4 + TRITON_ALONE).outputs and not calls
+    assert triton(WIDE, a, winograd=4).outputs and set(calls) == set(PASSES)
 
 
 UNFIT = {

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import stage_cases as cases
 import torch
-from stage_cases import GRAPHS, Case, Result, arguments, order_of, twin
+from stage_cases import GRAPHS, KINDS, Case, Result, arguments, order_of, twin
 from tolerances import error
 
 import csp_kernels as csp
 from csp_kernels.kernels import conv3x3, mix
 from csp_kernels.kernels import stage as kernels
+from csp_kernels.ops._node import TRITON_ALONE
 from csp_kernels.stage.build import Builder
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.place import RECOMPUTE
@@ -29,13 +30,6 @@ from random_graphs import RandomGraph, some
 
 TRITON = cases.Operators(kernels.forward, kernels.backward)
 names = pytest.mark.parametrize("name", GRAPHS)
-# Of every kind one: the interpreter is slow.
-KINDS = [
-    "dense, odd widths", "dropout", "csp stage of 3x3", "transition", "concat, three inputs, two outputs",
-    "concat, unaligned outputs", "post", "two_way", "partial, csp, pre, pool", "partial, first, post",
-    "partial, last, pre", "stage, pre, csp", "stage, post, last", "stage, two_way, first", "joins", "slices",
-    "siblings",
-]  # fmt: skip
 kinds = pytest.mark.parametrize("name", KINDS)
 
 
@@ -210,7 +204,14 @@ def test_empty_batch(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "winograd", "expected"),
-    [(torch.float32, 4, "tf32"), (torch.float32, 2, "ieee"), (torch.bfloat16, 4, "ieee"), (torch.float64, 2, "ieee")],
+    [
+        (torch.float32, 4, "tf32"),
+        (torch.float32, 4 + TRITON_ALONE, "tf32"),
+        (torch.float32, 2, "ieee"),
+        (torch.float32, 2 + TRITON_ALONE, "ieee"),
+        (torch.bfloat16, 4, "ieee"),
+        (torch.float64, 2, "ieee"),
+    ],
     ids=str,
 )
 def test_precision(dtype: torch.dtype, winograd: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
