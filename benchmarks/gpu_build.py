@@ -194,7 +194,7 @@ class Ahead:
             self.parts.append(subprocess.Popen(line, env=environment))
 
     def finish(self, results: Results, deadline: Deadline) -> None:
-        """Waits for them nearly until the step's end, and writes how many were done: the others cost the sanitizer time."""
+        """Waits for them nearly until the step's end, and writes how many are done: others cost the sanitizer time."""
         start, done = time.monotonic(), 0
         for process in self.parts:
             try:

@@ -154,8 +154,11 @@ class Runs:
             threads[-1].start()
         for thread in threads:
             thread.join(max(0.0, self.deadline.left()))
-        for process in self.processes:
-            process.kill()
+        with self.lock:
+            for process in self.processes:
+                process.kill()
+        for thread in threads:
+            thread.join(1.0)
 
 
 def cores() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,23 @@ def test_what_there_was_no_time_for_is_said(tmp_path: Path) -> None:
     assert status == 0 and a["name"] == "a" and end == {"left": ["hang", "b"]} and time.monotonic() - began < 10
 
 
+# --- make ---
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_with_a_python_uses_it_as_it_is() -> None:
+    """One command and no other: no virtual environment, no pip. Without PYTHON it is .venv's."""
+    chosen = ("make", "-n", "gpu", "STEPS=build,speed", "OUT=/tmp/a folder", "ARGS=--total 60")
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS")}
+    bare, usual = (
+        subprocess.run([*chosen, *more], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        for more in (("PYTHON=python3.99",), ())
+    )
+    options = '--steps "build,speed" --out "/tmp/a folder" --total 60'
+    assert bare.splitlines() == [f"python3.99 benchmarks/gpu_schedule.py {options}"]
+    assert usual.splitlines()[-1] == f".venv/bin/python benchmarks/gpu_schedule.py {options}" and "pip" in usual
+
+
 # --- the whole ---
 
 
@@ -234,14 +252,17 @@ def test_what_there_was_no_time_for_is_said(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dry", [False, True], ids=["cpu", "dry run"])
 def test_the_whole_schedule(dry: bool, tmp_path: Path) -> None:
-    """Every step's code path on tiny sizes, 15 s of each: what can run here is fine, what cannot says so."""
+    """Every step's code path on tiny sizes, 12 s of each: what can run here is fine, what cannot says so."""
     if dry:
         pytest.importorskip("triton", reason="triton has wheels for Linux only")
     options = ["--dry-run"] if dry else []
-    done = start("benchmarks/gpu_schedule.py", "--device", "cpu", *options, "--out", str(tmp_path), "--limit", "15")
+    done = start("benchmarks/gpu_schedule.py", "--device", "cpu", *options, "--out", str(tmp_path), "--limit", "12")
     found = json.loads((tmp_path / "schedule.json").read_text())
     statuses = {step["name"]: step["status"] for step in found["steps"]}
     logs = "\n".join(f"{file.name}:\n{file.read_text()[-2000:]}" for file in sorted(tmp_path.glob("*.log")))
     expected = dict.fromkeys(gpu_schedule.STEPS, "ok") | dict.fromkeys(("sanitizer", "counters"), "skipped")
     assert done.returncode == 0 and statuses == expected, f"{statuses}\n{done.stdout}{done.stderr}\n{logs}"
-    assert all((tmp_path / f"{step}.jsonl").exists() for step in gpu_schedule.STEPS)
+    for step in ("correctness", "speed", "tuning", "sanitizer", "counters"):
+        *done_lines, end = lines(tmp_path / f"{step}.jsonl")
+        assert [*end] == ["left"], f"{step} has not come to its end\n{logs}"
+        assert dry or done_lines, f"{step} has done nothing\n{logs}"  # dry: compiling one layer may take that long
