@@ -13,6 +13,10 @@
 #include <string>
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // of later releases than 2.11, with the message of the error; there the call alone is named
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace csp {
 
 using torch::stable::Tensor;

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csp_kernels._tracing import constant_when_traced
 from csp_kernels.ops._transforms import transforming
 
 Shape = tuple[int, ...]
@@ -42,12 +43,17 @@ def dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
 
 def autocast(x: Tensor) -> Tensor:
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):  # autocast leaves float64 alone
+    if x.dtype == torch.float64 or not _has_autocast(kind):  # autocast leaves float64 alone
         return x
     if torch.is_autocast_enabled(kind):
         check_storage(x)
         return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+@constant_when_traced  # torch 2.11 cannot trace it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def is_channels_last(x: Tensor) -> bool:

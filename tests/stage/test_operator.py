@@ -247,6 +247,7 @@ def test_opcheck(graph: Graph) -> None:
     torch.library.opcheck(OPS.stage_backward.default, arguments_, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="torch 2.11 takes no graph for a constant")
 def test_compiles() -> None:
     graph = dense_block(2, 8, 4, 16)
     inputs, params, _ = arguments(graph, (False,) * 4)
