@@ -76,6 +76,7 @@ cuda: $(VENV)/.torch
 	else echo "nvcc is missing: CUDA kernels were run on the host only, not compiled for a GPU"; fi
 
 mutate: $(VENV)/.test $(VENV)/.native
+	$(PY) tests/stage/mutate.py --budget $(BUDGET)
 	$(PY) tests/kernels/mutate.py --budget $(BUDGET)
 	$(PY) tests/cuda/mutate.py --budget $(BUDGET)
 	$(PY) tests/cpu/mutate.py --budget $(BUDGET)
