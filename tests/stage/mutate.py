@@ -6,7 +6,7 @@ The tests interpret programs instruction by instruction (interpreter.py) on rand
 status 1 if a fault survives.
 """
 
-# ruff: noqa: E501
+# ruff: noqa: E402, E501
 from __future__ import annotations
 
 import argparse
