@@ -83,9 +83,15 @@ Errors = dict[str, list[tuple[float, float]]]  # name -> (ours, naive) of each s
 
 
 def scales(exact: dict[str, Tensor]) -> dict[str, float]:
-    """Size of each tensor; a norm's bias gradient can vanish by cancellation, so it counts with its weight's."""
+    """Size of each tensor. The gradients of a norm's weight and bias are sums over the same pixels, and either can
+    vanish by cancellation, that of a single channel nearly: the larger one counts for both."""
     sizes = {name: t.double().norm().item() for name, t in exact.items()}
-    return {name: max(size, sizes.get(name.replace("bias", "weight"), 0.0)) for name, size in sizes.items()}
+    found = {}
+    for name, size in sizes.items():
+        start, _, end = name.rpartition(".")
+        other = {"bias": "weight", "weight": "bias"}.get(end)
+        found[name] = max(size, sizes.get(f"{start}.{other}", 0.0))
+    return found
 
 
 def measure(case: Case, params: Callable[[Case], list[Tensor]] = Case.params, seeds: int = 3) -> Errors:
