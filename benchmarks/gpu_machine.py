@@ -82,11 +82,10 @@ def slug(name: str) -> str:
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, beside nvcc, of CUDA_HOME, or where NVIDIA installs it; None: nowhere."""
+    """A program of the CUDA toolkit: on PATH, beside nvcc or of CUDA_HOME; None: nowhere."""
     home, compiler = os.environ.get("CUDA_HOME"), shutil.which(os.environ.get("NVCC") or "nvcc")
     folders = [Path(home, "bin")] if home else []
     folders += [Path(compiler).resolve().parent] if compiler else []
-    folders += [Path("/usr/local/cuda/bin"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)]
     return shutil.which(name) or next((str(f / name) for f in folders if os.access(f / name, os.X_OK)), None)
 
 
