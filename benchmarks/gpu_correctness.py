@@ -14,10 +14,9 @@ stands alone: one that raises, hangs or loses the CUDA context costs itself and 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu_precompile
 import gpu_worker
-from gpu_precompile import Compiled, Compilers
+from gpu_precompile import Compiled
 from gpu_steps import Results, parser, remaining
 from gpu_worker import Job
 
@@ -113,16 +112,6 @@ def compile_only(args: argparse.Namespace) -> int:
     return gpu_precompile.compile_share(parts, Path(folder), (int(i), int(n)), target, args.limit)
 
 
-@contextlib.contextmanager
-def compilers(args: argparse.Namespace, given: Sequence[str]) -> Iterator[list[str]]:
-    """What the command line needs to find the processes that compile: on the CPU there are none."""
-    if args.device != "cuda" and not args.dry_run:
-        yield []
-        return
-    with Compilers(gpu_precompile.command(__file__, given), gpu_precompile.processes()) as folder:
-        yield ["--compiled", str(folder)]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if all that was tried was right."""
     made = parser(__doc__ or "")
@@ -135,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         return gpu_worker.work(STEP, args, jobs)
     given += ["--limit", f"{args.limit:.1f}"]  # of which the imports have taken some
-    with compilers(args, given) as found:
+    with gpu_precompile.compilers(__file__, args, given) as found:
         limit = float("inf") if args.dry_run else JOB_LIMIT
         return gpu_worker.main(STEP, __file__, __doc__ or "", jobs, limit, [*given, *found], arguments)
 

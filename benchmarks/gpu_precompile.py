@@ -9,12 +9,14 @@ whoever launches it.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -158,3 +160,13 @@ class Compiled:
 
 def command(script: str, given: Sequence[str]) -> list[str]:
     return [sys.executable, script, *given]
+
+
+@contextlib.contextmanager
+def compilers(script: str, args: argparse.Namespace, given: Sequence[str]) -> Iterator[list[str]]:
+    """What a step's command line needs to find the processes that compile: on the CPU there are none."""
+    if args.device != "cuda" and not args.dry_run:
+        yield []
+        return
+    with Compilers(command(script, given), processes()) as folder:
+        yield ["--compiled", str(folder)]

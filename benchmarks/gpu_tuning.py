@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu_precompile
 import gpu_worker
-from gpu_precompile import Compiled, Compilers, Part
+from gpu_precompile import Compiled, Part
 from gpu_steps import Deadline, Results, parser, remaining
 from gpu_worker import Job
 
@@ -228,11 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given += ["--limit", f"{args.limit:.1f}"]  # of which the imports have taken some
     (args.out / f"{STEP}.timing.jsonl").unlink(missing_ok=True)
     limit = float("inf") if args.dry_run else JOB_LIMIT
-    with contextlib.ExitStack() as stack:
-        if args.device == "cuda" or args.dry_run:
-            command = gpu_precompile.command(__file__, given)
-            given += ["--compiled", str(stack.enter_context(Compilers(command, gpu_precompile.processes())))]
-        return gpu_worker.main(STEP, __file__, __doc__ or "", jobs, limit, given, arguments)
+    with gpu_precompile.compilers(__file__, args, given) as found:
+        return gpu_worker.main(STEP, __file__, __doc__ or "", jobs, limit, [*given, *found], arguments)
 
 
 if __name__ == "__main__":
