@@ -235,7 +235,9 @@ def test_what_there_was_no_time_for_is_said(tmp_path: Path) -> None:
 def test_make_with_a_python_uses_it_as_it_is() -> None:
     """One command and no other: no virtual environment, no pip. Without PYTHON it is .venv's, made anew (-B)."""
     chosen = ("make", "-n", "-B", "gpu", "STEPS=build,speed", "OUT=a folder", "ARGS=--total 60")
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS", "MAKELEVEL")
+    }
     bare, usual = (
         subprocess.run([*chosen, *more], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
         for more in (("PYTHON=python3.99",), ())
