@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -208,6 +208,52 @@ def _why_touched(module: nn.Module) -> str:
     if module._compiled_call_impl is not None:
         return "is compiled by itself"
     return "" if _untouched(module) else "has a forward of its own"
+
+
+# --- a tree of children ---
+
+
+class Shape(NamedTuple):
+    """What a module was made as: of which class, with which numbers and children. `shape_of` makes it."""
+
+    kind: type[nn.Module]
+    numbers: tuple[object, ...]
+    children: dict[str, Shape]
+
+    def differs(self, module: nn.Module, called: Sequence[str] = (), name: str = "") -> str:
+        """Why nobody could pass over the children of this module; "" if one can. called: those that are called."""
+        for key in {**self.children, **module._modules}:
+            path, child, shape = f"{name}{key}", module._modules.get(key), self.children.get(key)
+            if shape is child:
+                continue  # None
+            if shape is None or child is None:
+                return f"{path} is {'new' if shape is None else 'gone'}"
+            reason = "" if path in called else shape._not_as_made(path, child)
+            if reason := reason or shape.differs(child, called, f"{path}."):
+                return reason
+        return ""
+
+    def _not_as_made(self, path: str, child: nn.Module) -> str:
+        if issubclass(self.kind, nn.BatchNorm2d):
+            return not_plain(path, child, 0, "")
+        if not _acts_as(child, self.kind):
+            return _why_not(path, child, self.kind)
+        return "" if _numbers(child) == self.numbers else f"{path} has other numbers than it was made with"
+
+
+def shape_of(module: nn.Module) -> Shape:
+    """Of a module and all its children; those that are None are no children."""
+    children = {name: shape_of(child) for name, child in module._modules.items() if child is not None}
+    return Shape(type(module), _numbers(module), children)
+
+
+def _numbers(module: nn.Module) -> tuple[object, ...]:
+    """Those that change what a call does and that no parameter shows."""
+    if isinstance(module, nn.Conv2d):
+        geometry = module.kernel_size, module.stride, module.padding, module.dilation, module.groups
+        return *geometry, module.padding_mode, module._parameters.get("bias") is None
+    names = ("negative_slope", "act", "splits", "stride", "missing", "block")
+    return tuple(module.__dict__.get(name) for name in names)
 
 
 # --- the layer ---

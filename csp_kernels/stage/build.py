@@ -96,9 +96,9 @@ def through_norm(build: Builder, reads: Sequence[Read], act: str = "relu", name:
 
 def conv_norm(
     build: Builder, reads: Sequence[Read], out_channels: int, kernel: int = 1, act: str = "relu", slope: float = 0.0, *,
-    prefix: str = "", names: tuple[str, str] = ("conv", "norm"),
+    prefix: str = "", names: tuple[str, str] = ("conv", "norm"), groups: int = 1,
 ) -> Read:  # fmt: skip
     """A convolution and the batch norm and activation behind it: how its readers read the value."""
     conv, norm = (f"{prefix}{name}" for name in names) if prefix else ("", "")
-    value = build.conv(reads, out_channels, kernel, name=conv)
+    value = build.conv(reads, out_channels, kernel, groups=groups, name=conv)
     return build.read(value, build.norm(out_channels, norm), act, slope)

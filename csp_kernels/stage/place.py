@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from csp_kernels.stage.check import sizes
 from csp_kernels.stage.fold import Folded
-from csp_kernels.stage.graph import Conv, Graph, Read, Write
+from csp_kernels.stage.graph import Conv, Graph, Read, Sum, Write
 from csp_kernels.stage.program import Buffer, Place, Segment
 
 RECOMPUTE = ("none", "bottleneck", "all")
@@ -232,8 +232,11 @@ class _Placing:
 
     def side_by_side(self) -> None:
         """The longest lists of values that are read together first; what is kept and what is not never lie together."""
-        users = sorted((self._together(user.reads) for _, user in self.graph.users()), key=len, reverse=True)
-        for values in users:
+        groups: list[list[int]] = []
+        for _, user in self.graph.users():
+            values = self._together(user.reads)
+            groups += [[value] for value in values] if isinstance(user, Sum) else [values]  # what is added lies anywhere
+        for values in sorted(groups, key=len, reverse=True):
             missing = [v for v in values if v not in self.places]
             for kind in ("kept", "scratch"):
                 self._new(kind, [v for v in missing if self._kind(v) == kind])

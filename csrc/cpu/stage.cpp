@@ -235,8 +235,12 @@ template <class S> struct Stage {
   void merge_statistics(const Statistics<T>* stats, int tasks, const stage::Place& place, int64_t column) {
     if (stats) merge(a.parallel, stats, tasks, value(place), of(place).pitch, of(place).pixels(), place.channels(), a.mean + column, a.var + column);
   }
-  static T floor_of(Activation act) { return act == Activation::Relu ? T(0) : -std::numeric_limits<T>::infinity(); }
-  static bool on_load(Activation act) { return act == Activation::Relu || act == Activation::Identity; }
+  // Of the activations that products apply on load.
+  static OnLoad<T> act_of(const stage::Segment& s) {
+    if (s.act == Activation::LeakyRelu) return {T(s.slope), true};
+    return {s.act == Activation::Relu ? T(0) : -std::numeric_limits<T>::infinity(), false};
+  }
+  static bool on_load(Activation act) { return act == Activation::Relu || act == Activation::LeakyRelu || act == Activation::Identity; }
   Read<S> read(Frame& inner, const stage::Segment& s) {
     return {value(s.place), of(s.place).pitch, s.place.channels(), norm(inner, s), {s.act, T(s.slope)}};
   }
@@ -298,7 +302,7 @@ template <class S> struct Stage {
         add_terms<S>(a.parallel, elementwise_tasks(of(s.place).pixels(), to.channels), of(s.place).pixels(), &r.activated.back().second, 1, {Activation::Identity, T(0)}, y, to.pitch, nullptr);
         to.x = y;
       } else if (s.column >= 0 || s.act != Activation::Identity) {
-        to.norm = &r.norms.emplace_back(norm(inner, s)), to.floor = floor_of(s.act);
+        to.norm = &r.norms.emplace_back(norm(inner, s)), to.act = act_of(s);
       }
       r.segments.push_back(to);
     }
@@ -423,14 +427,14 @@ template <class S> struct Stage {
     const S* z;
     int64_t pitch, channels;
     Affine<T> norm;
-    T floor;
+    OnLoad<T> act;
     std::vector<Read<S>> gathered;  // empty: z is the value itself
   };
   Input3x3 input3x3(Frame& inner, const std::vector<stage::Segment>& from) {
     const stage::Segment& s = from[0];
     int64_t n = channels(from);
-    if (from.size() == 1 && on_load(s.act)) return {value(s.place), of(s.place).pitch, n, norm(inner, s), floor_of(s.act), {}};
-    Input3x3 in{nullptr, padded_channels(n), n, Affine<T>(inner, n), floor_of(Activation::Identity), {}};
+    if (from.size() == 1 && on_load(s.act)) return {value(s.place), of(s.place).pitch, n, norm(inner, s), act_of(s), {}};
+    Input3x3 in{nullptr, padded_channels(n), n, Affine<T>(inner, n), act_of({}), {}};
     std::fill(in.norm.scale, in.norm.scale + n, T(1));
     S* z = inner.take<S>(of(s.place).pixels() * in.pitch);
     in.z = z;
@@ -449,7 +453,7 @@ template <class S> struct Stage {
     Dropout<T> dropout(i.conv.drop_rate, a.seed, i.drop);
     Statistics<T>* stats = statistics(inner, i.statistics, tasks, out);
     const T* packed = pack3x3<M, false>(inner, node, {out, in.channels, a.weights[node].channels_last});
-    Conv3x3<S> conv{a.parallel, tasks, g.N, g.H, g.W, in.channels, in.pitch, out, of(i.to).pitch, in.norm, dropout, in.floor};
+    Conv3x3<S> conv{a.parallel, tasks, g.N, g.H, g.W, in.channels, in.pitch, out, of(i.to).pitch, in.norm, dropout, in.act};
     conv3x3_forward<M>(conv, in.z, packed, value(i.to), stats);
     merge_statistics(stats, tasks, i.to, i.statistics);
   }
@@ -644,7 +648,7 @@ template <class S> struct Stage {
     if (!in.gathered.empty()) to = {wants_dgrad ? inner.take<S>(grid.pixels() * in.pitch) : nullptr, in.pitch, nullptr, 0};
     PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, E * round_up(in.channels, L) * gp, round_up(in.channels, L) + 2 * L);
     Weights3x3<T> lie{out, in.channels, a.weights[node].channels_last};
-    Conv3x3<S> conv{a.parallel, tasks, grid.N, grid.H, grid.W, in.channels, in.pitch, out, of(i.of).pitch, in.norm, dropout, in.floor};
+    Conv3x3<S> conv{a.parallel, tasks, grid.N, grid.H, grid.W, in.channels, in.pitch, out, of(i.of).pitch, in.norm, dropout, in.act};
     Conv3x3Backward<M, S> back_product{conv, value(i.of), g, {o.correction.mean, o.correction.scale, o.correction.shift, o.any}, in.z, pack3x3<M, true>(inner, node, lie),
                                        {to.g, to.pitch, to.in, to.in_pitch}, gp, parts, wants_dgrad, !i.wanted.empty(), g_pitch};
     back_product.run();

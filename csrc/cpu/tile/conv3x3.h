@@ -128,7 +128,21 @@ template <class S> struct Conv3x3 {
   int64_t N, H, W, b, zp, g, pitch;
   const Affine<T>& norm;   // of z
   const Dropout<T>& dropout;
-  T floor = 0;             // z is read as max(floor, norm(z))
+  OnLoad<T> act = {};      // of norm(z)
+
+  // V of one tile row and channel vector k of act(norm(z)).
+  template <int M>
+  CSP_INLINE void transform_input(const Tiling<M>& tl, const S* z, int64_t row, int64_t k, Vec<T>* columns, T* V, int64_t e_step) const {
+    constexpr int L = LANES<T>;
+    const Vec<T> mean = load(norm.mean + k * L), scale = load(norm.scale + k * L), shift = load(norm.shift + k * L), number = Vec<T>{} + act.number;
+    const S* zk = z + tl.image(row) * zp + k * L;
+    auto with = [&](auto leaky) __attribute__((always_inline)) {
+      transform_row<T, M>(tl, tl.y(row), columns, V, e_step, [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+        return on_load<decltype(leaky)::value, T>((load_masked(zk + (y * W + x) * zp, b - k * L) - mean) * scale + shift, number);
+      });
+    };
+    act.leaky ? with(std::true_type{}) : with(std::false_type{});
+  }
 };
 
 // slice = conv3x3(act(norm(z))), statistics of the slice.
@@ -139,7 +153,6 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
   constexpr int L = LANES<T>, E = (M + 2) * (M + 2);
   Tiling<M> tl(c.N, c.H, c.W);
   int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS), blocks = ceil_div(c.b, L);
-  const Vec<T> floor = Vec<T>{} + c.floor;
   for_tasks(c.parallel, c.tasks, [&](int task) {
     Frame frame;
     T* V = frame.take<T>(E * blocks * Tp * L);
@@ -151,15 +164,7 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
     for (int64_t row = r.begin; row < r.end; row += batch) {
       int64_t nr = min64(batch, r.end - row), pixels = 0;
       for (int64_t q = 0; q < nr; q++) {
-        const S* zi = z + tl.image(row + q) * c.zp;
-        for (int64_t k = 0; k < blocks; k++) {
-          Vec<T> mean = load(c.norm.mean + k * L), scale = load(c.norm.scale + k * L), shift = load(c.norm.shift + k * L);
-          const S* zk = zi + k * L;
-          transform_row<T, M>(tl, tl.y(row + q), columns, V + (k * Tp + q * tl.TW) * L, blocks * Tp * L,
-                              [&](int64_t y, int64_t x) __attribute__((always_inline)) {
-                                return act<T>((load_masked(zk + (y * c.W + x) * c.zp, c.b - k * L) - mean) * scale + shift, floor);
-                              });
-        }
+        for (int64_t k = 0; k < blocks; k++) c.transform_input(tl, z, row + q, k, columns, V + (k * Tp + q * tl.TW) * L, blocks * Tp * L);
       }
       for (int64_t p = 0; p < panels<T>(c.g); p++) {
         int nv = panel_vectors<T>(c.g, p);
@@ -243,7 +248,11 @@ template <int M, class S> struct Conv3x3Backward {
         int nv = panel_vectors<T>(c.b, p);
         winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, U + p * E * blocks * L * 2 * L, nv, Mb);
         for (int j = 0; j < nv; j++) {
-          auto put = [&](auto how) { emit<decltype(how)::value>(row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L, part); };
+          auto put = [&](auto how) {
+            constexpr Put PUT = decltype(how)::value;
+            c.act.leaky ? emit<PUT, true>(row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L, part)
+                        : emit<PUT, false>(row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L, part);
+          };
           if (!dz.g) put(std::integral_constant<Put, Put::Nothing>{});
           else if (dz.in) put(std::integral_constant<Put, Put::Add>{});
           else put(std::integral_constant<Put, Put::Write>{});
@@ -254,8 +263,8 @@ template <int M, class S> struct Conv3x3Backward {
 
   // Transforms back one channel vector of a batch, masks it, sums it.
   enum class Put { Nothing, Write, Add };
-  template <Put PUT> void emit(int64_t row, int64_t nr, int64_t ch, const T* Mb, int64_t e_step, int64_t t_step, const PartialSums<T>& part) const {
-    Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch), floor = Vec<T>{} + c.floor;
+  template <Put PUT, bool LEAKY> void emit(int64_t row, int64_t nr, int64_t ch, const T* Mb, int64_t e_step, int64_t t_step, const PartialSums<T>& part) const {
+    Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch), number = Vec<T>{} + c.act.number;
     int64_t n = c.b - ch;
     Vec<T> sum{}, sum_z{};  // of this batch: short sums lose less
     for (int64_t q = 0; q < nr; q++)
@@ -266,7 +275,7 @@ template <int M, class S> struct Conv3x3Backward {
         untransform<T, M>(Mb + (q * tl.TW + tx) * t_step, e_step, y);
         auto put = [&](int u, int v) __attribute__((always_inline)) {
           int64_t pixel = first + u * c.W + v;
-          Vec<T> centred = load_masked(z + pixel * c.zp + ch, n) - mean, d = act_gradient<T>(centred * scale + shift, y[u][v], floor);
+          Vec<T> centred = load_masked(z + pixel * c.zp + ch, n) - mean, d = on_load_gradient<LEAKY, T>(centred * scale + shift, y[u][v], number);
           if constexpr (PUT == Put::Write) store_masked(dz.g + pixel * dz.pitch + ch, d * scale, n);
           if constexpr (PUT == Put::Add) store_masked(dz.g + pixel * dz.pitch + ch, load_masked(dz.in + pixel * dz.in_pitch + ch, n) + d * scale, n);
           sum += d, sum_z += d * centred;
@@ -304,17 +313,9 @@ template <int M, class S> struct Conv3x3Backward {
 
   void wgrad(int64_t begin, int64_t end, Vec<T>* columns, T* V, T* dM, const PartialSums<T>& part) const {
     int64_t nr = end - begin, tiles = nr * tl.TW, blocks = gp / L;
-    const Vec<T> floor = Vec<T>{} + c.floor;
     transform_gradient(begin, nr, dM);
     for (int64_t k = 0; k < ceil_div(c.b, L); k++) {
-      Vec<T> mean = load(c.norm.mean + k * L), scale = load(c.norm.scale + k * L), shift = load(c.norm.shift + k * L);
-      for (int64_t q = 0; q < nr; q++) {
-        const S* zk = z + tl.image(begin + q) * c.zp + k * L;
-        transform_row<T, M>(tl, tl.y(begin + q), columns, V + q * tl.TW * L, tiles * L,
-                            [&](int64_t y, int64_t x) __attribute__((always_inline)) {
-                              return act<T>((load_masked(zk + (y * c.W + x) * c.zp, c.b - k * L) - mean) * scale + shift, floor);
-                            });
-      }
+      for (int64_t q = 0; q < nr; q++) c.transform_input(tl, z, begin + q, k, columns, V + q * tl.TW * L, tiles * L);
       for (int e = 0; e < E; e++)
         for (int i = 0; i < L; i += WROWS<T>)
           for (int64_t o = 0; o < blocks; o += 2) {

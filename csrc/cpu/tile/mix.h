@@ -24,28 +24,37 @@ template <class S> struct Segment {
   using T = typename Types<S>::T;
   const S* x;
   int64_t pitch, channels;
-  const Affine<T>* norm;  // null: read as it is; else max(floor, norm(x)), which is ReLU
+  const Affine<T>* norm;  // null: read as it is; else through it and `act`
   S* g;                   // backward, null: not wanted; the gradient of x, times nothing or norm's scale
   int64_t g_pitch;
   int64_t column;         // its first row of the packed weights
   const S* g_in = nullptr;  // g = this + the gradient; null: it begins here
   int64_t g_in_pitch = 0;
-  T floor = 0;
+  OnLoad<T> act = {};
 };
 
+// How a segment is read; f(std::integral_constant<Load, ...>, std::bool_constant<pool>).
+enum class Load { Raw, Floor, Leaky };
+template <class S, class F> CSP_INLINE void with_load(const Segment<S>& s, bool pool, F f) {
+  auto with = [&](auto load) __attribute__((always_inline)) { pool ? f(load, std::true_type{}) : f(load, std::false_type{}); };
+  if (!s.norm) with(std::integral_constant<Load, Load::Raw>{});
+  else if (s.act.leaky) with(std::integral_constant<Load, Load::Leaky>{});
+  else with(std::integral_constant<Load, Load::Floor>{});
+}
+
 // A[block][MR][LANES] from channels c0..c1 of one segment; source: first pixel behind each of m rows.
-template <class U, bool ACT, bool POOL, class S>
+template <class U, Load LOAD, bool POOL, class S>
 CSP_NOINLINE void pack_segment(const Segment<S>& s, const int64_t* source, int64_t W, int m, int64_t c0, int64_t c1, Unit<U>* A) {
   using T = Acc<U>;
   constexpr int MR = TILE_ROWS, L = LANES<T>, LAST = U::DEPTH - 1;
-  const Vec<T> floor = Vec<T>{} + s.floor;
+  const Vec<T> number = Vec<T>{} + s.act.number;
   for (int i = 0; i < m; i++) {
     const S* f = s.x + source[i] * s.pitch;
     auto read = [&](int64_t c) __attribute__((always_inline)) {
       int64_t n = s.channels - c;
       auto at = [&](int64_t pixel) __attribute__((always_inline)) {
         Vec<T> x = load(f + pixel * s.pitch + c, n);
-        if constexpr (ACT) x = act<T>((x - load(s.norm->mean + c)) * load(s.norm->scale + c) + load(s.norm->shift + c), floor);
+        if constexpr (LOAD != Load::Raw) x = on_load<LOAD == Load::Leaky, T>((x - load(s.norm->mean + c)) * load(s.norm->scale + c) + load(s.norm->shift + c), number);
         return x;
       };
       if constexpr (POOL) return ((at(0) + at(1)) + (at(W) + at(W + 1))) * T(0.25);
@@ -122,8 +131,7 @@ template <class S> struct Mix {
       if (c0 >= c1) continue;
       Unit<U>* to = A + (c0 - k0) / D * MR;
       c0 -= s.column, c1 -= s.column;
-      if (s.norm) grid.pool ? pack_segment<U, true, true>(s, source, grid.W, m, c0, c1, to) : pack_segment<U, true, false>(s, source, grid.W, m, c0, c1, to);
-      else grid.pool ? pack_segment<U, false, true>(s, source, grid.W, m, c0, c1, to) : pack_segment<U, false, false>(s, source, grid.W, m, c0, c1, to);
+      with_load(s, grid.pool, [&](auto load, auto pool) { pack_segment<U, decltype(load)::value, decltype(pool)::value>(s, source, grid.W, m, c0, c1, to); });
     }
   }
 
@@ -226,18 +234,19 @@ template <class S> struct MixBackward {
   int64_t group() const { return max64(1, min64(8, (int64_t(256) << 10) / (mix.O * MR * int64_t(sizeof(T))))); }
 
   // One vector of channels of one tile: da[i * nv] -> gradient of the segment; what the product read goes to a[row][LANES].
-  template <bool ACT, bool POOL>
+  template <Load LOAD, bool POOL>
   CSP_NOINLINE void emit(const Segment<S>& s, int64_t c, const int64_t* source, int m, const Vec<T>* da, int nv, Unit<U>* a,
                          const PartialSums<T>& part) const {
     int64_t n = s.channels - c, W = mix.grid.W;
-    Vec<T> mean{}, scale{}, shift{}, sum{}, sum_x{}, floor = Vec<T>{} + s.floor;
-    if constexpr (ACT) mean = load(s.norm->mean + c), scale = load(s.norm->scale + c), shift = load(s.norm->shift + c);
+    Vec<T> mean{}, scale{}, shift{}, sum{}, sum_x{}, number = Vec<T>{} + s.act.number;
+    if constexpr (LOAD != Load::Raw) mean = load(s.norm->mean + c), scale = load(s.norm->scale + c), shift = load(s.norm->shift + c);
     auto one = [&](int64_t pixel, Vec<T> d) __attribute__((always_inline)) {
       Vec<T> x = load(s.x + pixel * s.pitch + c, n);
-      if constexpr (ACT) {
+      if constexpr (LOAD != Load::Raw) {
         Vec<T> centred = x - mean, pre = centred * scale + shift;
-        d = act_gradient<T>(pre, d, floor);
-        sum += d, sum_x += d * centred, d *= scale, x = act<T>(pre, floor);
+        constexpr bool LEAKY = LOAD == Load::Leaky;
+        d = on_load_gradient<LEAKY, T>(pre, d, number);
+        sum += d, sum_x += d * centred, d *= scale, x = on_load<LEAKY, T>(pre, number);
       }
       if (s.g) {
         store(s.g + pixel * s.g_pitch + c, s.g_in ? load(s.g_in + pixel * s.g_in_pitch + c, n) + d : d, n);
@@ -255,7 +264,7 @@ template <class S> struct MixBackward {
       Vec<T> first = row(i);
       store(a + i / D * L, U::join(first, D > 1 ? row(i + D - 1) : Vec<T>{}));
     }
-    if constexpr (ACT) {
+    if constexpr (LOAD != Load::Raw) {
       int64_t k = s.column + c;
       store(part.sum + k, load(part.sum + k) + sum), store(part.sum_x + k, load(part.sum_x + k) + sum_x);
     }
@@ -266,8 +275,7 @@ template <class S> struct MixBackward {
     while (mix.segments[i].column > k) i--;
     const Segment<S>& s = mix.segments[i];
     int64_t c = k - s.column;
-    if (s.norm) mix.grid.pool ? emit<true, true>(s, c, source, m, da, nv, a, part) : emit<true, false>(s, c, source, m, da, nv, a, part);
-    else mix.grid.pool ? emit<false, true>(s, c, source, m, da, nv, a, part) : emit<false, false>(s, c, source, m, da, nv, a, part);
+    with_load(s, mix.grid.pool, [&](auto load, auto pool) { emit<decltype(load)::value, decltype(pool)::value>(s, c, source, m, da, nv, a, part); });
   }
 
   // The segment of two vectors of channels that are read and whose gradient is written in place, null if it takes more.

@@ -48,9 +48,20 @@ CSP_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 template <class T> CSP_INLINE Vec<T> act(Vec<T> x) { return x <= 0 ? Vec<T>{} : x; }
 // The gradient g where ReLU of x passes it, and where x is NaN, as in torch.
 template <class T> CSP_INLINE Vec<T> act_gradient(Vec<T> x, Vec<T> g) { return x <= 0 ? Vec<T>{} : g; }
-// The same with 0 as a variable: minus infinity makes it the identity.
-template <class T> CSP_INLINE Vec<T> act(Vec<T> x, Vec<T> floor) { return x <= floor ? floor : x; }
-template <class T> CSP_INLINE Vec<T> act_gradient(Vec<T> x, Vec<T> g, Vec<T> floor) { return x <= floor ? Vec<T>{} : g; }
+// What products apply to what they load, behind a norm: the larger of x and `number` (0: ReLU, minus infinity: nothing), or
+// leaky ReLU whose slope for negative x is `number`.
+template <class T> struct OnLoad {
+  T number = 0;
+  bool leaky = false;
+};
+template <bool LEAKY, class T> CSP_INLINE Vec<T> on_load(Vec<T> x, Vec<T> number) {
+  if constexpr (LEAKY) return x <= 0 ? x * number : x;
+  else return x <= number ? number : x;
+}
+template <bool LEAKY, class T> CSP_INLINE Vec<T> on_load_gradient(Vec<T> x, Vec<T> g, Vec<T> number) {
+  if constexpr (LEAKY) return x > 0 ? g : g * number;
+  else return x <= number ? Vec<T>{} : g;
+}
 
 // ---- scalar conversions
 CSP_INLINE float widen(BFloat16 x) { uint32_t u = uint32_t(x.bits) << 16; float f; memcpy(&f, &u, 4); return f; }
