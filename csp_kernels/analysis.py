@@ -176,7 +176,8 @@ def _input(model: nn.Module, shape: Sequence[int]) -> Tensor:
 def _count(model: nn.Module, shape: Sequence[int]) -> list[Row]:
     naive = copy.deepcopy(model).to("meta").eval()
     x = _input(naive, shape)
-    counter = _Counter(naive, model.training, _moved(calls(model, x), model.training))
+    found = calls(model, x)
+    counter = _Counter(naive, model.training, _moved(found, model.training), _beside(found))
     with use_backend("reference"), torch.no_grad(), counter:
         naive(x)
     return counter.finish()
@@ -195,6 +196,11 @@ def _moved(found: Iterable[Call], training: bool) -> dict[str, int]:
     return moved
 
 
+def _beside(found: Iterable[Call]) -> set[str]:
+    """Names of the children that fused layers call beside their programs."""
+    return {f"{call.name}.{child}".lstrip(".") for call in found for child in getattr(call.layer, "called", ())}
+
+
 def _to_twin(module: nn.Module) -> None:
     """Make a fused layer its plain twin in `reference`, which calls its children."""
     name = type(module).__name__
@@ -206,9 +212,9 @@ def _to_twin(module: nn.Module) -> None:
 class _Counter(TorchDispatchMode):
     """Charges every operation to the innermost module that runs. fused: bytes of the layers that run programs."""
 
-    def __init__(self, model: nn.Module, training: bool, fused: dict[str, int]) -> None:
+    def __init__(self, model: nn.Module, training: bool, fused: dict[str, int], beside: set[str]) -> None:
         super().__init__()
-        self.training, self.fused, self.stack = training, fused, [""]
+        self.training, self.fused, self.beside, self.stack = training, fused, beside, [""]
         self.names = {module: name for name, module in model.named_modules()}
         self.rows: dict[str, Row] = {}
         never_called = {
@@ -267,7 +273,7 @@ class _Counter(TorchDispatchMode):
             row.shortcut_flops += out.numel()
         moved = _naive_bytes(op, args, out, self.training)
         row.dram_bytes_naive += moved
-        if not any(name in self.fused for name in self.stack[1:]):
+        if self.stack[-1] in self.beside or not any(name in self.fused for name in self.stack[1:]):
             row.dram_bytes_fused += moved
 
     def _parts(self, out: Tensor) -> tuple[int, ...]:

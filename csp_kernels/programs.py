@@ -14,6 +14,7 @@ from csp_kernels.backends import use_backend
 from csp_kernels.layers import (
     ConcatConv,
     CSPDenseStage,
+    CSPStage,
     DenseBlock,
     PartialTransition,
     PostDenseBlock,
@@ -24,13 +25,15 @@ from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.graph import Graph, without_dropout
 from csp_kernels.stage.program import Program, Wanted
 
-Layer = ConcatConv | CSPDenseStage | DenseBlock | PartialTransition | PostDenseBlock | Stage | TwoWayDenseBlock
+Layer = (
+    ConcatConv | CSPDenseStage | CSPStage | DenseBlock | PartialTransition | PostDenseBlock | Stage | TwoWayDenseBlock
+)
 
 
 def operator_of(layer: Layer) -> str:
     """The function of csp.ops that it calls: "csp_stage" of a CSPDenseStage."""
     kinds = {ConcatConv: "concat_conv", CSPDenseStage: "csp_stage", DenseBlock: "dense_block", Stage: "stage"}
-    kinds |= {PartialTransition: "partial_transition", PostDenseBlock: "post_dense_block"}
+    kinds |= {CSPStage: "stage", PartialTransition: "partial_transition", PostDenseBlock: "post_dense_block"}
     return next((name for kind, name in kinds.items() if isinstance(layer, kind)), "two_way_dense_block")
 
 
@@ -41,7 +44,7 @@ def graph_of(layer: Layer) -> Graph:
 
 def images_of(layer: Layer, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """The inputs of the graph among the arguments of a call."""
-    return layer.images(*inputs) if isinstance(layer, (ConcatConv, PartialTransition)) else inputs
+    return layer.images(*inputs) if isinstance(layer, (ConcatConv, CSPStage, PartialTransition)) else inputs
 
 
 def holders_of(layer: Layer, graph: Graph) -> list[Any]:

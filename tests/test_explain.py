@@ -320,7 +320,8 @@ def test_calls_on_a_gpu_that_were_measured_to_be_faster(monkeypatch: pytest.Monk
 
 def test_errors() -> None:
     kinds = (
-        "ConcatConv, csp.CSPDenseStage, csp.DenseBlock, csp.PartialTransition, csp.PostDenseBlock, csp.Stage or csp."
+        "ConcatConv, csp.CSPDenseStage, csp.CSPStage, csp.DenseBlock, csp.PartialTransition, csp.PostDenseBlock, "
+        "csp.Stage or csp."
     )
     with pytest.raises(TypeError, match=f"^module: got Transition, expected csp.{kinds}TwoWayDenseBlock$"):
         csp.explain(csp.Transition(8, 4), image(8))

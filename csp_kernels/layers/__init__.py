@@ -2,7 +2,7 @@
 
 from csp_kernels.layers.concat_conv import ConcatConv
 from csp_kernels.layers.csp_dense_stage import CSPDenseStage
-from csp_kernels.layers.csp_stage import CSPStage
+from csp_kernels.layers.csp_residual_stage import CSPStage
 from csp_kernels.layers.dense_block import DenseBlock
 from csp_kernels.layers.partial_transition import PartialTransition
 from csp_kernels.layers.post_dense_block import PostDenseBlock

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from csp_kernels.layers.csp_stage import ConvNormAct, CSPStage, ResidualBlock
+from csp_kernels.layers.csp_residual_stage import CSPStage
 from csp_kernels.models.network import Features, Network
 from csp_kernels.models.resnet import VARIANTS
+from csp_kernels.reference.csp_residual_stage import ConvNormAct, ResidualBlock
 
 WIDTHS, DEPTHS = (64, 128, 256, 512, 1024), (1, 2, 8, 8, 4)
 

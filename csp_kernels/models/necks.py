@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csp_kernels.layers.concat_conv import ConcatConv
-from csp_kernels.layers.csp_stage import ConvNormAct
 from csp_kernels.models.network import initialise
+from csp_kernels.reference.csp_residual_stage import ConvNormAct
 
 MERGES = ("concat", "add")
 _LEAKY: dict[str, Any] = {"act": "leaky_relu", "negative_slope": 0.1}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from csp_kernels import layers
-from csp_kernels.layers.csp_stage import ConvNormAct
 from csp_kernels.models.network import Features, Network
+from csp_kernels.reference.csp_residual_stage import ConvNormAct
 
 LAYERS, WIDTHS = (3, 4, 8, 6), (1, 2, 4, 4)  # two-way layers and bottleneck width of each stage
 DIGITS, DIGITS_WIDTHS = (3, 4, 6), (1, 2, 4)  # at 28x28, 14x14, 7x7

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from csp_kernels.layers.csp_stage import ConvNormAct, CSPStage, ResidualBlock
+from csp_kernels.layers.csp_residual_stage import CSPStage
 from csp_kernels.models.network import Features, Network
+from csp_kernels.reference.csp_residual_stage import ConvNormAct, ResidualBlock
 
 DEPTHS = (3, 4, 6, 3)
 CSP_DEPTHS = (3, 3, 5, 2)

@@ -1,6 +1,7 @@
 """Plain PyTorch twins of the layers and operators: naive concatenation, any dtype, any device."""
 
 from csp_kernels.reference.concat_conv import ConcatConv, concat_conv
+from csp_kernels.reference.csp_residual_stage import CSPStage
 from csp_kernels.reference.csp_stage import CSPDenseStage, csp_stage
 from csp_kernels.reference.dense_block import DenseBlock, DenseLayer, dense_block
 from csp_kernels.reference.partial_transition import PartialTransition, partial_transition
@@ -10,6 +11,7 @@ from csp_kernels.reference.two_way_dense_block import TwoWayDenseBlock, two_way_
 
 __all__ = [
     "CSPDenseStage",
+    "CSPStage",
     "ConcatConv",
     "DenseBlock",
     "DenseLayer",

@@ -1,4 +1,4 @@
-"""The cross stage partial stage of residual blocks (CSPNet, arXiv 1911.11929, Fig. 5): CSPResNet, CSPResNeXt, CSPDarkNet."""
+"""The cross stage partial stage of residual blocks: CSPResNet, CSPResNeXt, CSPDarkNet (arXiv 1911.11929, Fig. 5)."""
 
 from __future__ import annotations
 

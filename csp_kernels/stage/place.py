@@ -235,7 +235,7 @@ class _Placing:
         groups: list[list[int]] = []
         for _, user in self.graph.users():
             values = self._together(user.reads)
-            groups += [[value] for value in values] if isinstance(user, Sum) else [values]  # what is added lies anywhere
+            groups += [[value] for value in values] if isinstance(user, Sum) else [values]  # terms may lie anywhere
         for values in sorted(groups, key=len, reverse=True):
             missing = [v for v in values if v not in self.places]
             for kind in ("kept", "scratch"):

@@ -34,6 +34,7 @@ def add_residual_block(
     Of unequal numbers of channels only the leading common ones are added (DarkNet's shortcut). What an activation that
     is cheap follows is kept as it is in front of it, and read through it: then backward need not add up again.
     """
+
     def unit(reads: Sequence[Read], channels: int, kernel: int, name: str, linear: bool = False) -> Read:
         return conv_norm(
             build, reads, channels, kernel, "identity" if linear else act, slope, prefix=f"{prefix}{name}.",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import csp_kernels as csp
-from csp_kernels.layers.csp_stage import ResidualBlock
+from csp_kernels.reference.csp_residual_stage import ResidualBlock
 
 FORMS: dict[str, dict[str, Any]] = {
     "published": {"width": 12, "entry_channels": 8, "groups": 4, "split_act": "identity"},
