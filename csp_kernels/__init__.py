@@ -6,10 +6,14 @@ from csp_kernels import analysis, layers, models, native, ops, reference
 from csp_kernels.backends import backends, use_backend
 from csp_kernels.explain import explain
 from csp_kernels.layers import (
+    C3,
+    ELAN,
+    C2f,
     ConcatConv,
     CSPDenseStage,
     CSPStage,
     DenseBlock,
+    OSABlock,
     PartialTransition,
     PostDenseBlock,
     Stage,
@@ -21,10 +25,14 @@ from csp_kernels.verify import check
 
 __version__ = "0.1.0"
 __all__ = [
+    "C3",
+    "ELAN",
+    "C2f",
     "CSPDenseStage",
     "CSPStage",
     "ConcatConv",
     "DenseBlock",
+    "OSABlock",
     "PartialTransition",
     "PostDenseBlock",
     "Stage",
