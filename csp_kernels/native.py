@@ -68,8 +68,12 @@ def scratch_bytes() -> int:
 
 
 def empty_cache() -> int:
-    """Give the CPU kernels' scratch memory back to the system, of all threads that are in no call; how many bytes.
+    """Give back what the CPU kernels keep between calls; how many bytes.
 
-    Without this, memory goes back some seconds after its last use, at the next call of any operator.
+    That is scratch memory, of all threads that are in no call, which otherwise goes back some seconds after its last
+    use, at the next call of any operator; and packed weights of inference, which otherwise live as long as the weights
+    do, or until they are trained.
     """
-    return int(torch.ops.csp_kernels.empty_cache()) if available() else 0
+    from csp_kernels.ops import _packed  # imports this module
+
+    return _packed.empty() + int(torch.ops.csp_kernels.empty_cache()) if available() else 0

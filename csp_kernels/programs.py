@@ -58,13 +58,13 @@ def recompute_of(layer: Layer) -> str:
     return choice
 
 
-def program_of(layer: Layer, graph: Graph, wanted: Wanted | None) -> Program:
+def program_of(layer: Layer, graph: Graph, wanted: Wanted | None, device: str) -> Program:
     """What a call compiles to, with the norms that are frozen now and the layer's `recompute`. wanted: of backward,
-    None: nothing."""
+    None: nothing. device: type of that which it runs on, "meta" for the CPU."""
     pairs = zip(graph.order, holders_of(layer, graph), strict=True)
     norms = {item.index: norm for item, norm in pairs if item.kind == "norm"}
     frozen = tuple(_frozen(norms[i]) for i in range(len(norms)))
-    return compile_stage(graph, frozen, wanted, recompute_of(layer))
+    return compile_stage(graph, frozen, wanted, recompute_of(layer), "cpu" if device in ("cpu", "meta") else "any")
 
 
 def _frozen(norm: Any) -> bool:

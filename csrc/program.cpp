@@ -81,7 +81,7 @@ class Reader {
   void read(Copy& x) { all(x.source, x.to, x.statistics); }
   void read(Measure& x) { all(x.source, x.statistics); }
   void read(Fill& x) { all(x.bindings); }
-  void read(Product& x) { all(x.nodes, x.conv, x.segments, x.to, x.statistics, x.drop, x.column, x.act, x.slope); }
+  void read(Product& x) { all(x.nodes, x.conv, x.segments, x.to, x.statistics, x.drop, x.column, x.act, x.slope, x.residual); }
   void read(Add& x) { all(x.node, x.segments, x.to, x.act, x.slope, x.statistics); }
   void read(Activate& x) { all(x.segments, x.to, x.pool); }
   void read(Bottleneck& x) { all(x.reduce, x.conv); }
@@ -210,15 +210,18 @@ class Check {
   void operator()(const Product& i) const {
     written(i.to), statistics(i.statistics, i.to), product(i.nodes, i.conv, i.segments, i.to, i.drop);
     expect(i.column == -1 || inside(i.column, i.to.channels(), p.columns), "a norm lies beyond the columns");
-    bool through = i.column >= 0 || i.act != Activation::Identity;
-    expect(!through || (i.conv.kernel == 1 && i.statistics == -1), "a norm or an activation follows a 3x3, or what statistics are taken of");
+    bool through = i.column >= 0 || i.act != Activation::Identity || !i.residual.empty();
+    expect(!through || (i.statistics == -1 && i.drop == -1), "a norm, an activation or a residual follows what statistics are taken of, or what is dropped");
+    expect(i.residual.size() <= 1, "several residuals");
+    if (!i.residual.empty()) sum(i.residual, i.to);
   }
   void operator()(const Bottleneck& i) const {
     (*this)(i.reduce), (*this)(i.conv);
     expect(buffer(i.reduce.to).kind == Kind::Scratch, "what lies inside a bottleneck is not scratch memory");
     const auto& from = i.reduce.segments;
     expect(from.size() == 1 && from[0].column >= 0 && from[0].act == Activation::Relu && i.reduce.conv.kernel == 1 && !i.reduce.conv.pool &&
-               i.reduce.column >= 0 && i.reduce.act == Activation::Relu && i.conv.conv.kernel == 3 && i.conv.conv.drop_rate == 0 && i.conv.statistics == -1,
+               i.reduce.column >= 0 && i.reduce.act == Activation::Relu && i.reduce.residual.empty() && i.conv.conv.kernel == 3 && i.conv.conv.drop_rate == 0 &&
+               i.conv.statistics == -1 && i.conv.column == -1 && i.conv.act == Activation::Identity && i.conv.residual.empty(),
            "a bottleneck is not a 1x1 through norms and ReLUs with a 3x3 behind it");
     const auto& between = i.conv.segments;
     expect(between.size() == 1 && between[0].column == -1 && between[0].act == Activation::Identity && between[0].place.buffer == i.reduce.to.buffer &&

@@ -40,9 +40,10 @@ struct Product {
   std::vector<Segment> segments;
   Place to;
   int64_t statistics = -1, drop = -1;
-  int64_t column = -1;  // inference: a norm behind the 1x1, folded into its weights, and its activation
+  int64_t column = -1;  // inference: a norm behind the convolution, folded into its weights, and its activation
   Activation act = Activation::Identity;
   double slope = 0;
+  std::vector<Segment> residual;  // one at most, which is added to that
 };
 struct Add {
   int64_t node = 0;
@@ -128,7 +129,7 @@ template <class F> void places(const Instruction& instruction, F f) {
     void operator()(const Copy& i) { f(i.source, false), f(i.to, false); }
     void operator()(const Measure& i) { f(i.source, false); }
     void operator()(const Fill&) {}
-    void operator()(const Product& i) { values(i.segments), f(i.to, false); }
+    void operator()(const Product& i) { values(i.segments), values(i.residual), f(i.to, false); }
     void operator()(const Add& i) { values(i.segments), f(i.to, false); }
     void operator()(const Activate& i) { values(i.segments), f(i.to, false); }
     void operator()(const Bottleneck& i) { values(i.reduce.segments), f(i.conv.to, false); }
@@ -156,7 +157,7 @@ template <class F> void values_read(const Instruction& instruction, F f) {
   struct Visit {
     decltype(segments)& read;
     F& f;
-    void operator()(const Product& i) { read(i.segments, true, false); }
+    void operator()(const Product& i) { read(i.segments, true, false), read(i.residual, true, false); }
     void operator()(const Add& i) { read(i.segments, true, false); }
     void operator()(const ActivateBackward& i) { read(i.segments, false, false); }
     void operator()(const ProductBackward& i) {

@@ -99,22 +99,57 @@ struct Call {
   }
 };
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> stage_forward(std::vector<Tensor> inputs, std::vector<Tensor> params, std::vector<Tensor> running,
-                                                                           std::optional<Tensor> seed, std::string program, std::vector<double> eps, int64_t winograd) {
-  Call c("stage", inputs, params, running, seed, program, eps, winograd, false);
-  std::vector<Tensor> outputs, kept;
+// Memory for the outputs; returns that of the statistics.
+Tensor outputs_of(Call& c, const std::vector<Tensor>& inputs, std::vector<Tensor>& outputs) {
   c.each(stage::Kind::Output, [&](const stage::Buffer& b, StageBuffer& memory) {
     outputs.push_back(channels_last(inputs[0], c.first.N, b.channels, b.side(c.first.H), b.side(c.first.W)));
     memory.x = outputs.back().mutable_data_ptr();
   });
+  Tensor stats = statistics(inputs[0], c.p.statistics);
+  c.statistics(static_cast<double*>(stats.mutable_data_ptr()));
+  return stats;
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> stage_forward(std::vector<Tensor> inputs, std::vector<Tensor> params, std::vector<Tensor> running,
+                                                                           std::optional<Tensor> seed, std::string program, std::vector<double> eps, int64_t winograd) {
+  Call c("stage", inputs, params, running, seed, program, eps, winograd, false);
+  std::vector<Tensor> outputs, kept;
   c.each(stage::Kind::Kept, [&](const stage::Buffer& b, StageBuffer& memory) {
     kept.push_back(buffer(inputs[0], {c.pixels(b), memory.pitch}));
     memory.x = kept.back().mutable_data_ptr();
   });
-  Tensor stats = statistics(inputs[0], c.p.statistics);
-  c.statistics(static_cast<double*>(stats.mutable_data_ptr()));
+  Tensor stats = outputs_of(c, inputs, outputs);
   if (!c.empty()) isa().stage->forward(c.call);
   return {outputs, kept, stats};
+}
+
+// Forward of a program that keeps nothing, with packed weights that calls share: those that an earlier call returned, or none,
+// then they are made and returned. Parameters need not be those of then: weights are packed again where they seem to differ.
+std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>> stage_inference(std::vector<Tensor> inputs, std::vector<Tensor> params, std::vector<Tensor> running,
+                                                                             std::vector<Tensor> packed, std::string program, std::vector<double> eps, int64_t winograd) {
+  constexpr const char* OP = "stage_inference";
+  Call c(OP, inputs, params, running, std::nullopt, program, eps, winograd, false);
+  require(c.p.count(stage::Kind::Kept) == 0, {OP, "program"}, "got one that keeps something for backward, expected one of inference");
+  std::vector<PackedWeights> shared;
+  for (size_t i = 0; i < packed.size(); i++)
+    shared.push_back({checked({OP, "packed", int64_t(i)}, packed[i], CODES.int64, {ANY}), packed[i].numel() * int64_t(sizeof(int64_t))});
+  std::vector<Tensor> outputs, made;
+  struct Keep {
+    const Tensor& like;
+    std::vector<Tensor>& made;
+  } keep{inputs[0], made};
+  if (shared.empty()) {
+    c.call.keep_context = &keep;
+    c.call.keep = [](void* context, int64_t bytes) -> void* {
+      Keep& keep = *static_cast<Keep*>(context);
+      keep.made.push_back(contiguous(keep.like, CODES.int64, {bytes / int64_t(sizeof(int64_t))}));
+      return keep.made.back().mutable_data_ptr();
+    };
+  }
+  c.call.packed = shared.data(), c.call.packed_count = int64_t(shared.size());
+  Tensor stats = outputs_of(c, inputs, outputs);
+  if (!c.empty()) isa().stage->forward(c.call);
+  return {outputs, stats, made};
 }
 
 // Of what the program says is wanted: inputs, then weights (and biases) of nodes, then weights and biases of norms.
@@ -163,10 +198,13 @@ std::vector<Tensor> stage_backward(std::vector<Tensor> grads, std::vector<Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(csp_kernels, m) {
   m.def("stage(Tensor[] inputs, Tensor[] params, Tensor[] running, Tensor? seed, str program, float[] eps, int winograd) "
         "-> (Tensor[] outputs, Tensor[] kept, Tensor stats)");
+  m.def("stage_inference(Tensor[] inputs, Tensor[] params, Tensor[] running, Tensor[] packed, str program, float[] eps, int winograd) "
+        "-> (Tensor[] outputs, Tensor stats, Tensor[] packed)");
   m.def("stage_backward(Tensor[] grads, Tensor[] inputs, Tensor[] outputs, Tensor[] kept, Tensor stats, Tensor[] params, Tensor[] running, "
         "Tensor? seed, str program, float[] eps, int winograd) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(csp_kernels, CPU, m) {
   m.impl("stage", TORCH_BOX(&csp::stage_forward));
+  m.impl("stage_inference", TORCH_BOX(&csp::stage_inference));
   m.impl("stage_backward", TORCH_BOX(&csp::stage_backward));
 }

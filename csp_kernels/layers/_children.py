@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
 
 from csp_kernels._tracing import constant_when_traced
 from csp_kernels.backends import selected
+from csp_kernels.ops._packed import forget
 from csp_kernels.reference.dense_block import DenseLayer
 from csp_kernels.reference.partial_transition import Unit
 from csp_kernels.reference.post_dense_block import PostDenseLayer
@@ -288,6 +289,12 @@ class Fused:
     """What the layers have in common."""
 
     _warned = False
+
+    def train(self, mode: bool = True) -> Any:
+        """As nn.Module's; packed weights of inference are made anew."""
+        module: Any = self
+        forget(module.parameters())
+        return nn.Module.train(module, mode)
 
     def __prepare_scriptable__(self) -> Callable[..., Any]:
         raise RuntimeError(

@@ -241,8 +241,11 @@ def without_gradients(op: Any, arguments: tuple[Any, ...]) -> Any:
         return op(*arguments)
 
 
-def register(name: str, fakes: dict[str, Callable[..., Any]], formula: Formula) -> None:
-    """Fake kernels ("" and suffixes of the name), Triton kernels and autograd of torch.ops.csp_kernels.<name>."""
+def register(
+    name: str, fakes: dict[str, Callable[..., Any]], formula: Formula, on_cpu: dict[str, Callable[..., Any]]
+) -> None:
+    """Fake kernels ("" and suffixes of the name), Triton kernels and autograd of torch.ops.csp_kernels.<name>; on_cpu:
+    fake kernels of those without gradients that a CPU alone has."""
     if not native.available():
         return
 
@@ -252,7 +255,10 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], formula: Formula) 
             "torch.compile, or choose csp.use_backend('reference')"
         )
 
-    for suffix, fake in fakes.items():
+    def refuse_inference(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"csp_kernels.{name}_inference is not differentiable; call csp_kernels.{name}, or csp.ops")
+
+    for suffix, fake in {**fakes, **on_cpu}.items():
         torch.library.register_fake(f"csp_kernels::{name}{suffix}", _on_one_device(name + suffix, fake))
     _register_triton(name, fakes)
 
@@ -267,6 +273,8 @@ def register(name: str, fakes: dict[str, Callable[..., Any]], formula: Formula) 
 
     torch.library.register_autograd(f"csp_kernels::{name}", backward, setup_context=setup_context)
     torch.library.register_autograd(f"csp_kernels::{name}_backward", refuse)
+    for suffix in on_cpu:
+        torch.library.register_autograd(f"csp_kernels::{name}{suffix}", refuse_inference)
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:

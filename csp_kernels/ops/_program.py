@@ -12,6 +12,7 @@ from torch import Tensor
 from csp_kernels._tracing import cached_constant
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops import _node as node
+from csp_kernels.ops._packed import forget, inference
 from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.cost import side
@@ -85,13 +86,18 @@ def run(
     channels_last = checks.is_channels_last(x)
     used = [node.in_place(t) for t in inputs]
     wants = tuple(t.requires_grad for t in (*used, *params)) if node.wants_gradients(*used, *params) else ()
-    text = _program(source, tuple(frozen), wants, recompute)
+    target = "cpu" if backend == "native" and x.is_cpu else "any"
+    text = _program(source, tuple(frozen), wants, recompute, target)
     fixed = node.fixed(running, checks.ACCUMULATE[x.dtype], bool(wants))
     op = torch.ops.csp_kernels.stage.default
     arguments = used, params, fixed, seed, text, eps, node.winograd(x.dtype, backend)
     if not wants:
-        y, _, stats = node.without_gradients(op, arguments)
+        shares = target == "cpu" and not torch.compiler.is_compiling()
+        found = inference(used, params, fixed, text, eps, arguments[-1]) if shares else None
+        y, stats = found or node.without_gradients(op, arguments)[::2]
         return [checks.formatted(t, channels_last) for t in y], Moments(text, stats)
+    if not torch.compiler.is_compiling():
+        forget(params)
     y, _, stats = node.call(op, _FORMULA, arguments)
     outputs = [checks.formatted(t, channels_last) for t in y]
     given = [*inputs, *outputs]
@@ -130,10 +136,10 @@ def wanted_gradients(graph: Graph, wants: Sequence[bool]) -> Wanted:
 
 
 @cached_constant
-def _program(source: Source, frozen: tuple[bool, ...], wants: tuple[bool, ...], recompute: str) -> str:
+def _program(source: Source, frozen: tuple[bool, ...], wants: tuple[bool, ...], recompute: str, target: str) -> str:
     """wants: see wanted_gradients; (): no gradients at all."""
     graph = built(source)
-    text = encode(compile_stage(graph, frozen, wanted_gradients(graph, wants) if wants else None, recompute))
+    text = encode(compile_stage(graph, frozen, wanted_gradients(graph, wants) if wants else None, recompute, target))
     if wants:
         _GRAPHS[text] = graph, frozen
     return text
@@ -213,6 +219,13 @@ def _fake(inputs: list[Tensor], params: list[Tensor], running: list[Tensor], see
         if b.kind == "kept"
     ]
     return outputs, kept, node.fake_statistics(x, p.statistics)
+
+
+def _fake_inference(inputs: list[Tensor], params: list[Tensor], running: list[Tensor], packed: list[Tensor],
+                    program: str, eps: list[float], winograd: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
+    """Nothing is packed for tensors without memory."""
+    outputs, _, stats = _fake(inputs, params, running, None, program, eps, winograd)
+    return outputs, stats, []
 
 
 def _fake_backward(grads: list[Tensor], inputs: list[Tensor], outputs: list[Tensor], kept: list[Tensor], stats: Tensor,
@@ -309,4 +322,4 @@ def _original(text: str, images: Sequence[Tensor | None], shapes: Sequence[Any],
 
 
 _FORMULA = node.Formula(_save, _gradients, _twin)
-node.register("stage", {"": _fake, "_backward": _fake_backward}, _FORMULA)
+node.register("stage", {"": _fake, "_backward": _fake_backward}, _FORMULA, {"_inference": _fake_inference})

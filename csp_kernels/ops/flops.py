@@ -36,6 +36,7 @@ def _program(a: Any, backward: bool) -> int:
 
 FORMULAS: dict[str, Formula] = {
     "stage": lambda a: _program(a, False),
+    "stage_inference": lambda a: _program(a, False),
     "stage_backward": lambda a: _program(a, True),
     # Parts of operators on a GPU, views [pixels, channels]; inside an operator the counter sees the operator alone.
     "conv3x3_forward": lambda a: _products(a.z[0], [a.weight]),

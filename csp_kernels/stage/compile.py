@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from csp_kernels.stage.behind import outputs_behind
 from csp_kernels.stage.check import check
-from csp_kernels.stage.fold import Folded, fold, with_bottlenecks
+from csp_kernels.stage.fold import Folded, fold, with_bottlenecks, with_residuals
 from csp_kernels.stage.graph import Conv, Graph, Node, Read, Sum
 from csp_kernels.stage.place import RECOMPUTE, Layout, lay_out, merged, norm_columns
 from csp_kernels.stage.program import (
@@ -40,15 +40,18 @@ from csp_kernels.stage.program import (
     Weight,
 )
 
+TARGETS = ("any", "cpu")
+
 
 @lru_cache(maxsize=1024)
 def compile_stage(
-    graph: Graph, frozen: tuple[bool, ...], wanted: Wanted | None = None, recompute: str = "none"
+    graph: Graph, frozen: tuple[bool, ...], wanted: Wanted | None = None, recompute: str = "none", target: str = "any"
 ) -> Program:
     """The program of a graph; wanted None, or nothing in it: no gradients, nothing is kept.
 
     frozen: norms that use running statistics. recompute: what backward computes again instead of keeping it,
-    "none", "bottleneck" (1x1 convolutions that 3x3 ones alone read) or "all" (all but inputs and outputs).
+    "none", "bottleneck" (1x1 convolutions that 3x3 ones alone read) or "all" (all but inputs and outputs). target:
+    "cpu", or "any": what every executor can run.
     Raises ValueError for bad arguments.
     """
     check(graph)
@@ -56,10 +59,12 @@ def compile_stage(
         raise ValueError(f"frozen: got {len(frozen)} items, expected {len(graph.norms)}, one a norm")
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(RECOMPUTE)}")
+    if target not in TARGETS:
+        raise ValueError(f"target: got {target!r}, expected one of {', '.join(TARGETS)}")
     wanted = None if wanted == Wanted() else wanted
     sources, columns = _sources(graph), norm_columns(graph)
     if wanted is None:
-        graph, folded = fold(graph, frozen, columns)
+        graph, folded = fold(graph, frozen, columns, (1, 3) if target == "cpu" else (1,))
     else:
         folded = {}
     layout = lay_out(graph, frozen, columns, folded, wanted is not None, recompute)
@@ -67,6 +72,7 @@ def compile_stage(
     forward = _forward(common)
     if wanted is None:
         forward = with_bottlenecks(forward, layout.buffers)
+        forward = with_residuals(forward) if target == "cpu" else forward
     backward = _BackwardPass(common, wanted).run() if wanted else ()
     statistics = sum(graph.channels[value] for value in layout.statistics)
     weights, norms = _parameters(graph, frozen)

@@ -72,7 +72,7 @@ class _Count:
             return Cost(0, self.size(step.source), 0)
         if isinstance(step, Product):
             flops = self.products(step, step.to, step.segments)
-            return Cost(flops, self.places(step.segments), self.size(step.to))
+            return Cost(flops, self.places((*step.segments, *step.residual)), self.size(step.to))
         if isinstance(step, Bottleneck):
             both = [self.products(product, product.to, product.segments) for product in (step.reduce, step.conv)]
             return Cost(sum(both), self.places(step.reduce.segments), self.size(step.conv.to))

@@ -1,5 +1,5 @@
-"""Inference: norms that use running statistics become part of the 1x1 convolutions in front of them, and what lies
-between a 1x1 and the 3x3 behind it need not be written."""
+"""Inference: norms that use running statistics become part of the convolutions in front of them, sums with a residual
+too, and what lies between a 1x1 and the 3x3 behind it need not be written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from csp_kernels.stage.graph import Conv, Graph, Node, Read, Write
-from csp_kernels.stage.program import Activate, Add, Bottleneck, Buffer, Forward, Place, Product, Segment
+from csp_kernels.stage.program import Activate, Add, Bottleneck, Buffer, Copy, Forward, Measure, Place, Product, Segment
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,21 @@ class Folded:
     slope: float
 
 
-def fold(graph: Graph, frozen: Sequence[bool], columns: Sequence[int]) -> tuple[Graph, dict[int, Folded]]:
-    """Where all that read a 1x1's value read it through the same norm and activation, the 1x1 takes them over: the
-    graph that reads those values as they are, and what they hold, by node. columns: first one of each norm."""
+def fold(
+    graph: Graph, frozen: Sequence[bool], columns: Sequence[int], kernels: Sequence[int]
+) -> tuple[Graph, dict[int, Folded]]:
+    """Where all that read the value of a convolution read it through the same norm and activation, it takes them over:
+    the graph that reads those values as they are, and what they hold, by node. columns: first one of each norm.
+    kernels: sizes of convolutions that can do so."""
     reads: dict[int, list[Read]] = {value: [] for value in range(len(graph.channels))}
     for _, user in graph.users():
         for read in user.reads:
             reads[read.value].append(read)
     found = {}
     for index, node in enumerate(graph.nodes):
-        if not isinstance(node, Conv) or node.kernel != 1 or node.groups > 1 or node.bias or node.drop_rate:
+        if not isinstance(node, Conv) or node.kernel not in kernels or node.stride > 1 or node.groups > 1:
+            continue
+        if node.bias or node.drop_rate:
             continue
         behind = {_behind(graph, read, frozen, columns) for read in reads[graph.value(index)]}
         folded = behind.pop() if len(behind) == 1 else None
@@ -69,16 +74,50 @@ def with_bottlenecks(steps: Sequence[Forward], buffers: Sequence[Buffer]) -> tup
     return tuple(made)
 
 
+def with_residuals(steps: Sequence[Forward]) -> tuple[Forward, ...]:
+    """With sums of two as part of the product that gives one of the terms, if nothing else reads that and the other
+    is there before."""
+    made = list(steps)
+    for add in (step for step in steps if isinstance(step, Add) and _is_residual(step)):
+        for term, other in (add.segments, add.segments[::-1]):
+            product = next((s for s in made if isinstance(s, Product) and Segment(s.to) == term), None)
+            if product is None or product.residual or product.statistics is not None or product.drop is not None:
+                continue
+            alone = sum(_overlap(place, product.to) for step in made for place in _read(step)) == 1
+            at = made.index(product)
+            if alone and not any(_overlap(other.place, place) for step in made[at:] for place in _written(step)):
+                made[at] = replace(product, to=add.to, residual=(other,))
+                made.remove(add)
+                break
+    return tuple(made)
+
+
+def _is_residual(add: Add) -> bool:
+    return len(add.segments) == 2 and add.act == "identity" and add.statistics is None
+
+
+def _written(step: Forward) -> tuple[Place, ...]:
+    if isinstance(step, Bottleneck):
+        return (step.reduce.to, step.conv.to)
+    return (step.to,) if isinstance(step, (Copy, Product, Add, Activate)) else ()
+
+
 def _is_bottleneck(reduce: Product, conv: Product) -> bool:
     through = [*((s.act, s.column) for s in reduce.segments), (reduce.act, reduce.column)]
     through_relu = len(through) == 2 and all(act == "relu" and column is not None for act, column in through)
-    conv3x3 = conv.conv.kernel == 3 and conv.drop is None and conv.statistics is None
+    conv3x3 = conv.conv.kernel == 3 and conv.drop is None and conv.statistics is None and not reduce.residual
+    conv3x3 = conv3x3 and conv.column is None and conv.act == "identity" and not conv.residual
     return through_relu and not reduce.conv.pool and conv3x3 and conv.segments == (Segment(reduce.to),)
 
 
 def _read(step: Forward) -> tuple[Place, ...]:
     """Places of whole segments that an instruction reads."""
-    return tuple(s.place for s in step.segments) if isinstance(step, (Product, Add, Activate)) else ()
+    if isinstance(step, Bottleneck):
+        return _read(step.reduce)
+    if isinstance(step, (Copy, Measure)):
+        return (step.source,)
+    residual = step.residual if isinstance(step, Product) else ()
+    return tuple(s.place for s in (*step.segments, *residual)) if isinstance(step, (Product, Add, Activate)) else ()
 
 
 def _overlap(a: Place, b: Place) -> bool:

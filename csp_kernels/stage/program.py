@@ -155,8 +155,9 @@ class Product:
     """to = convolution of segments side by side, with the weights of one node of the graph or of several, one below
     the other, which read the same (conv.out_channels: of all). drop: its number among those that drop.
 
-    Inference, a 1x1 alone: to = act(norm(convolution)), through affine columns from `column` on (None: no norm) of
-    norms that use running statistics, which are folded into the weights.
+    Inference: to = act(norm(convolution)), through affine columns from `column` on (None: no norm) of norms that use
+    running statistics, which are folded into the weights. residual: of one segment at most, which is added to that.
+    Of a 3x3, and with a residual, on the CPU alone (`compile_stage`).
     """
 
     nodes: tuple[int, ...]
@@ -168,9 +169,10 @@ class Product:
     column: int | None = None
     act: str = "identity"
     slope: float = 0.0
+    residual: tuple[Segment, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.to} = {self.result}{_statistics(self.statistics)}"
+        return f"{self.to} = {' + '.join([self.result, *map(str, self.residual)])}{_statistics(self.statistics)}"
 
     @property
     def result(self) -> str:

@@ -2,6 +2,8 @@
 #include "stage.h"
 
 #include <limits>
+#include <stdexcept>
+#include <string>
 
 #include "tile/activate.h"
 #include "tile/conv3x3.h"
@@ -308,6 +310,31 @@ template <class S> struct Stage {
     }
     return r;
   }
+  // Weights of the nodes in the order of a product. Calls of inference can share them: then they are behind a head, some of the
+  // weights and the whole scale, by which a later call sees whether they are still those of its own parameters.
+  static constexpr int64_t SAMPLES = 32;  // of each node
+  size_t shared = 0;                      // how many were asked for
+  template <class P, class Make> const P* packed(Frame& inner, int64_t count, const std::vector<int64_t>& nodes, const T* scale, int64_t scales, const Make& make) {
+    if (backwards || (!a.packed && !a.keep)) return make(inner.take<P>(count));
+    const int64_t samples = SAMPLES * int64_t(nodes.size()), head = round_up((samples + scales) * int64_t(sizeof(T)), 64), bytes = head + round_up(count * int64_t(sizeof(P)), 64);
+    std::vector<T> now;
+    for (int64_t node : nodes) {
+      const stage::Weight& w = p.weights[size_t(node)];
+      const int64_t last = w.out_channels * w.in_channels * w.kernel * w.kernel - 1;
+      for (int64_t i = 0; i < SAMPLES; i++) now.push_back(weight(node)[last * i / (SAMPLES - 1)]);
+    }
+    for (int64_t c = 0; c < scales; c++) now.push_back(scale[c]);
+    const size_t size = now.size() * sizeof(T), at = shared++;
+    if (a.packed) {
+      const PackedWeights found = at < size_t(a.packed_count) ? a.packed[at] : PackedWeights{nullptr, 0};
+      if (found.bytes != bytes) throw std::runtime_error("stage_inference: packed[" + std::to_string(at) + "]: got " + std::to_string(found.bytes) + " bytes, expected " + std::to_string(bytes) + ", as a call of the same program returned them");
+      if (memcmp(found.memory, now.data(), size) == 0) return reinterpret_cast<const P*>(static_cast<const char*>(found.memory) + head);
+      return make(inner.take<P>(count));
+    }
+    char* memory = static_cast<char*>(a.keep(a.keep_context, bytes));
+    memcpy(memory, now.data(), size);
+    return make(reinterpret_cast<P*>(memory + head));
+  }
   const T* weight(int64_t node) const { return static_cast<const T*>(a.weights[node].weight); }
   const T* stacked(Frame& inner, const std::vector<int64_t>& nodes, int64_t K) {  // [out of all][K]
     if (nodes.size() == 1) return weight(nodes[0]);
@@ -334,44 +361,67 @@ template <class S> struct Stage {
     grid.pool = i.conv.pool;
     const int64_t out = i.conv.out_channels;
     Memory& to = of(i.to);
-    const T* w = stacked(inner, i.nodes, channels(i.segments));
-    if (i.column >= 0 && plain(i.segments, i.conv)) return folded(i, inner, r, w);
-    if (i.column >= 0) return folded(i, inner, Mix<S>(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1}), w);
+    const bool after = i.column >= 0 || i.act != Activation::Identity || !i.residual.empty();
+    if (i.column >= 0 && i.residual.empty() && plain(i.segments, i.conv)) return folded(i, inner, r);
+    if (after) return folded(i, inner, Mix<S>(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1}));
     if (plain(i.segments, i.conv) && i.to.start == 0 && padded_channels(out) <= to.pitch && i.to.stop == p.buffers[size_t(i.to.buffer)].channels) {
       int64_t K = channels(i.segments), P = to.pixels();
       int tasks = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), 2.0 * double(P) * double(K) * double(out));
       Statistics<T>* stats = statistics(inner, i.statistics, tasks, out);
-      Unit<U>* packed = pack<true>(inner, w, K, out, tasks);
-      pointwise_forward<U>(a.parallel, tasks, P, r.segments[0].x, r.segments[0].pitch, K, r.norms[0], packed, out, to.x, to.pitch, stats);
+      const Unit<U>* w = packed_1x1(inner, i, K, tasks);
+      pointwise_forward<U>(a.parallel, tasks, P, r.segments[0].x, r.segments[0].pitch, K, r.norms[0], w, out, to.x, to.pitch, stats);
       return merge_statistics(stats, tasks, i.to, i.statistics);
     }
     Mix<S> mix(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1});
     Statistics<T>* stats = statistics(inner, i.statistics, mix.tasks, mix.O);
-    mix.forward_raw(mix.template packed<false>(inner, w), value(i.to), to.pitch, out, stats);
+    mix.forward_raw(packed_mix(inner, i, mix), value(i.to), to.pitch, out, stats);
     merge_statistics(stats, mix.tasks, i.to, i.statistics);
   }
   // y = x * scale + bias
   T* bias(Frame& inner, int64_t column, int64_t channels) const {
     T* to = inner.zeroed<T>(Affine<T>::padded(channels));
+    if (column < 0) return to;
     for (int64_t c = 0; c < channels; c++) to[c] = T(double(affine.shift[column + c]) - double(affine.mean[column + c]) * double(affine.scale[column + c]));
     return to;
   }
-  void folded(const stage::Product& i, Frame& inner, const Reads& r, const T* w) {
+  const T* scale_of(const stage::Product& i) const { return i.column < 0 ? nullptr : affine.scale + i.column; }
+  const Unit<U>* packed_1x1(Frame& inner, const stage::Product& i, int64_t K, int tasks) {
+    const int64_t out = i.conv.out_channels;
+    return packed<Unit<U>>(inner, packed_size<U>(K, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](Unit<U>* to) {
+      Frame frame;
+      return pack<true>(to, stacked(frame, i.nodes, K), K, out, tasks, scale_of(i));
+    });
+  }
+  const Unit<U>* packed_mix(Frame& inner, const stage::Product& i, const Mix<S>& mix) {
+    const int64_t out = i.conv.out_channels;
+    return packed<Unit<U>>(inner, mix.units(), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](Unit<U>* to) {
+      Frame frame;
+      T* scale = frame.zeroed<T>(mix.O);
+      if (i.column >= 0) copy(scale, affine.scale + i.column, out);
+      return mix.template pack<false>(to, stacked(frame, i.nodes, channels(i.segments)), i.column < 0 ? nullptr : scale);
+    });
+  }
+  // f(what follows a product of inference)
+  template <class A, class F> void with_after(const stage::Product& i, Frame& inner, const A& activation, F f) {
+    const T* shift = bias(inner, i.column, i.to.channels());
+    if (i.residual.empty()) return f(After<S, A>{shift, activation, nullptr});
+    const Read<S> residual = read(inner, i.residual[0]);
+    f(After<S, A>{shift, activation, &residual});
+  }
+  void folded(const stage::Product& i, Frame& inner, const Reads& r) {
     const int64_t K = channels(i.segments), out = i.conv.out_channels, P = of(i.to).pixels();
     int tasks = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), 2.0 * double(P) * double(K) * double(out));
-    const Unit<U>* packed = pack<true>(inner, w, K, out, tasks, affine.scale + i.column);
+    const Unit<U>* packed = packed_1x1(inner, i, K, tasks);
     const T* shift = bias(inner, i.column, out);
     auto run = [&](auto act) { pointwise_activated<U>(a.parallel, tasks, P, r.segments[0].x, r.segments[0].pitch, K, r.norms[0], packed, shift, out, value(i.to), of(i.to).pitch, act); };
     if (i.act == Activation::Relu) run(Relu<T>{});
     else run(AnyActivation<T>{i.act, T(i.slope)});
   }
-  void folded(const stage::Product& i, Frame& inner, const Mix<S>& mix, const T* w) {
-    Output<S> out{value(i.to), of(i.to).pitch};
-    T* scale = inner.zeroed<T>(Affine<T>::padded(mix.O));
-    copy(scale, affine.scale + i.column, i.to.channels());
-    const T* shift = bias(inner, i.column, i.to.channels());
-    auto* packed = mix.template packed<false>(inner, w, scale);
-    with_activation<T>(i.act, i.slope, [&](auto act) { mix_activated(mix, packed, shift, &out, act); });
+  void folded(const stage::Product& i, Frame& inner, const Mix<S>& mix) {
+    const Unit<U>* w = packed_mix(inner, i, mix);
+    with_activation<T>(i.act, i.slope, [&](auto act) {
+      with_after(i, inner, act, [&](const auto& after) { mix_after(mix, w, after, value(i.to), of(i.to).pitch, i.to.channels()); });
+    });
   }
   void operator()(const stage::Bottleneck& i, Frame& inner) {
     with_tiles(i.conv.to, [&](auto m) { bottleneck<decltype(m)::value>(i, inner); });
@@ -391,15 +441,14 @@ template <class S> struct Stage {
       return;
     }
     Affine<T> before = norm(inner, s);
-    const Unit<U>* w1 = pack<true>(inner, weight(i.reduce.nodes[0]), K, b, tasks, affine.scale + i.reduce.column);
-    const T* w2 = pack3x3<M, false>(inner, i.conv.nodes[0], {g, b, a.weights[i.conv.nodes[0]].channels_last});
+    const Unit<U>* w1 = packed_1x1(inner, i.reduce, K, tasks);
+    const T* w2 = packed_3x3<M>(inner, i.conv, b);
     FusedLayer<M, U, S>{a.parallel, tasks, grid.N, grid.H, grid.W, K, b, g, from.pitch, to.pitch, before, w1, bias(inner, i.reduce.column, b), w2}.run(value(s.place), value(i.conv.to));
   }
   // One segment through norm and ReLU: the loops of pointwise.h.
   static bool plain(const std::vector<stage::Segment>& s, const stage::Conv& conv) { return s.size() == 1 && s[0].column >= 0 && s[0].act == Activation::Relu && !conv.pool; }
   // scale: of each channel, null: 1
-  template <bool BY_CHANNEL> Unit<U>* pack(Frame& inner, const T* w, int64_t depth, int64_t channels, int tasks, const T* scale = nullptr) {
-    Unit<U>* to = inner.take<Unit<U>>(packed_size<U>(depth, channels));
+  template <bool BY_CHANNEL> Unit<U>* pack(Unit<U>* to, const T* w, int64_t depth, int64_t channels, int tasks, const T* scale = nullptr) {
     int64_t blocks = ceil_div(depth, depth_block<U>());
     int n = int(min64(tasks, blocks));
     for_tasks(a.parallel, n, [&](int task) { pack_product<U, BY_CHANNEL>(to, depth, channels, w, scale, share(blocks, task, n)); });
@@ -415,12 +464,17 @@ template <class S> struct Stage {
   template <int M> int tasks3(const Grid& g, int64_t b, int64_t out) {
     return choose_tasks(a.parallel, Tiling<M>(g.N, g.H, g.W).rows, 18.0 * double(g.pixels()) * double(b) * double(out));
   }
-  template <int M, bool TRANSPOSED> const T* pack3x3(Frame& inner, int64_t node, const Weights3x3<T>& place) {
-    int64_t depth = TRANSPOSED ? place.g : place.b, channels = TRANSPOSED ? place.b : place.g, blocks = ceil_div(depth, L);
-    T* to = inner.take<T>(winograd_size<T, M>(depth, channels));
+  template <int M, bool TRANSPOSED> const T* pack3x3(T* to, int64_t node, const Weights3x3<T>& place, const T* scale = nullptr) {
+    int64_t blocks = ceil_div(TRANSPOSED ? place.g : place.b, L);
     int tasks = choose_tasks(a.parallel, blocks, 60.0 * double(place.b * place.g * (M + 2) * (M + 2)));
-    for_tasks(a.parallel, tasks, [&](int task) { pack_winograd<T, M, TRANSPOSED>(to, weight(node), place, share(blocks, task, tasks)); });
+    for_tasks(a.parallel, tasks, [&](int task) { pack_winograd<T, M, TRANSPOSED>(to, weight(node), place, scale, share(blocks, task, tasks)); });
     return to;
+  }
+  template <int M> const T* packed_3x3(Frame& inner, const stage::Product& i, int64_t depth) {
+    const int64_t out = i.conv.out_channels, node = i.nodes[0];
+    return packed<T>(inner, winograd_size<T, M>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](T* to) {
+      return pack3x3<M, false>(to, node, {out, depth, a.weights[node].channels_last}, scale_of(i));
+    });
   }
   // The one segment that a 3x3 reads; several are laid side by side in scratch memory.
   struct Input3x3 {
@@ -447,14 +501,15 @@ template <class S> struct Stage {
   }
   template <int M> void conv3x3(const stage::Product& i, Frame& inner) {
     Input3x3 in = input3x3(inner, i.segments);
-    const int64_t node = i.nodes[0], out = i.conv.out_channels;
+    const int64_t out = i.conv.out_channels;
     const Grid& g = of(i.to).grid;
     int tasks = tasks3<M>(g, in.channels, out);
     Dropout<T> dropout(i.conv.drop_rate, a.seed, i.drop);
     Statistics<T>* stats = statistics(inner, i.statistics, tasks, out);
-    const T* packed = pack3x3<M, false>(inner, node, {out, in.channels, a.weights[node].channels_last});
+    const T* w = packed_3x3<M>(inner, i, in.channels);
     Conv3x3<S> conv{a.parallel, tasks, g.N, g.H, g.W, in.channels, in.pitch, out, of(i.to).pitch, in.norm, dropout, in.act};
-    conv3x3_forward<M>(conv, in.z, packed, value(i.to), stats);
+    if (i.column < 0 && i.act == Activation::Identity && i.residual.empty()) conv3x3_forward<M>(conv, in.z, w, value(i.to), stats, dropout);
+    else with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { conv3x3_forward<M>(conv, in.z, w, value(i.to), nullptr, after); });
     merge_statistics(stats, tasks, i.to, i.statistics);
   }
 
@@ -627,7 +682,7 @@ template <class S> struct Stage {
     for (int64_t c = 0; c < out; c++) negative.scale[c] = -o.correction.scale[c], negative.shift[c] = -o.correction.shift[c];
     PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, rows * (Kp + 2 * L), Kp + 2 * L);
     PointwiseBackward<U, S> back_product{r.segments[0].x, to.in, to.g, P, to.pitch, K, out, of(i.of).pitch, r.norms[0], g, value(i.of),
-                                         {o.correction.mean, negative.scale, negative.shift, o.any}, pack<false>(inner, w, out, K, tasks), Kp, parts, rows, !i.wanted.empty()};
+                                         {o.correction.mean, negative.scale, negative.shift, o.any}, pack<false>(inner.take<Unit<U>>(packed_size<U>(out, K)), w, out, K, tasks), Kp, parts, rows, !i.wanted.empty()};
     back_product.run(a.parallel, tasks);
     if (!i.wanted.empty()) hand_out(i, inner, K, [&](T* dw) { back_product.weight_gradient(a.parallel, tasks, dw); });
     add_sums(i.segments[0], parts, tasks, 0);
@@ -649,7 +704,7 @@ template <class S> struct Stage {
     PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, E * round_up(in.channels, L) * gp, round_up(in.channels, L) + 2 * L);
     Weights3x3<T> lie{out, in.channels, a.weights[node].channels_last};
     Conv3x3<S> conv{a.parallel, tasks, grid.N, grid.H, grid.W, in.channels, in.pitch, out, of(i.of).pitch, in.norm, dropout, in.act};
-    Conv3x3Backward<M, S> back_product{conv, value(i.of), g, {o.correction.mean, o.correction.scale, o.correction.shift, o.any}, in.z, pack3x3<M, true>(inner, node, lie),
+    Conv3x3Backward<M, S> back_product{conv, value(i.of), g, {o.correction.mean, o.correction.scale, o.correction.shift, o.any}, in.z, pack3x3<M, true>(inner.take<T>(winograd_size<T, M>(out, in.channels)), node, lie),
                                        {to.g, to.pitch, to.in, to.in_pitch}, gp, parts, wants_dgrad, !i.wanted.empty(), g_pitch};
     back_product.run();
     if (!i.wanted.empty()) back_product.finish(static_cast<T*>(a.weights[node].dweight), lie);
@@ -691,7 +746,12 @@ template <class F> void run(const StageCall& a, bool backwards, F f) {
 
 extern const StageKernels stage_kernels;
 const StageKernels stage_kernels = {
-    [](const StageCall& a) { run(a, false, [&](auto& s) { s.run(a.program->forward); }); },
+    [](const StageCall& a) {
+      run(a, false, [&](auto& s) {
+        s.run(a.program->forward);
+        if (a.packed && s.shared != size_t(a.packed_count)) throw std::runtime_error("stage_inference: packed: got " + std::to_string(a.packed_count) + " tensors, expected " + std::to_string(s.shared));
+      });
+    },
     [](const StageCall& a) { run(a, true, [&](auto& s) { s.run(a.program->backward); }); },
 };
 

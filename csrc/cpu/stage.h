@@ -18,6 +18,12 @@ struct StageWeight {
   bool channels_last;    // both lie as [out, 3, 3, in]
 };
 
+// Packed weights that calls of inference share: made by one, read by the next.
+struct PackedWeights {
+  const void* memory;
+  int64_t bytes;
+};
+
 struct StageCall {
   Parallel parallel;
   Storage storage;
@@ -29,6 +35,10 @@ struct StageCall {
   const StageWeight* weights;  // of each node
   const BatchNorm* norms;      // their means and variances are `mean` and `var`
   double *mean, *var;          // [program->statistics]
+  const PackedWeights* packed = nullptr;                      // of an earlier call, in the order in which it asked for them
+  int64_t packed_count = 0;
+  void* (*keep)(void* context, int64_t bytes) = nullptr;      // memory, whole lines of 64 bytes, for packed weights that later calls read; null: none
+  void* keep_context = nullptr;
 };
 
 struct StageKernels {

@@ -132,7 +132,8 @@ class Interpreter:
         if step.column is not None:
             mean, scale, shift = self.affine[:, step.column : step.column + y.shape[1]]
             y = (y - along(mean)) * along(scale) + along(shift)
-        self.at(step.to).copy_(ACTIVATIONS[step.act](y, step.slope))
+        y = ACTIVATIONS[step.act](y, step.slope)
+        self.at(step.to).copy_(sum((self.activated(s) for s in step.residual), y))
         self.take(step.to, step.statistics)
 
     def bottleneck(self, step: P.Bottleneck) -> None:

@@ -50,23 +50,4 @@ template <class S> struct Places {
   }
 };
 
-// The outputs without z in between: folded norms leave y = activation(mix + bias).
-template <class S, class A>
-void mix_activated(const Mix<S>& mix, const Unit<typename Types<S>::Product>* W, const typename Types<S>::T* bias,
-                   const Output<S>* out, const A& activation) {
-  using T = typename Types<S>::T;
-  constexpr int L = LANES<T>, MR = TILE_ROWS;
-  Frame frame;
-  Places<S> places(frame, mix.out, out, L);
-  mix.forward(W, [&](int, int64_t pixel, int m, int64_t n, const auto& acc) __attribute__((always_inline)) {
-    constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
-    CSP_UNROLL(2) for (int j = 0; j < NV; j++) {
-      const auto& to = places.at[n / L + j];
-      Vec<T> b = load(bias + n + j * L);
-      CSP_UNROLL(16) for (int i = 0; i < MR; i++)
-        if (i < m) store(to.y + (pixel + i) * to.pitch, activation.value(acc[i][j] + b), to.left);
-    }
-  });
-}
-
 }  // namespace csp::CSP_ISA

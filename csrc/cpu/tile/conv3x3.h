@@ -145,10 +145,10 @@ template <class S> struct Conv3x3 {
   }
 };
 
-// slice = conv3x3(act(norm(z))), statistics of the slice.
-template <int M, class S>
+// slice = after(conv3x3(act(norm(z))), pixel, channel), statistics of the slice.
+template <int M, class S, class After>
 void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))* U, S* slice,
-                     Statistics<decltype(widen(S{}))>* stats) {
+                     Statistics<decltype(widen(S{}))>* stats, const After& after) {
   using T = decltype(widen(S{}));
   constexpr int L = LANES<T>, E = (M + 2) * (M + 2);
   Tiling<M> tl(c.N, c.H, c.W);
@@ -180,7 +180,7 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
               untransform<T, M>(Mb + ((q * tl.TW + tx) * nv + j) * L, Tp * nv * L, y);
               auto put = [&](int u, int v) __attribute__((always_inline)) {
                 int64_t pixel = first + u * c.W + v;
-                Vec<T> value = c.dropout(y[u][v], pixel, ch);
+                Vec<T> value = after(y[u][v], pixel, ch);
                 store(slice + pixel * c.pitch + ch, value, n);
                 if (stats) store(out + pixels * L, value);
                 pixels++;

@@ -36,6 +36,30 @@ template <class S> struct Read {
   }
 };
 
+// What follows a convolution in inference, its norm being in its weights: activation(y + bias) + residual.
+template <class S, class A> struct After {
+  using T = typename Types<S>::T;
+  const T* bias;                // padded to whole vectors
+  A activation;
+  const Read<S>* residual;      // null: none
+  CSP_INLINE Vec<T> operator()(Vec<T> y, int64_t pixel, int64_t c) const {
+    y = activation.value(y + load(bias + c));
+    return residual ? y + residual->value(pixel, c) : y;
+  }
+};
+
+// to[P][pitch] = after(the product of the segments).
+template <class S, class A>
+void mix_after(const Mix<S>& mix, const Unit<typename Types<S>::Product>* W, const After<S, A>& after, S* to, int64_t pitch, int64_t channels) {
+  constexpr int L = LANES<typename Types<S>::T>, MR = TILE_ROWS;
+  mix.forward(W, [&](int, int64_t pixel, int m, int64_t n, const auto& acc) __attribute__((always_inline)) {
+    constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
+    CSP_UNROLL(2) for (int j = 0; j < NV; j++)
+      CSP_UNROLL(16) for (int i = 0; i < MR; i++)
+        if (i < m) store(to + (pixel + i) * pitch + n + j * L, after(acc[i][j], pixel + i, n + j * L), channels - n - j * L);
+  });
+}
+
 // Where the gradient of what is read goes: g = in (null: 0) + scale * dn.
 template <class S> struct Spread {
   S* g;  // null: not wanted

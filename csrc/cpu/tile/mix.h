@@ -113,9 +113,12 @@ template <class S> struct Mix {
     });
     return full;
   }
-  template <bool TRANSPOSED> Unit<U>* packed(Frame& frame, const T* w, const T* scale = nullptr) const {
+  int64_t units() const { return packed_size<U>(Kp, O); }
+  template <bool TRANSPOSED> Unit<U>* packed(Frame& frame, const T* w) const {
+    return pack<TRANSPOSED>(frame.take<Unit<U>>(TRANSPOSED ? packed_size<U>(O, Kp) : units()), w, nullptr);
+  }
+  template <bool TRANSPOSED> Unit<U>* pack(Unit<U>* to, const T* w, const T* scale) const {
     int64_t depth = TRANSPOSED ? O : Kp, channels = TRANSPOSED ? Kp : O, blocks = ceil_div(depth, depth_block<U>());
-    Unit<U>* to = frame.take<Unit<U>>(packed_size<U>(depth, channels));
     Frame inner;
     const T* full = padded(inner, w, scale);
     for_tasks(parallel, int(min64(tasks, blocks)), [&](int task) {

@@ -106,13 +106,13 @@ template <class T> struct Weights3x3 {
 };
 
 // -> U[panel][e][kblock][LANES][NV * LANES]; forward: reduction over b, channels g; transposed (dgrad): reduction over g,
-// channels b, taps flipped. part: which blocks of the reduction this call packs.
+// channels b, taps flipped. scale: of each of those channels, null: 1. part: which blocks of the reduction this call packs.
 template <class T, int M>
 inline int64_t winograd_size(int64_t depth, int64_t channels) {
   return panels<T>(channels) * (M + 2) * (M + 2) * ceil_div(depth, LANES<T>) * LANES<T> * 2 * LANES<T>;
 }
 template <class T, int M, bool TRANSPOSED>
-inline void pack_winograd(T* out, const T* w, const Weights3x3<T>& place, Range part) {
+inline void pack_winograd(T* out, const T* w, const Weights3x3<T>& place, const T* scale, Range part) {
   constexpr int L = LANES<T>, IN = M + 2, E = IN * IN;
   int64_t depth = TRANSPOSED ? place.g : place.b, channels = TRANSPOSED ? place.b : place.g, blocks = ceil_div(depth, L);
   alignas(64) T taps[Weights3x3<T>::SIZE];
@@ -123,10 +123,11 @@ inline void pack_winograd(T* out, const T* w, const Weights3x3<T>& place, Range 
       for (int j = 0; j < nv; j++) {
         if (TRANSPOSED) place.gather_transposed(w, kb * L, p * 2 * L + j * L, taps);
         else place.gather(w, kb * L, p * 2 * L + j * L, taps);
+        const Vec<T> s = scale ? load(scale + p * 2 * L + j * L, channels - p * 2 * L - j * L) : Vec<T>{} + T(1);
         for (int k = 0; k < L; k++) {
           Vec<T> rows[IN][3], line[IN];
           CSP_UNROLL(3) for (int x = 0; x < 3; x++) {
-            auto tap = [&](int y) __attribute__((always_inline)) { int t = y * 3 + x; return load(taps + (k * 9 + (TRANSPOSED ? 8 - t : t)) * L); };
+            auto tap = [&](int y) __attribute__((always_inline)) { int t = y * 3 + x; return load(taps + (k * 9 + (TRANSPOSED ? 8 - t : t)) * L) * s; };
             weight_transform<T, M>(tap(0), tap(1), tap(2), line);
             CSP_UNROLL(6) for (int i = 0; i < IN; i++) rows[i][x] = line[i];
           }
