@@ -280,6 +280,12 @@ def warn_once(module: Any, reason: str) -> None:
         _warn(f"csp.{type(module).__name__} runs its plain PyTorch reference: {reason}")
 
 
+def target_for(children: Iterable[Any]) -> str:
+    """What programs for the device of these modules may hold (stage/compile.py)."""
+    weight = next((t for child in children for t in (getattr(child, "weight", None),) if t is not None), None)
+    return "cpu" if weight is None or weight.device.type in ("cpu", "meta") else "any"
+
+
 @constant_when_traced  # under torch.compile: warns while it compiles, without a graph break
 def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=5)

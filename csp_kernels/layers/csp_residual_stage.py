@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from csp_kernels import ops, reference
-from csp_kernels.layers._children import Fused, Shape, fits, hooked_globally, recorded, shape_of, warn_once
+from csp_kernels.layers._children import Fused, Shape, fits, hooked_globally, recorded, shape_of, target_for, warn_once
 from csp_kernels.layers._norms import consecutive, frozen_norms, only_norms, parameters, update_running
 from csp_kernels.layers.concat_conv import ConcatConv
 from csp_kernels.ops._program import built
@@ -31,8 +31,9 @@ class CSPStage(Fused, reference.CSPStage):
 
     recompute: what backward computes again instead of keeping it: "none", "bottleneck" (1x1 convolutions that 3x3 ones
     alone read) or "all" (all but inputs and outputs). dtypes, memory formats and errors: `csp.ops.stage`. With grouped
-    blocks it calls its children one after the other, joins fused; so it does with other children than it was made with
-    (SyncBatchNorm), hooks on them or another forward, and says why, once; RuntimeError if "native" was chosen.
+    blocks on a GPU it calls its children one after the other, joins fused; so it does with other children than it was
+    made with (SyncBatchNorm), hooks on them or another forward, and says why, once; RuntimeError if "native" was
+    chosen.
     """
 
     joint: ClassVar[Callable[..., nn.Module]] = ConcatConv
@@ -55,7 +56,7 @@ class CSPStage(Fused, reference.CSPStage):
         self._shape: Shape = shape_of(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if recorded(x) or unsupported(self.graph):
+        if recorded(x) or self._foreign():
             return super().forward(x)
         children, reason = self.holders()
         if reason:
@@ -79,8 +80,12 @@ class CSPStage(Fused, reference.CSPStage):
 
     def holders(self) -> tuple[list[Any], str]:
         """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can."""
-        reason = unsupported(self.graph) or hooked_globally() or self._shape.differs(self, self.called)
+        reason = self._foreign() or hooked_globally() or self._shape.differs(self, self.called)
         return ([] if reason else [self.get_submodule(item.name) for item in self.graph.order]), reason
+
+    def _foreign(self) -> str:
+        """What the kernels of this device cannot run, in words; "" if nothing."""
+        return unsupported(self.graph, target_for(self.t_b.children()))
 
     @property
     def called(self) -> tuple[str, ...]:

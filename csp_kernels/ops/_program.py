@@ -86,7 +86,7 @@ def run(
     channels_last = checks.is_channels_last(x)
     used = [node.in_place(t) for t in inputs]
     wants = tuple(t.requires_grad for t in (*used, *params)) if node.wants_gradients(*used, *params) else ()
-    target = "cpu" if backend == "native" and x.is_cpu else "any"
+    target = target_of(backend, x)
     text = _program(source, tuple(frozen), wants, recompute, target)
     fixed = node.fixed(running, checks.ACCUMULATE[x.dtype], bool(wants))
     op = torch.ops.csp_kernels.stage.default
@@ -104,6 +104,11 @@ def run(
     for i in read_again(text):
         node.watch(y[0], [*names.inputs, *names.outputs][i], given[i], [*used, *y][i])
     return outputs, Moments(text, stats)
+
+
+def target_of(backend: str, x: Tensor) -> str:
+    """What a program for this backend and device may hold, see compile_stage."""
+    return "cpu" if backend == "native" and x.is_cpu else "any"
 
 
 _GRAPHS: dict[
@@ -221,8 +226,10 @@ def _fake(inputs: list[Tensor], params: list[Tensor], running: list[Tensor], see
     return outputs, kept, node.fake_statistics(x, p.statistics)
 
 
-def _fake_inference(inputs: list[Tensor], params: list[Tensor], running: list[Tensor], packed: list[Tensor],
-                    program: str, eps: list[float], winograd: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
+def _fake_inference(
+    inputs: list[Tensor], params: list[Tensor], running: list[Tensor], packed: list[Tensor], program: str,
+    eps: list[float], winograd: int,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
     """Nothing is packed for tensors without memory."""
     outputs, _, stats = _fake(inputs, params, running, None, program, eps, winograd)
     return outputs, stats, []

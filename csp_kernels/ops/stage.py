@@ -10,7 +10,7 @@ from torch import Tensor
 from csp_kernels._tracing import cached_constant
 from csp_kernels.backends import selected
 from csp_kernels.ops import _checks as checks
-from csp_kernels.ops._program import Names, run
+from csp_kernels.ops._program import Names, run, target_of
 from csp_kernels.ops._transforms import backend_of
 from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.check import sizes
@@ -54,7 +54,7 @@ def stage(
     _check_sizes(graph, x, flags)
     seed = _seed(graph, x)
     backend = backend_of("stage", inputs, params, running)
-    if backend == "reference" or _not_here(graph):
+    if backend == "reference" or _not_here(graph, target_of(backend, x)):
         channels_last = checks.is_channels_last(x)
         y, stats = reference_stage(graph, inputs, params, running, frozen=flags, eps=numbers, seed=seed)
         return [checks.formatted(t, channels_last) for t in y], stats
@@ -66,13 +66,13 @@ def stage(
 
 
 @cached_constant
-def unsupported(graph: Graph) -> str:
-    """What of a graph the kernels cannot run yet, in words; "" if they can run all of it."""
+def unsupported(graph: Graph, target: str = "cpu") -> str:
+    """What of a graph the kernels cannot run yet, in words; "" if they can run all of it. target: "cpu", or "any"."""
     for i, conv in enumerate(graph.nodes):
         if not isinstance(conv, Conv):
             continue
         found = {
-            "groups": conv.groups > 1,
+            "groups": conv.groups > 1 and (conv.kernel == 1 or conv.drop_rate > 0 or target != "cpu"),
             "a stride": conv.stride > 1,
             "a bias": conv.bias,
             "dropout behind a 1x1": conv.drop_rate > 0 and conv.kernel == 1,
@@ -83,9 +83,9 @@ def unsupported(graph: Graph) -> str:
     return ""
 
 
-def _not_here(graph: Graph) -> bool:
+def _not_here(graph: Graph, target: str) -> bool:
     """Whether the reference takes a call that the backend was to run; RuntimeError if that backend was chosen."""
-    reason = unsupported(graph)
+    reason = unsupported(graph, target)
     if reason and selected() != "auto":
         raise RuntimeError(f"stage: {reason}, which the kernels cannot run yet; choose csp.use_backend('reference')")
     return bool(reason)

@@ -31,9 +31,9 @@ def fold(
             reads[read.value].append(read)
     found = {}
     for index, node in enumerate(graph.nodes):
-        if not isinstance(node, Conv) or node.kernel not in kernels or node.stride > 1 or node.groups > 1:
+        if not isinstance(node, Conv) or node.kernel not in kernels or node.stride > 1:
             continue
-        if node.bias or node.drop_rate:
+        if node.bias or node.drop_rate or (node.groups > 1 and node.kernel == 1):
             continue
         behind = {_behind(graph, read, frozen, columns) for read in reads[graph.value(index)]}
         folded = behind.pop() if len(behind) == 1 else None

@@ -321,7 +321,7 @@ template <class S> struct Stage {
     for (int64_t node : nodes) {
       const stage::Weight& w = p.weights[size_t(node)];
       const int64_t last = w.out_channels * w.in_channels * w.kernel * w.kernel - 1;
-      for (int64_t i = 0; i < SAMPLES; i++) now.push_back(weight(node)[last * i / (SAMPLES - 1)]);
+      for (int64_t i = 0; i < SAMPLES; i++) now.push_back(static_cast<const T*>(a.weights[node].weight)[last * i / (SAMPLES - 1)]);
     }
     for (int64_t c = 0; c < scales; c++) now.push_back(scale[c]);
     const size_t size = now.size() * sizeof(T), at = shared++;
@@ -355,7 +355,8 @@ template <class S> struct Stage {
   }
 
   void operator()(const stage::Product& i, Frame& inner) {
-    if (i.conv.kernel == 3) return with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(i, inner); });
+    if (i.conv.groups > 1) return grouped(i);
+    if (i.conv.kernel == 3) return with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
     Reads r = reads(inner, i.segments);
     Grid grid = of(i.segments[0].place).grid;
     grid.pool = i.conv.pool;
@@ -442,7 +443,7 @@ template <class S> struct Stage {
     }
     Affine<T> before = norm(inner, s);
     const Unit<U>* w1 = packed_1x1(inner, i.reduce, K, tasks);
-    const T* w2 = packed_3x3<M>(inner, i.conv, b);
+    const T* w2 = packed_3x3<M>(inner, i.conv, b, Dense{a.weights[i.conv.nodes[0]]});
     FusedLayer<M, U, S>{a.parallel, tasks, grid.N, grid.H, grid.W, K, b, g, from.pitch, to.pitch, before, w1, bias(inner, i.reduce.column, b), w2}.run(value(s.place), value(i.conv.to));
   }
   // One segment through norm and ReLU: the loops of pointwise.h.
@@ -464,16 +465,91 @@ template <class S> struct Stage {
   template <int M> int tasks3(const Grid& g, int64_t b, int64_t out) {
     return choose_tasks(a.parallel, Tiling<M>(g.N, g.H, g.W).rows, 18.0 * double(g.pixels()) * double(b) * double(out));
   }
-  template <int M, bool TRANSPOSED> const T* pack3x3(T* to, int64_t node, const Weights3x3<T>& place, const T* scale = nullptr) {
+  // The weights of a 3x3: how they lie, and those of a gradient.
+  struct Dense {
+    const StageWeight& w;
+    bool channels_last() const { return w.channels_last; }
+    const T* weights(Frame&) const { return static_cast<const T*>(w.weight); }
+    T* gradient(Frame&) const { return static_cast<T*>(w.dweight); }
+    void finish(const T*) const {}
+  };
+  // Some groups of a 3x3 as one dense one, zero where channels are of different groups: [groups * out][groups * in][9].
+  struct Groups {
+    const StageWeight& w;
+    int64_t first, groups, out, in;  // channels of a group
+    bool channels_last() const { return false; }
+    int64_t size() const { return groups * out * groups * in * 9; }
+    // f(index in the tensor, index in the dense one)
+    template <class F> void each(F f) const {
+      for (int64_t n = 0; n < groups * out; n++)
+        for (int64_t c = 0; c < in; c++)
+          for (int64_t t = 0; t < 9; t++) f((first * out + n) * in * 9 + (w.channels_last ? t * in + c : c * 9 + t), (n * groups * in + n / out * in + c) * 9 + t);
+    }
+    const T* weights(Frame& inner) const {
+      T* dense = inner.zeroed<T>(size());
+      each([&](int64_t from, int64_t to) { dense[to] = static_cast<const T*>(w.weight)[from]; });
+      return dense;
+    }
+    T* gradient(Frame& inner) const { return inner.take<T>(size()); }
+    void finish(const T* dense) const {
+      each([&](int64_t to, int64_t from) { static_cast<T*>(w.dweight)[to] = dense[from]; });
+    }
+  };
+  // Channels [from, to) of segments side by side.
+  static std::vector<stage::Segment> cut(const std::vector<stage::Segment>& all, int64_t from, int64_t to) {
+    std::vector<stage::Segment> found;
+    int64_t at = 0;
+    for (stage::Segment s : all) {
+      const int64_t n = s.place.channels(), begin = max64(from - at, 0), end = min64(to - at, n);
+      at += n;
+      if (begin >= end) continue;
+      s.place = {s.place.buffer, s.place.start + begin, s.place.start + end};
+      if (s.column >= 0) s.column += begin;
+      found.push_back(s);
+    }
+    return found;
+  }
+  static stage::Place cut(const stage::Place& place, int64_t from, int64_t to) { return {place.buffer, place.start + from, place.start + to}; }
+  // f(groups, first and last channel that they read, first and last that they give): as many groups at a time as fill the tile of a product.
+  template <class F> void each_groups(const stage::Conv& conv, int64_t node, F f) {
+    const int64_t in = p.weights[size_t(node)].in_channels, out = conv.out_channels / conv.groups, step = ceil_div(2 * L, max64(1, min64(in, out)));
+    for (int64_t first = 0; first < conv.groups; first += step) {
+      const int64_t end = min64(first + step, conv.groups);
+      f(Groups{a.weights[node], first, end - first, out, in}, first * in, end * in, first * out, end * out);
+    }
+  }
+  void grouped(const stage::Product& i) {
+    each_groups(i.conv, i.nodes[0], [&](const Groups& groups, int64_t in, int64_t in_end, int64_t out, int64_t out_end) {
+      stage::Product part = i;
+      part.conv.groups = 1, part.conv.out_channels = out_end - out;
+      part.segments = cut(i.segments, in, in_end), part.residual = cut(i.residual, out, out_end), part.to = cut(i.to, out, out_end);
+      if (i.statistics >= 0) part.statistics += out;
+      if (i.column >= 0) part.column += out;
+      Frame inner;
+      with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(part, inner, groups); });
+    });
+  }
+  void grouped(const stage::ProductBackward& i) {
+    each_groups(i.conv, i.nodes[0], [&](const Groups& groups, int64_t in, int64_t in_end, int64_t out, int64_t out_end) {
+      stage::ProductBackward part = i;
+      part.conv.groups = 1, part.conv.out_channels = out_end - out;
+      part.segments = cut(i.segments, in, in_end), part.of = cut(i.of, out, out_end);
+      if (i.owed >= 0) part.owed += out;
+      Frame inner;
+      with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(part, inner, groups); });
+    });
+  }
+  template <int M, bool TRANSPOSED> const T* pack3x3(T* to, const T* w, const Weights3x3<T>& place, const T* scale = nullptr) {
     int64_t blocks = ceil_div(TRANSPOSED ? place.g : place.b, L);
     int tasks = choose_tasks(a.parallel, blocks, 60.0 * double(place.b * place.g * (M + 2) * (M + 2)));
-    for_tasks(a.parallel, tasks, [&](int task) { pack_winograd<T, M, TRANSPOSED>(to, weight(node), place, scale, share(blocks, task, tasks)); });
+    for_tasks(a.parallel, tasks, [&](int task) { pack_winograd<T, M, TRANSPOSED>(to, w, place, scale, share(blocks, task, tasks)); });
     return to;
   }
-  template <int M> const T* packed_3x3(Frame& inner, const stage::Product& i, int64_t depth) {
-    const int64_t out = i.conv.out_channels, node = i.nodes[0];
+  template <int M, class Weights> const T* packed_3x3(Frame& inner, const stage::Product& i, int64_t depth, const Weights& weights) {
+    const int64_t out = i.conv.out_channels;
     return packed<T>(inner, winograd_size<T, M>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](T* to) {
-      return pack3x3<M, false>(to, node, {out, depth, a.weights[node].channels_last}, scale_of(i));
+      Frame frame;
+      return pack3x3<M, false>(to, weights.weights(frame), {out, depth, weights.channels_last()}, scale_of(i));
     });
   }
   // The one segment that a 3x3 reads; several are laid side by side in scratch memory.
@@ -499,14 +575,14 @@ template <class S> struct Stage {
     }
     return in;
   }
-  template <int M> void conv3x3(const stage::Product& i, Frame& inner) {
+  template <int M, class Weights> void conv3x3(const stage::Product& i, Frame& inner, const Weights& weights) {
     Input3x3 in = input3x3(inner, i.segments);
     const int64_t out = i.conv.out_channels;
     const Grid& g = of(i.to).grid;
     int tasks = tasks3<M>(g, in.channels, out);
     Dropout<T> dropout(i.conv.drop_rate, a.seed, i.drop);
     Statistics<T>* stats = statistics(inner, i.statistics, tasks, out);
-    const T* w = packed_3x3<M>(inner, i, in.channels);
+    const T* w = packed_3x3<M>(inner, i, in.channels, weights);
     Conv3x3<S> conv{a.parallel, tasks, g.N, g.H, g.W, in.channels, in.pitch, out, of(i.to).pitch, in.norm, dropout, in.act};
     if (i.column < 0 && i.act == Activation::Identity && i.residual.empty()) conv3x3_forward<M>(conv, in.z, w, value(i.to), stats, dropout);
     else with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { conv3x3_forward<M>(conv, in.z, w, value(i.to), nullptr, after); });
@@ -611,7 +687,8 @@ template <class S> struct Stage {
   }
 
   void operator()(const stage::ProductBackward& i, Frame& inner) {
-    if (i.conv.kernel == 3) return with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(i, inner); });
+    if (i.conv.groups > 1) return grouped(i);
+    if (i.conv.kernel == 3) return with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
     Owed<T> o = owed(inner, i.of, i.owed);
     int64_t g_pitch = gradient_pitch(i.of), K = channels(i.segments);
     const S* g = i.behind.empty() ? gradient(i.of) : nullptr;
@@ -687,9 +764,9 @@ template <class S> struct Stage {
     if (!i.wanted.empty()) hand_out(i, inner, K, [&](T* dw) { back_product.weight_gradient(a.parallel, tasks, dw); });
     add_sums(i.segments[0], parts, tasks, 0);
   }
-  template <int M> void conv3x3_backward(const stage::ProductBackward& i, Frame& inner) {
+  template <int M, class Weights> void conv3x3_backward(const stage::ProductBackward& i, Frame& inner, const Weights& weights) {
     Owed<T> o = owed(inner, i.of, i.owed);
-    const int64_t node = i.nodes[0], out = i.conv.out_channels, E = (M + 2) * (M + 2), gp = round_up(out, L);
+    const int64_t out = i.conv.out_channels, E = (M + 2) * (M + 2), gp = round_up(out, L);
     int64_t g_pitch = gradient_pitch(i.of);
     const S* g = gradient(i.of);
     Input3x3 in = input3x3(inner, i.segments);
@@ -702,12 +779,15 @@ template <class S> struct Stage {
     Spread<S> to = targets[0];
     if (!in.gathered.empty()) to = {wants_dgrad ? inner.take<S>(grid.pixels() * in.pitch) : nullptr, in.pitch, nullptr, 0};
     PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, E * round_up(in.channels, L) * gp, round_up(in.channels, L) + 2 * L);
-    Weights3x3<T> lie{out, in.channels, a.weights[node].channels_last};
+    Weights3x3<T> lie{out, in.channels, weights.channels_last()};
     Conv3x3<S> conv{a.parallel, tasks, grid.N, grid.H, grid.W, in.channels, in.pitch, out, of(i.of).pitch, in.norm, dropout, in.act};
-    Conv3x3Backward<M, S> back_product{conv, value(i.of), g, {o.correction.mean, o.correction.scale, o.correction.shift, o.any}, in.z, pack3x3<M, true>(inner.take<T>(winograd_size<T, M>(out, in.channels)), node, lie),
+    Conv3x3Backward<M, S> back_product{conv, value(i.of), g, {o.correction.mean, o.correction.scale, o.correction.shift, o.any}, in.z, pack3x3<M, true>(inner.take<T>(winograd_size<T, M>(out, in.channels)), weights.weights(inner), lie),
                                        {to.g, to.pitch, to.in, to.in_pitch}, gp, parts, wants_dgrad, !i.wanted.empty(), g_pitch};
     back_product.run();
-    if (!i.wanted.empty()) back_product.finish(static_cast<T*>(a.weights[node].dweight), lie);
+    if (!i.wanted.empty()) {
+      T* dweight = weights.gradient(inner);
+      back_product.finish(dweight, lie), weights.finish(dweight);
+    }
     if (in.gathered.empty()) return add_sums(i.segments[0], parts, tasks, 0);
     const S* from = to.g;
     for (size_t k = 0; wants_dgrad && k < i.segments.size(); k++) {

@@ -233,8 +233,12 @@ template <class S> struct MixBackward {
 
   static int64_t pitch(const Mix<S>& mix) { return round_up(mix.Kp, 2 * L); }
   static int64_t weights(const Mix<S>& mix) { return round_up(mix.O, L) * pitch(mix); }
-  // Tiles at a time: their dz stays in the second-level cache.
-  int64_t group() const { return max64(1, min64(8, (int64_t(256) << 10) / (mix.O * MR * int64_t(sizeof(T))))); }
+  // Tiles at a time: their dz stays in the second-level cache. Large weights, whose gradient goes through memory once for each
+  // group, have larger ones: dz may then come from the third level.
+  int64_t group() const {
+    const int64_t tile = mix.O * MR * int64_t(sizeof(T)), large = mix.O * mix.Kp * int64_t(sizeof(T)) >> 22;
+    return large ? max64(1, min64(16, (int64_t(1) << 20) / tile)) : max64(1, min64(8, (int64_t(256) << 10) / tile));
+  }
 
   // One vector of channels of one tile: da[i * nv] -> gradient of the segment; what the product read goes to a[row][LANES].
   template <Load LOAD, bool POOL>
