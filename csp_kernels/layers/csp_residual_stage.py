@@ -24,10 +24,10 @@ class CSPStage(Fused, reference.CSPStage):
     """Cross stage partial residual stage: [N, in_channels, H, W] -> [N, out_channels, H/stride, W/stride].
 
     CSPNet (arXiv 1911.11929, section 3.2 and Fig. 5). Arguments, children (down, split, blocks, t_a, t_b) and sizes:
-    `reference.CSPStage`. All behind the convolution of `down` runs as one operator, nothing is concatenated; what
-    backward keeps is what the convolutions and the sums of the blocks give. The norms are plain nn.BatchNorm2d and
-    count as such: momentum, eps, affine, track_running_stats, train and eval act as usual. No plain child but down.conv
-    is called.
+    `reference.CSPStage`. It runs as one operator, nothing is concatenated; what backward keeps is what the
+    convolutions and the sums of the blocks give. The norms are plain nn.BatchNorm2d and count as such: momentum, eps,
+    affine, track_running_stats, train and eval act as usual. Plain children are not called; on a GPU, and where it has
+    groups or a stride above 2, down.conv is.
 
     recompute: what backward computes again instead of keeping it: "none", "bottleneck" (1x1 convolutions that 3x3 ones
     alone read) or "all" (all but inputs and outputs). dtypes, memory formats and errors: `csp.ops.stage`. With grouped
@@ -48,11 +48,16 @@ class CSPStage(Fused, reference.CSPStage):
         act: str = options.get("act", "leaky_relu")
         slope = options.get("negative_slope", 0.1) if act == "leaky_relu" else 0.0
         channels = (options.get("down_channels") or in_channels) if self.down is not None else in_channels
-        self._source = (
+        groups = options.get("groups", 1)
+        before = (
             csp_residual_stage, channels, self.part_channels, self.entry_channels, self.width, self.mid_channels,
-            out_channels, num_blocks, options.get("block", "bottleneck"), options.get("groups", 1),
-            self.down is not None, self.split_acts, self.order, act, slope,
+            out_channels, num_blocks, options.get("block", "bottleneck"), groups,
         )  # fmt: skip
+        rest = self.split_acts, self.order, act, slope
+        # where kernels run it whole, and where PyTorch runs the convolution of `down`
+        whole = in_channels if self.down is not None and groups == 1 and self.down.conv.stride == (2, 2) else 0
+        self._source = {"any": (*before, 0 if self.down is None else -1, *rest)}
+        self._source["cpu"] = (*before, whole, *rest) if whole else self._source["any"]
         self._shape: Shape = shape_of(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,8 +79,8 @@ class CSPStage(Fused, reference.CSPStage):
             self.graph, [image], params, running, frozen=frozen, eps=eps, recompute=self.recompute
         )  # fmt: skip
         if not all(frozen):
-            count = image.shape[0] * image.shape[2] * image.shape[3]
-            update_running(norms, consecutive(norms), stats, count)
+            y = outputs[0]
+            update_running(norms, consecutive(norms), stats, y.shape[0] * y.shape[2] * y.shape[3])
         return outputs[0]
 
     def holders(self) -> tuple[list[Any], str]:
@@ -90,16 +95,19 @@ class CSPStage(Fused, reference.CSPStage):
     @property
     def called(self) -> tuple[str, ...]:
         """Children that run beside the operator."""
-        return ("down.conv",) if self.down is not None else ()
+        return ("down.conv",) if self.down is not None and "down.conv" not in self._names() else ()
+
+    def _names(self) -> set[str]:
+        return {item.name for item in self.graph.order}
 
     @property
     def graph(self) -> Graph:
         """What a call computes, of what `images` gives."""
-        return built(self._source)
+        return built(self._source[target_for(self.t_b.children())])
 
     def images(self, x: Tensor) -> Sequence[Tensor]:
         """The input of the graph: x, or what the convolution of `down` makes of it. Of a meta tensor its shape."""
-        if self.down is None:
+        if self.down is None or not self.called:
             return [x]
         conv = self.down.conv
         return [copy.deepcopy(conv).to("meta")(x) if x.is_meta and not conv.weight.is_meta else conv(x)]

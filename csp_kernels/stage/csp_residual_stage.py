@@ -11,17 +11,22 @@ from csp_kernels.stage.residual_block import add_residual_block
 
 def csp_residual_stage(
     channels: int, part: int, main: int, width: int, mid: int, out: int, blocks: int, block: str = "bottleneck",
-    groups: int = 1, down: bool = False, split_acts: Sequence[str] = (), order: str = "main_first",
+    groups: int = 1, down: int = 0, split_acts: Sequence[str] = (), order: str = "main_first",
     act: str = "leaky_relu", slope: float = 0.1,
 ) -> Graph:  # fmt: skip
-    """x [channels] -> y [out]: a part of x bypasses `blocks` residual blocks (add_residual_block) of `width` channels.
+    """x -> y [out]: a part of x bypasses `blocks` residual blocks (add_residual_block) of `width` channels.
 
-    down: x is what a convolution gives, read through a norm and the activation. split_acts: of the 1x1 that gives both
+    down: channels of x, which a 3x3 with stride 2, norm and activation make `channels` of; 0: x has those already; -1:
+    x is what that 3x3 gave, and is read through the norm and the activation. split_acts: of the 1x1 that gives both
     parts, bypass first, or of two 1x1; (): x is sliced instead. order: "main_first" or "part_first", in which the last
-    1x1 reads them. Parameters: down.norm, split.*, blocks.{i}.*, t_a.*, t_b.*.
+    1x1 reads them. Parameters: down.*, split.*, blocks.{i}.*, t_a.*, t_b.*.
     """
-    build = Builder(channels)
-    x = build.read(0, build.norm(channels, "down.norm"), act, slope) if down else build.read(0)
+    build = Builder(down if down > 0 else channels)
+    x = build.read(0)
+    if down > 0:
+        x = build.read(build.conv([x], channels, 3, stride=2, name="down.conv"))
+    if down:
+        x = build.read(x.value, build.norm(channels, "down.norm"), act, slope)
     bypass, y = _split(build, x, part, main, split_acts, slope)
     reads = [y]
     for i in range(blocks):
@@ -37,8 +42,8 @@ def csp_residual_stage(
 def _split(build: Builder, x: Read, part: int, main: int, acts: Sequence[str], slope: float) -> tuple[Read, Read]:
     """The bypass and the main part."""
     if not acts:
-        norm, act = x.norm, x.act
-        return build.read(0, norm, act, x.slope, stop=part), build.read(0, norm, act, x.slope, start=part)
+        value, norm, act = x.value, x.norm, x.act
+        return build.read(value, norm, act, x.slope, stop=part), build.read(value, norm, act, x.slope, start=part)
     if len(acts) == 2:
         widths = zip((part, main), acts, strict=True)
         first, second = (conv_norm(build, [x], n, 1, a, slope, prefix=f"split.{i}.") for i, (n, a) in enumerate(widths))

@@ -31,7 +31,7 @@ def fold(
             reads[read.value].append(read)
     found = {}
     for index, node in enumerate(graph.nodes):
-        if not isinstance(node, Conv) or node.kernel not in kernels or node.stride > 1:
+        if not isinstance(node, Conv) or node.kernel not in kernels:
             continue
         if node.bias or node.drop_rate or (node.groups > 1 and node.kernel == 1):
             continue

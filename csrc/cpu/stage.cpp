@@ -356,15 +356,15 @@ template <class S> struct Stage {
 
   void operator()(const stage::Product& i, Frame& inner) {
     if (i.conv.groups > 1) return grouped(i);
+    if (i.conv.stride > 1) return strided(i, inner);
     if (i.conv.kernel == 3) return with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
     Reads r = reads(inner, i.segments);
     Grid grid = of(i.segments[0].place).grid;
     grid.pool = i.conv.pool;
     const int64_t out = i.conv.out_channels;
     Memory& to = of(i.to);
-    const bool after = i.column >= 0 || i.act != Activation::Identity || !i.residual.empty();
     if (i.column >= 0 && i.residual.empty() && plain(i.segments, i.conv)) return folded(i, inner, r);
-    if (after) return folded(i, inner, Mix<S>(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1}));
+    if (has_after(i)) return folded(i, inner, Mix<S>(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1}));
     if (plain(i.segments, i.conv) && i.to.start == 0 && padded_channels(out) <= to.pitch && i.to.stop == p.buffers[size_t(i.to.buffer)].channels) {
       int64_t K = channels(i.segments), P = to.pixels();
       int tasks = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), 2.0 * double(P) * double(K) * double(out));
@@ -385,6 +385,7 @@ template <class S> struct Stage {
     for (int64_t c = 0; c < channels; c++) to[c] = T(double(affine.shift[column + c]) - double(affine.mean[column + c]) * double(affine.scale[column + c]));
     return to;
   }
+  static bool has_after(const stage::Product& i) { return i.column >= 0 || i.act != Activation::Identity || !i.residual.empty(); }
   const T* scale_of(const stage::Product& i) const { return i.column < 0 ? nullptr : affine.scale + i.column; }
   const Unit<U>* packed_1x1(Frame& inner, const stage::Product& i, int64_t K, int tasks) {
     const int64_t out = i.conv.out_channels;
@@ -394,12 +395,16 @@ template <class S> struct Stage {
     });
   }
   const Unit<U>* packed_mix(Frame& inner, const stage::Product& i, const Mix<S>& mix) {
+    return packed_mix(inner, i, mix, [&](Frame& frame) { return stacked(frame, i.nodes, channels(i.segments)); });
+  }
+  // weights: f(frame), [out][channels of all segments]
+  template <class Weights> const Unit<U>* packed_mix(Frame& inner, const stage::Product& i, const Mix<S>& mix, const Weights& weights) {
     const int64_t out = i.conv.out_channels;
     return packed<Unit<U>>(inner, mix.units(), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](Unit<U>* to) {
       Frame frame;
       T* scale = frame.zeroed<T>(mix.O);
       if (i.column >= 0) copy(scale, affine.scale + i.column, out);
-      return mix.template pack<false>(to, stacked(frame, i.nodes, channels(i.segments)), i.column < 0 ? nullptr : scale);
+      return mix.template pack<false>(to, weights(frame), i.column < 0 ? nullptr : scale);
     });
   }
   // f(what follows a product of inference)
@@ -418,8 +423,8 @@ template <class S> struct Stage {
     if (i.act == Activation::Relu) run(Relu<T>{});
     else run(AnyActivation<T>{i.act, T(i.slope)});
   }
-  void folded(const stage::Product& i, Frame& inner, const Mix<S>& mix) {
-    const Unit<U>* w = packed_mix(inner, i, mix);
+  void folded(const stage::Product& i, Frame& inner, const Mix<S>& mix) { folded(i, inner, mix, packed_mix(inner, i, mix)); }
+  void folded(const stage::Product& i, Frame& inner, const Mix<S>& mix, const Unit<U>* w) {
     with_activation<T>(i.act, i.slope, [&](auto act) {
       with_after(i, inner, act, [&](const auto& after) { mix_after(mix, w, after, value(i.to), of(i.to).pitch, i.to.channels()); });
     });
@@ -539,6 +544,160 @@ template <class S> struct Stage {
       with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(part, inner, groups); });
     });
   }
+  // --- the 3x3 with stride 2: a product over nine segments, one for each tap
+  std::vector<Segment<S>> taps(const Reads& r) {
+    std::vector<Segment<S>> all;
+    for (int64_t t = 0; t < 9; t++)
+      for (Segment<S> s : r.segments) {
+        s.tap = true, s.dy = t / 3 - 1, s.dx = t % 3 - 1;
+        all.push_back(s);
+      }
+    return all;
+  }
+  // Its outputs among the pixels of its input.
+  static Grid every_second(const Grid& g) { return {g.N, g.H, g.W, false, 2, ceil_div(g.H, 2), ceil_div(g.W, 2)}; }
+  // [out][9][in]
+  const T* by_tap(Frame& inner, int64_t node) {
+    const stage::Weight& w = p.weights[size_t(node)];
+    if (a.weights[node].channels_last) return weight(node);
+    T* to = inner.take<T>(w.out_channels * w.in_channels * 9);
+    for (int64_t n = 0; n < w.out_channels * w.in_channels * 9; n += w.in_channels * 9)
+      for (int64_t t = 0; t < 9; t++)
+        for (int64_t c = 0; c < w.in_channels; c++) to[n + t * w.in_channels + c] = weight(node)[n + c * 9 + t];
+    return to;
+  }
+  void strided(const stage::Product& i, Frame& inner) {
+    Reads r = reads(inner, i.segments);
+    std::vector<Segment<S>> all = taps(r);
+    const int64_t out = i.conv.out_channels;
+    Mix<S> mix(a.parallel, every_second(of(i.segments[0].place).grid), all.data(), int64_t(all.size()), {&out, 1});
+    const Unit<U>* w = packed_mix(inner, i, mix, [&](Frame& frame) { return by_tap(frame, i.nodes[0]); });
+    if (has_after(i)) return folded(i, inner, mix, w);
+    Statistics<T>* stats = statistics(inner, i.statistics, mix.tasks, mix.O);
+    mix.forward_raw(w, value(i.to), of(i.to).pitch, out, stats);
+    merge_statistics(stats, mix.tasks, i.to, i.statistics);
+  }
+  void strided(const stage::ProductBackward& i, Frame& inner) {
+    const int64_t out = i.conv.out_channels, P = of(i.of).pixels();
+    Owed<T> o = owed(inner, i.of, i.owed);
+    int64_t dz_pitch = gradient_pitch(i.of);
+    const S* dz = gradient(i.of);
+    if (o.any) {  // it is read nine times
+      S* to = inner.take<S>(P * padded_channels(out));
+      settle(dz, dz_pitch, value(i.of), of(i.of).pitch, o, P, out, to, padded_channels(out));
+      dz = to, dz_pitch = padded_channels(out);
+    }
+    Reads r = reads(inner, i.segments);
+    std::vector<Spread<S>> targets;
+    for (const stage::Segment& s : i.segments) targets.push_back(spread(s));
+    if (!i.wanted.empty()) strided_wgrad(i, r, dz, dz_pitch);
+    const std::vector<bool> scratch = apart(i.segments);
+    for (size_t k = 0, at = 0; k < i.segments.size(); at += size_t(r.segments[k].channels), k++) {
+      const stage::Segment& s = i.segments[k];
+      if (!targets[k].g && !s.sums) continue;
+      Frame frame;
+      if (!scratch[k]) {
+        strided_dgrad(i, int64_t(at), read(frame, s), act_of(s), targets[k], &s, dz, dz_pitch);
+        continue;
+      }
+      const int64_t pitch = r.segments[k].pitch, n = r.segments[k].channels;
+      S* g = frame.take<S>(of(s.place).pixels() * pitch);
+      stage::Segment plain;  // what lies in scratch memory
+      Read<S> activated{r.segments[k].x, pitch, n, Affine<T>(frame, n), {Activation::Identity, T(0)}};
+      std::fill(activated.norm.scale, activated.norm.scale + n, T(1));
+      strided_dgrad(i, int64_t(at), activated, act_of(plain), {g, pitch, nullptr, 0}, nullptr, dz, dz_pitch);
+      back(read(frame, s), s, targets[k], frame, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(g + pixel * pitch + c, n - c); });
+    }
+  }
+  // to = g less what is owed
+  void settle(const S* g, int64_t g_pitch, const S* x, int64_t pitch, const Owed<T>& o, int64_t P, int64_t n, S* to, int64_t to_pitch) {
+    const int tasks = elementwise_tasks(P, n);
+    for_tasks(a.parallel, tasks, [&](int task) {
+      Range r = share(P, task, tasks);
+      for (int64_t q = r.begin; q < r.end; q++)
+        for (int64_t c = 0; c < n; c += L) {
+          Vec<T> d = load(g + q * g_pitch + c, n - c);
+          if (o.any) d -= (load(x + q * pitch + c, n - c) - load(o.correction.mean + c)) * load(o.correction.scale + c) + load(o.correction.shift + c);
+          store(to + q * to_pitch + c, d, n - c);
+        }
+    });
+  }
+  void strided_wgrad(const stage::ProductBackward& i, const Reads& r, const S* dz, int64_t dz_pitch) {
+    Frame inner;
+    std::vector<Segment<S>> all = taps(r);
+    const int64_t out = i.conv.out_channels, C = channels(i.segments), node = i.nodes[0];
+    Mix<S> mix(a.parallel, every_second(of(i.segments[0].place).grid), all.data(), int64_t(all.size()), {&out, 1});
+    PartialSums<T>* parts = PartialSums<T>::take(inner, mix.tasks, MixBackward<S>::weights(mix), MixBackward<S>::pitch(mix));
+    const Owed<T> nothing(inner, out);
+    ValueGradient<S> gradient(dz, dz_pitch, dz, dz_pitch, out, nothing);
+    MixBackward<S> back_product{mix, gradient, nullptr, parts, true, false};
+    back_product.run();
+    T* dweight = static_cast<T*>(a.weights[node].dweight);
+    if (a.weights[node].channels_last) return back_product.weight_gradient(dweight);
+    T* dw = inner.take<T>(out * C * 9);
+    back_product.weight_gradient(dw);
+    for (int64_t n = 0; n < out * C * 9; n += C * 9)
+      for (int64_t t = 0; t < 9; t++)
+        for (int64_t c = 0; c < C; c++) dweight[n + c * 9 + t] = dw[n + t * C + c];
+  }
+  // The gradient of channels at.. of the input, `from`, read through `act`. Pixels of even or odd row and column are each a product of
+  // the taps that reach them: a row 2y is read by the middle tap of row y alone, 2y + 1 by the last tap of y and the first of y + 1.
+  void strided_dgrad(const stage::ProductBackward& i, int64_t at, const Read<S>& from, const OnLoad<T>& act, const Spread<S>& to, const stage::Segment* sums, const S* dz, int64_t dz_pitch) {
+    Frame inner;
+    const Grid in = of(i.segments[0].place).grid, z = of(i.of).grid;
+    const int64_t n = from.channels, out = i.conv.out_channels, C = channels(i.segments);
+    PartialSums<T>* parts = PartialSums<T>::take(inner, a.parallel.threads, 0, round_up(n, 2 * L));
+    for (int t = 0; t < a.parallel.threads; t++) parts[t].clear(0, round_up(n, 2 * L));
+    const T* w = weight(i.nodes[0]);
+    const bool channels_last = a.weights[i.nodes[0]].channels_last;
+    for (int64_t odd_y = 0; odd_y < 2; odd_y++)
+      for (int64_t odd_x = 0; odd_x < 2; odd_x++) {
+        const Grid pixels{z.N, z.H, z.W, false, 1, (in.H + 1 - odd_y) / 2, (in.W + 1 - odd_x) / 2};
+        if (!pixels.h || !pixels.w) continue;
+        Frame frame;
+        std::vector<Segment<S>> read;
+        std::vector<int64_t> kernel;
+        for (int64_t ky = odd_y ? 0 : 1; ky < 3; ky += 2)
+          for (int64_t kx = odd_x ? 0 : 1; kx < 3; kx += 2) {
+            Segment<S> s{dz, dz_pitch, out, nullptr, nullptr, 0, 0};
+            s.tap = true, s.dy = ky == 0, s.dx = kx == 0;
+            read.push_back(s), kernel.push_back(ky * 3 + kx);
+          }
+        Mix<S> mix(a.parallel, pixels, read.data(), int64_t(read.size()), {&n, 1});
+        T* rows = frame.zeroed<T>(mix.Kp * mix.O);
+        for_tasks(a.parallel, mix.tasks, [&](int task) {
+          Range r = share(out, task, mix.tasks);
+          for (size_t k = 0; k < read.size(); k++)
+            for (int64_t f = r.begin; f < r.end; f++) {
+              T* row = rows + (read[k].column + f) * mix.O;
+              if (channels_last) memcpy(row, w + (f * 9 + kernel[k]) * C + at, size_t(n) * sizeof(T));
+              else for (int64_t c = 0; c < n; c++) row[c] = w[(f * C + at + c) * 9 + kernel[k]];
+            }
+        });
+        Unit<U>* packed = pack<false>(frame.take<Unit<U>>(packed_size<U>(mix.Kp, mix.O)), rows, mix.Kp, mix.O, mix.tasks);
+        auto emit = [&](auto leaky) {
+          mix.forward(packed, [&](int task, int64_t pixel, int m, int64_t column, const auto& acc) __attribute__((always_inline)) {
+            constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
+            for (int j = 0; j < NV && column + j * L < n; j++) {
+              const int64_t c = column + j * L, left = n - c;
+              const Vec<T> mean = load(from.norm.mean + c), scale = load(from.norm.scale + c), shift = load(from.norm.shift + c), number = Vec<T>{} + act.number;
+              Vec<T> sum{}, sum_x{};
+              for (int row = 0; row < m; row++) {
+                const int64_t p = pixel + row, y = p / pixels.w % pixels.h, x = p % pixels.w, q = (p / (pixels.h * pixels.w) * in.H + 2 * y + odd_y) * in.W + 2 * x + odd_x;
+                const Vec<T> centred = load(from.x + q * from.pitch + c, left) - mean, d = on_load_gradient<decltype(leaky)::value, T>(centred * scale + shift, acc[row][j], number);
+                if (to.g) store(to.g + q * to.pitch + c, to.in ? load(to.in + q * to.in_pitch + c, left) + d * scale : d * scale, left);
+                sum += d, sum_x += d * centred;
+              }
+              T *s = parts[task].sum + c, *sx = parts[task].sum_x + c;
+              store(s, load(s) + sum), store(sx, load(sx) + sum_x);
+            }
+          });
+        };
+        if (act.leaky) emit(std::true_type{});
+        else emit(std::false_type{});
+      }
+    if (sums) add_sums(*sums, parts, a.parallel.threads, 0);
+  }
   template <int M, bool TRANSPOSED> const T* pack3x3(T* to, const T* w, const Weights3x3<T>& place, const T* scale = nullptr) {
     int64_t blocks = ceil_div(TRANSPOSED ? place.g : place.b, L);
     int tasks = choose_tasks(a.parallel, blocks, 60.0 * double(place.b * place.g * (M + 2) * (M + 2)));
@@ -584,7 +743,7 @@ template <class S> struct Stage {
     Statistics<T>* stats = statistics(inner, i.statistics, tasks, out);
     const T* w = packed_3x3<M>(inner, i, in.channels, weights);
     Conv3x3<S> conv{a.parallel, tasks, g.N, g.H, g.W, in.channels, in.pitch, out, of(i.to).pitch, in.norm, dropout, in.act};
-    if (i.column < 0 && i.act == Activation::Identity && i.residual.empty()) conv3x3_forward<M>(conv, in.z, w, value(i.to), stats, dropout);
+    if (!has_after(i)) conv3x3_forward<M>(conv, in.z, w, value(i.to), stats, dropout);
     else with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { conv3x3_forward<M>(conv, in.z, w, value(i.to), nullptr, after); });
     merge_statistics(stats, tasks, i.to, i.statistics);
   }
@@ -688,6 +847,7 @@ template <class S> struct Stage {
 
   void operator()(const stage::ProductBackward& i, Frame& inner) {
     if (i.conv.groups > 1) return grouped(i);
+    if (i.conv.stride > 1) return strided(i, inner);
     if (i.conv.kernel == 3) return with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
     Owed<T> o = owed(inner, i.of, i.owed);
     int64_t g_pitch = gradient_pitch(i.of), K = channels(i.segments);
@@ -805,16 +965,7 @@ template <class S> struct Stage {
     const S *g = gradient(i.of), *x = value(i.of);
     S* dx = input.take_g ? nullptr : static_cast<S*>(a.buffers[i.index].dx);
     if (!dx || (dx == g && !o.any)) return;
-    int tasks = elementwise_tasks(P, n);
-    for_tasks(a.parallel, tasks, [&](int task) {
-      Range r = share(P, task, tasks);
-      for (int64_t q = r.begin; q < r.end; q++)
-        for (int64_t c = 0; c < n; c += L) {
-          Vec<T> d = load(g + q * g_pitch + c, n - c);
-          if (o.any) d -= (load(x + q * pitch + c, n - c) - load(o.correction.mean + c)) * load(o.correction.scale + c) + load(o.correction.shift + c);
-          store(dx + q * n + c, d, n - c);
-        }
-    });
+    settle(g, g_pitch, x, pitch, o, P, n, dx, n);
   }
 };
 

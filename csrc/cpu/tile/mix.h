@@ -6,17 +6,18 @@
 
 namespace csp::CSP_ISA {
 
-// Pixels of a map, or of its 2x2 averages.
+// Pixels of a map, or of its 2x2 averages, or h x w of them that lie `step` apart (h > 0).
 struct Grid {
   int64_t N, H, W;
   bool pool;
-  int64_t rows() const { return pool ? H / 2 : H; }
-  int64_t columns() const { return pool ? W / 2 : W; }
+  int64_t step = 1, h = 0, w = 0;
+  int64_t rows() const { return h ? h : pool ? H / 2 : H; }
+  int64_t columns() const { return h ? w : pool ? W / 2 : W; }
   int64_t pixels() const { return N * rows() * columns(); }
   int64_t source(int64_t p) const {  // the first pixel of the map behind pixel p
-    if (!pool) return p;
-    int64_t h = rows(), w = columns();
-    return (p / (h * w) * H + p / w % h * 2) * W + p % w * 2;
+    if (!pool && !h) return p;
+    const int64_t r = rows(), c = columns(), apart = pool ? 2 : step;
+    return (p / (r * c) * H + p / c % r * apart) * W + p % c * apart;
   }
 };
 
@@ -31,25 +32,43 @@ template <class S> struct Segment {
   const S* g_in = nullptr;  // g = this + the gradient; null: it begins here
   int64_t g_in_pitch = 0;
   OnLoad<T> act = {};
+  bool tap = false;       // of a 3x3: read dy rows and dx columns away, zero beyond the map
+  int64_t dy = 0, dx = 0;
+  // The pixel that is read behind this one; -1: none.
+  int64_t at(const Grid& grid, int64_t pixel) const {
+    const int64_t y = pixel / grid.W % grid.H + dy, x = pixel % grid.W + dx;
+    return y >= 0 && y < grid.H && x >= 0 && x < grid.W ? pixel + dy * grid.W + dx : -1;
+  }
 };
 
-// How a segment is read; f(std::integral_constant<Load, ...>, std::bool_constant<pool>).
+// How a segment is read, and of which pixels; f(std::integral_constant<Load, ...>, std::integral_constant<Pixel, ...>).
 enum class Load { Raw, Floor, Leaky };
+enum class Pixel { One, Average, Tap };
 template <class S, class F> CSP_INLINE void with_load(const Segment<S>& s, bool pool, F f) {
-  auto with = [&](auto load) __attribute__((always_inline)) { pool ? f(load, std::true_type{}) : f(load, std::false_type{}); };
+  auto with = [&](auto load) __attribute__((always_inline)) {
+    if (s.tap) f(load, std::integral_constant<Pixel, Pixel::Tap>{});
+    else if (pool) f(load, std::integral_constant<Pixel, Pixel::Average>{});
+    else f(load, std::integral_constant<Pixel, Pixel::One>{});
+  };
   if (!s.norm) with(std::integral_constant<Load, Load::Raw>{});
   else if (s.act.leaky) with(std::integral_constant<Load, Load::Leaky>{});
   else with(std::integral_constant<Load, Load::Floor>{});
 }
 
 // A[block][MR][LANES] from channels c0..c1 of one segment; source: first pixel behind each of m rows.
-template <class U, Load LOAD, bool POOL, class S>
-CSP_NOINLINE void pack_segment(const Segment<S>& s, const int64_t* source, int64_t W, int m, int64_t c0, int64_t c1, Unit<U>* A) {
+template <class U, Load LOAD, Pixel PIXEL, class S>
+CSP_NOINLINE void pack_segment(const Segment<S>& s, const int64_t* source, const Grid& grid, int m, int64_t c0, int64_t c1, Unit<U>* A) {
   using T = Acc<U>;
   constexpr int MR = TILE_ROWS, L = LANES<T>, LAST = U::DEPTH - 1;
   const Vec<T> number = Vec<T>{} + s.act.number;
   for (int i = 0; i < m; i++) {
-    const S* f = s.x + source[i] * s.pitch;
+    constexpr bool POOL = PIXEL == Pixel::Average;
+    const int64_t first = PIXEL == Pixel::Tap ? s.at(grid, source[i]) : source[i], W = grid.W;
+    if (PIXEL == Pixel::Tap && first < 0) {
+      for (int64_t c = c0; c < c1; c += L * U::DEPTH) store(A + ((c - c0) / (L * U::DEPTH) * MR + i) * L, Vec<Unit<U>>{});
+      continue;
+    }
+    const S* f = s.x + first * s.pitch;
     auto read = [&](int64_t c) __attribute__((always_inline)) {
       int64_t n = s.channels - c;
       auto at = [&](int64_t pixel) __attribute__((always_inline)) {
@@ -134,7 +153,7 @@ template <class S> struct Mix {
       if (c0 >= c1) continue;
       Unit<U>* to = A + (c0 - k0) / D * MR;
       c0 -= s.column, c1 -= s.column;
-      with_load(s, grid.pool, [&](auto load, auto pool) { pack_segment<U, decltype(load)::value, decltype(pool)::value>(s, source, grid.W, m, c0, c1, to); });
+      with_load(s, grid.pool, [&](auto load, auto pixel) { pack_segment<U, decltype(load)::value, decltype(pixel)::value>(s, source, grid, m, c0, c1, to); });
     }
   }
 
@@ -230,6 +249,7 @@ template <class S> struct MixBackward {
   const Unit<U>* W;             // packed<true>
   const PartialSums<T>* parts;  // a task: dW [O rounded to a vector][pitch()], sums [pitch()] of dn and dn * (x - mean)
   bool wgrad = true;
+  bool dgrad_too = true;        // else segments have no g and no sums are wanted; W is null
 
   static int64_t pitch(const Mix<S>& mix) { return round_up(mix.Kp, 2 * L); }
   static int64_t weights(const Mix<S>& mix) { return round_up(mix.O, L) * pitch(mix); }
@@ -241,7 +261,7 @@ template <class S> struct MixBackward {
   }
 
   // One vector of channels of one tile: da[i * nv] -> gradient of the segment; what the product read goes to a[row][LANES].
-  template <Load LOAD, bool POOL>
+  template <Load LOAD, Pixel PIXEL>
   CSP_NOINLINE void emit(const Segment<S>& s, int64_t c, const int64_t* source, int m, const Vec<T>* da, int nv, Unit<U>* a,
                          const PartialSums<T>& part) const {
     int64_t n = s.channels - c, W = mix.grid.W;
@@ -262,8 +282,9 @@ template <class S> struct MixBackward {
     };
     auto row = [&](int i) __attribute__((always_inline)) {
       if (i >= m) return Vec<T>{};
-      int64_t p = source[i];
-      if constexpr (!POOL) return one(p, da[i * nv]);
+      int64_t p = PIXEL == Pixel::Tap ? s.at(mix.grid, source[i]) : source[i];
+      if (PIXEL == Pixel::Tap && p < 0) return Vec<T>{};
+      if constexpr (PIXEL != Pixel::Average) return one(p, da[i * nv]);
       Vec<T> d = da[i * nv] * T(0.25), top = one(p, d) + one(p + 1, d);
       return (top + (one(p + W, d) + one(p + W + 1, d))) * T(0.25);
     };
@@ -282,12 +303,12 @@ template <class S> struct MixBackward {
     while (mix.segments[i].column > k) i--;
     const Segment<S>& s = mix.segments[i];
     int64_t c = k - s.column;
-    with_load(s, mix.grid.pool, [&](auto load, auto pool) { emit<decltype(load)::value, decltype(pool)::value>(s, c, source, m, da, nv, a, part); });
+    with_load(s, mix.grid.pool, [&](auto load, auto pixel) { emit<decltype(load)::value, decltype(pixel)::value>(s, c, source, m, da, nv, a, part); });
   }
 
   // The segment of two vectors of channels that are read and whose gradient is written in place, null if it takes more.
   const Segment<S>* plain(int64_t k) const {
-    if (D > 1 || sizeof(S) != sizeof(T) || mix.grid.pool) return nullptr;
+    if (D > 1 || sizeof(S) != sizeof(T) || mix.grid.pool || mix.grid.h) return nullptr;
     int64_t i = mix.count - 1;
     while (mix.segments[i].column > k) i--;
     const Segment<S>& s = mix.segments[i];
@@ -320,7 +341,7 @@ template <class S> struct MixBackward {
       Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(round_up(O, L * D) * nt * MR);
       Unit<U>* a = frame.take<Unit<U>>((chunk + 2 * L) * nt * MR);
       int64_t* source = frame.take<int64_t>(nt * MR);
-      Vec<T>* da = frame.take<Vec<T>>(MR * 2);
+      Vec<T>* da = frame.zeroed<Vec<T>>(MR * 2);
       Range r = share(tiles, task, mix.tasks);
       for (int64_t t = r.begin; t < r.end; t += nt) {
         int64_t n = min64(nt, r.end - t), M = n * MR, p0 = t * MR;
@@ -338,7 +359,8 @@ template <class S> struct MixBackward {
               }
               int nv = Kp - k > L ? 2 : 1;
               const Unit<U>*A = by_channel + q * MR * L, *B = W + k / (2 * L) * blocks * L * 2 * L;
-              if (nv == 2) dgrad<2>(A, M * L, B, blocks, da);
+              if (!dgrad_too) {}  // da stays zero
+              else if (nv == 2) dgrad<2>(A, M * L, B, blocks, da);
               else dgrad<1>(A, M * L, B, blocks, da);
               for (int j = 0; j < nv; j++)
                 emit_vector(k + j * L, source + q * MR, mix.rows(t + q), da + j, nv, a + ((k - k0) / L + j) * (M / D) * L + q * MR / D * L, part);
