@@ -19,11 +19,14 @@ from torch import Tensor
 from csp_kernels.ops._program import Moments, _fake, _fake_backward
 from csp_kernels.reference.stage import stage as reference
 from csp_kernels.stage.build import Builder, conv_norm, through_norm
+from csp_kernels.stage.c2f import c2f
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.concat_conv import concat_conv
+from csp_kernels.stage.csp_residual_stage import csp_residual_stage
 from csp_kernels.stage.csp_stage import csp_stage
 from csp_kernels.stage.dense_block import dense_block
 from csp_kernels.stage.graph import ACTIVATIONS, Conv, Graph
+from csp_kernels.stage.osa_block import osa_block
 from csp_kernels.stage.partial_transition import add_partial_transition, partial_transition, transition
 from csp_kernels.stage.post_dense_block import post_dense_block
 from csp_kernels.stage.program import Program, Wanted
@@ -126,6 +129,12 @@ GRAPHS: dict[str, Graph] = {  # the first one, which is quick, is enough for som
         for fusion in ("csp", "first", "last")
     },
     "stage, no bypass": csp_stage(12, 0, 6, [8, 8], 9, 11),
+    "residual stage": csp_residual_stage(12, 5, 9, 9, 6, 11, 2, "dark", 1, -1, ("leaky_relu",), "main_first"),
+    "residual stage, bottleneck": csp_residual_stage(
+        12, 5, 7, 9, 6, 11, 2, "bottleneck", split_acts=("silu", "identity")
+    ),
+    "C2f": c2f(10, 12, 2, True),
+    "OSA": osa_block(10, 6, 10, 2, True),
     "joins": joins(),
     "slices": slices(),
     "siblings": siblings(),
@@ -136,8 +145,8 @@ GRAPHS: dict[str, Graph] = {  # the first one, which is quick, is enough for som
 KINDS = [
     "dense, odd widths", "dropout", "csp stage of 3x3", "transition", "concat, three inputs, two outputs",
     "concat, unaligned outputs", "post", "two_way", "partial, csp, pre, pool", "partial, first, post",
-    "partial, last, pre", "stage, pre, csp", "stage, post, last", "stage, two_way, first", "joins", "slices",
-    "siblings",
+    "partial, last, pre", "stage, pre, csp", "stage, post, last", "stage, two_way, first", "residual stage", "joins",
+    "slices", "siblings",
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ def check_call(
     seed: Tensor | None, eps: Sequence[float],
 ) -> None:  # fmt: skip
     """Of both operators. TypeError or ValueError, which names the argument, for what a program cannot run with."""
+    _check_instructions(program)
     buffers = [b for b in program.buffers if b.kind == "input"]
     check_count("inputs", inputs, len(buffers))
     x = inputs[0]
@@ -57,6 +58,25 @@ def check_backward(
         rows = n * side(b.size, h) * side(b.size, w)
         arguments.append((f"kept[{b.index}]", kept[b.index], (rows, padded(b.channels)), x.dtype))
     check(x, arguments)
+
+
+def _check_instructions(program: Program) -> None:
+    """None that the CPU alone runs."""
+    for step in (*program.forward, *program.backward):
+        products = (step.reduce, step.conv) if isinstance(step, Bottleneck) else (step,)
+        for product in products:
+            conv = getattr(product, "conv", None)
+            if conv is not None and (conv.groups > 1 or conv.stride > 1):
+                raise ValueError("program: got groups or a stride, expected none: they run on the CPU alone")
+            if isinstance(product, Product) and (product.residual or (conv and conv.kernel == 3 and _through(product))):
+                raise ValueError(
+                    "program: got a product with a residual or a 3x3 with a norm or an activation, expected one that "
+                    'was compiled for target "any"'
+                )
+
+
+def _through(product: Product) -> bool:
+    return product.column is not None or product.act != "identity"
 
 
 def _drops(step: Product | Bottleneck) -> bool:

@@ -282,7 +282,8 @@ def warn_once(module: Any, reason: str) -> None:
 
 def target_for(children: Iterable[Any]) -> str:
     """What programs for the device of these modules may hold (stage/compile.py)."""
-    weight = next((t for child in children for t in (getattr(child, "weight", None),) if t is not None), None)
+    weights = (child._parameters.get("weight") for child in children)
+    weight = next((t for t in weights if t is not None), None)
     return "cpu" if weight is None or weight.device.type in ("cpu", "meta") else "any"
 
 

@@ -128,3 +128,54 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             csp.CSPStage(8, 8, 1, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_runs_as_one_operator(form: str) -> None:
+    """On the CPU with all of its convolutions, but a grouped one with a stride."""
+    made = stage(form)
+    assert made.holders()[1] == ""
+    assert made.called == (("down.conv",) if form == "published" else ())
+    with csp.use_backend("native"), torch.profiler.profile() as profile:
+        made(torch.randn(2, 16, 8, 8, dtype=torch.float64))
+    names = [event.name for event in profile.events()]
+    assert names.count("csp_kernels::stage") == 1
+    assert names.count("aten::conv2d") == len(made.called)
+
+
+CHANGES: dict[str, tuple[str, str, Any]] = {  # what becomes of a child, by whom
+    "another activation": ("blocks.0.conv1", "act", nn.LeakyReLU(0.3)),
+    "another slope": ("blocks.0.conv1.act", "negative_slope", 0.3),
+    "another norm": ("blocks.1.conv2", "norm", nn.InstanceNorm2d(12)),
+    "another convolution": ("blocks.1.conv2", "conv", nn.Conv2d(12, 12, 3, padding=1, bias=True)),
+    "another stride": ("down.conv", "stride", (1, 1)),
+    "no block": ("blocks", "1", nn.Identity()),
+    "another join": ("t_b", "act", "relu"),
+    "one more": ("blocks", "2", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_children_are_called(change: str) -> None:
+    """With one warning, and the result is theirs."""
+    csp.use_backend("auto")
+    path, name, value = CHANGES[change]
+    made = csp.CSPStage(16, 24, 2).double()
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    parent = made.get_submodule(path)
+    parent.add_module(name, value.double()) if isinstance(value, nn.Module) else setattr(parent, name, value)
+    with pytest.warns(RuntimeWarning, match=f"csp.CSPStage runs its plain PyTorch reference: {path}"):
+        y = made(x)
+    with csp.use_backend("reference"):
+        assert torch.equal(y, made(x)) or torch.allclose(y, made(x), rtol=1e-9)
+    with csp.use_backend("native"), pytest.raises(RuntimeError, match=path):
+        made(x)
+
+
+def test_recompute() -> None:
+    made = csp.CSPStage(16, 24, 2, recompute="all").double()
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64, requires_grad=True)
+    verdict = csp.check(made, x)
+    assert verdict, str(verdict)
+    with pytest.raises(ValueError, match="recompute: got 'some'"):
+        csp.CSPStage(16, 24, 2, recompute="some")

@@ -138,15 +138,15 @@ def test_copies_and_pickles() -> None:
 
 def test_says_what_it_cannot_run() -> None:
     build = Builder(8)
-    build.write([build.read(build.conv([build.read(0)], 8, 3, groups=2))])
+    build.write([build.read(build.conv([build.read(0)], 8, 3, bias=True))])
     stage, x = csp.Stage(build.graph()), torch.randn(1, 8, 4, 4)
-    with pytest.warns(RuntimeWarning, match="csp.Stage runs its plain PyTorch reference: v1 has groups"):
+    with pytest.warns(RuntimeWarning, match="csp.Stage runs its plain PyTorch reference: v1 has a bias"):
         stage(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stage(x)  # said once
     csp.use_backend("native")
-    with pytest.raises(RuntimeError, match="v1 has groups"):
+    with pytest.raises(RuntimeError, match="v1 has a bias"):
         stage(x)
 
 

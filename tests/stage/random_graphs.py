@@ -16,11 +16,11 @@ SLOPE = 0.1
 class RandomGraph:
     """Convolutions of every kind, sums, norms of readers and of producers, shared norms, slices, several outputs.
 
-    native: only what the kernels on the CPU run (csp_kernels.ops.stage.unsupported).
+    native: only what the kernels run (csp_kernels.ops.stage.unsupported); on_cpu: those for the CPU.
     """
 
-    def __init__(self, rng: random.Random, native: bool = False) -> None:
-        self.rng, self.native = rng, native
+    def __init__(self, rng: random.Random, native: bool = False, on_cpu: bool = False) -> None:
+        self.rng, self.native, self.on_cpu = rng, native, on_cpu
         inputs = [rng.randint(2, 6) for _ in range(rng.randint(1, 2))]
         self.build, self.channels, self.sizes = Builder(*inputs), [*inputs], [""] * len(inputs)
         self.post: dict[int, int] = {}  # value -> norm of its producer
@@ -82,10 +82,13 @@ class RandomGraph:
         bias = not self.native and rng.random() < 0.3
         small = len(self.sizes[reads[0].value]) == 2
         pool = kernel == 1 and not bias and not small and rng.random() < 0.15
-        stride = 2 if kernel == 3 and not (self.native or small) and rng.random() < 0.2 else 1
+        everything = not self.native
+        stride = 2 if kernel == 3 and (everything or self.on_cpu) and not small and rng.random() < 0.2 else 1
         incoming = sum(read.channels for read in reads)
-        groups = 1 if self.native else rng.choice([g for g in (1, 2, 3) if incoming % g == out % g == 0])
-        drop = 0.3 if rng.random() < 0.1 and not (self.native and kernel == 1) else 0.0
+        grouped = everything or (self.on_cpu and kernel == 3 and stride == 1)
+        groups = rng.choice([g for g in (1, 2, 3) if incoming % g == out % g == 0]) if grouped else 1
+        drops = everything or (kernel == 3 and stride == groups == 1)
+        drop = 0.3 if drops and rng.random() < 0.1 else 0.0
         value = self.build.conv(
             reads, out, kernel, stride=stride, groups=groups, bias=bias, pool=pool, drop_rate=drop
         )  # fmt: skip
