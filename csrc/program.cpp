@@ -145,7 +145,7 @@ class Check {
     }
     expect(O == c.out_channels && O == to.channels() && buffer(to).size == size + (c.pool ? "f" : "") + (c.stride == 2 ? "c" : ""), "a product does not fit where it is written");
     expect(!c.bias, "biases are the reference's");
-    expect(c.stride == 1 || (c.stride == 2 && c.kernel == 3 && c.groups == 1 && drop == -1), "a stride of another kind than a 3x3's of 2");
+    expect(c.stride == 1 || (c.stride == 2 && c.kernel == 3 && drop == -1), "a stride of another kind than a 3x3's of 2");
     expect(c.groups >= 1 && (c.groups == 1 || (c.kernel == 3 && drop == -1 && c.out_channels % c.groups == 0)), "groups of a 1x1, or of what is dropped, are the reference's");
     expect((drop == -1) == (c.drop_rate == 0) && c.drop_rate >= 0 && c.drop_rate < 1, "a drop rate is not in [0, 1)");
     expect(c.kernel == 3 ? !c.pool : drop == -1, "a 3x3 averages, or a 1x1 drops");

@@ -215,46 +215,60 @@ def _why_touched(module: nn.Module) -> str:
 
 
 class Shape(NamedTuple):
-    """What a module was made as: of which class, with which numbers and children. `shape_of` makes it."""
+    """What a module was made as: of which class, with which numbers, by name, and children; its name among all, "a.b".
+    `shape_of` makes it. It is walked at every call, so nothing is looked up that need not be."""
 
+    path: str
     kind: type[nn.Module]
-    numbers: tuple[object, ...]
+    is_norm: bool
+    numbers: dict[str, object]
     children: dict[str, Shape]
 
-    def differs(self, module: nn.Module, called: Sequence[str] = (), name: str = "") -> str:
-        """Why nobody could pass over the children of this module; "" if one can. called: those that are called."""
-        for key in {**self.children, **module._modules}:
-            path, child, shape = f"{name}{key}", module._modules.get(key), self.children.get(key)
-            if shape is child:
-                continue  # None
-            if shape is None or child is None:
-                return f"{path} is {'new' if shape is None else 'gone'}"
-            reason = "" if path in called else shape._not_as_made(path, child)
-            if reason := reason or shape.differs(child, called, f"{path}."):
+    def differs(self, module: nn.Module, found: dict[str, Any], called: Sequence[str] = ()) -> str:
+        """Why nobody could pass over the children of this module; "" if one can. found: they are added by their names.
+        called: those that are called."""
+        modules = module._modules
+        for name, shape in self.children.items():
+            child = modules.get(name)
+            if child is None:
+                return f"{shape.path} is gone"
+            if reason := "" if shape.path in called else shape._not_as_made(child):
                 return reason
+            if (shape.children or child._modules) and (reason := shape.differs(child, found, called)):
+                return reason
+            found[shape.path] = child
+        if len(modules) > len(self.children):
+            new = [name for name, child in modules.items() if child is not None and name not in self.children]
+            if new:
+                return f"{self.path}{'.' * bool(self.path)}{new[0]} is new"
         return ""
 
-    def _not_as_made(self, path: str, child: nn.Module) -> str:
-        if issubclass(self.kind, nn.BatchNorm2d):
-            return not_plain(path, child, 0, "")
+    def _not_as_made(self, child: nn.Module) -> str:
+        if self.is_norm:
+            return "" if is_plain_norm(child, "") else not_plain(self.path, child, 0, "")
         if not _acts_as(child, self.kind):
-            return _why_not(path, child, self.kind)
-        return "" if _numbers(child) == self.numbers else f"{path} has other numbers than it was made with"
+            return _why_not(self.path, child, self.kind)
+        own = child.__dict__
+        for name, number in self.numbers.items():
+            if own.get(name) != number:
+                return f"{self.path} has another {name} than it was made with"
+        bias = child._parameters.get("bias")
+        return "" if bias is None else f"{self.path} has a bias"
 
 
-def shape_of(module: nn.Module) -> Shape:
+# What changes what a call does, and no parameter shows.
+_NUMBERS = (
+    "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "negative_slope", "act", "splits",
+    "missing", "block",
+)  # fmt: skip
+
+
+def shape_of(module: nn.Module, path: str = "") -> Shape:
     """Of a module and all its children; those that are None are no children."""
-    children = {name: shape_of(child) for name, child in module._modules.items() if child is not None}
-    return Shape(type(module), _numbers(module), children)
-
-
-def _numbers(module: nn.Module) -> tuple[object, ...]:
-    """Those that change what a call does and that no parameter shows."""
-    if isinstance(module, nn.Conv2d):
-        geometry = module.kernel_size, module.stride, module.padding, module.dilation, module.groups
-        return *geometry, module.padding_mode, module._parameters.get("bias") is None
-    names = ("negative_slope", "act", "splits", "stride", "missing", "block")
-    return tuple(module.__dict__.get(name) for name in names)
+    before = f"{path}." if path else ""
+    children = {name: shape_of(m, f"{before}{name}") for name, m in module._modules.items() if m is not None}
+    numbers = {name: module.__dict__[name] for name in _NUMBERS if name in module.__dict__}
+    return Shape(path, type(module), isinstance(module, nn.BatchNorm2d), numbers, children)
 
 
 # --- the layer ---

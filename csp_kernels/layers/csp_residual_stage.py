@@ -26,8 +26,8 @@ class CSPStage(Fused, reference.CSPStage):
     CSPNet (arXiv 1911.11929, section 3.2 and Fig. 5). Arguments, children (down, split, blocks, t_a, t_b) and sizes:
     `reference.CSPStage`. It runs as one operator, nothing is concatenated; what backward keeps is what the
     convolutions and the sums of the blocks give. The norms are plain nn.BatchNorm2d and count as such: momentum, eps,
-    affine, track_running_stats, train and eval act as usual. Plain children are not called; on a GPU, and where it has
-    groups or a stride above 2, down.conv is.
+    affine, track_running_stats, train and eval act as usual. Plain children are not called; on a GPU, and where
+    its stride is above 2, down.conv is.
 
     recompute: what backward computes again instead of keeping it: "none", "bottleneck" (1x1 convolutions that 3x3 ones
     alone read) or "all" (all but inputs and outputs). dtypes, memory formats and errors: `csp.ops.stage`. With grouped
@@ -55,14 +55,17 @@ class CSPStage(Fused, reference.CSPStage):
         )  # fmt: skip
         rest = self.split_acts, self.order, act, slope
         # where kernels run it whole, and where PyTorch runs the convolution of `down`
-        whole = in_channels if self.down is not None and groups == 1 and self.down.conv.stride == (2, 2) else 0
+        whole = in_channels if self.down is not None and self.down.conv.stride == (2, 2) else 0
         self._source = {"any": (*before, 0 if self.down is None else -1, *rest)}
         self._source["cpu"] = (*before, whole, *rest) if whole else self._source["any"]
+        beside = () if self.down is None else ("down.conv",)
+        self._called: dict[str, tuple[str, ...]] = {"any": beside, "cpu": () if whole else beside}
         self._shape: Shape = shape_of(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if recorded(x) or self._foreign():
             return super().forward(x)
+        graph = self.graph
         children, reason = self.holders()
         if reason:
             warn_once(self, reason)
@@ -76,7 +79,7 @@ class CSPStage(Fused, reference.CSPStage):
         (image,) = self.images(x)
         eps = [norm.eps for norm in norms]
         outputs, stats = ops.stage(
-            self.graph, [image], params, running, frozen=frozen, eps=eps, recompute=self.recompute
+            graph, [image], params, running, frozen=frozen, eps=eps, recompute=self.recompute
         )  # fmt: skip
         if not all(frozen):
             y = outputs[0]
@@ -85,25 +88,28 @@ class CSPStage(Fused, reference.CSPStage):
 
     def holders(self) -> tuple[list[Any], str]:
         """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can."""
-        reason = self._foreign() or hooked_globally() or self._shape.differs(self, self.called)
-        return ([] if reason else [self.get_submodule(item.name) for item in self.graph.order]), reason
+        found: dict[str, Any] = {}
+        reason = self._foreign() or hooked_globally() or self._shape.differs(self, found, self.called)
+        return ([] if reason else [found[item.name] for item in self.graph.order]), reason
 
     def _foreign(self) -> str:
         """What the kernels of this device cannot run, in words; "" if nothing."""
-        return unsupported(self.graph, target_for(self.t_b.children()))
+        target = self._target()
+        return unsupported(built(self._source[target]), target)
 
     @property
     def called(self) -> tuple[str, ...]:
         """Children that run beside the operator."""
-        return ("down.conv",) if self.down is not None and "down.conv" not in self._names() else ()
-
-    def _names(self) -> set[str]:
-        return {item.name for item in self.graph.order}
+        return self._called[self._target()]
 
     @property
     def graph(self) -> Graph:
         """What a call computes, of what `images` gives."""
-        return built(self._source[target_for(self.t_b.children())])
+        return built(self._source[self._target()])
+
+    def _target(self) -> str:
+        last = self._modules.get("t_b")
+        return target_for([] if last is None else last._modules.values())
 
     def images(self, x: Tensor) -> Sequence[Tensor]:
         """The input of the graph: x, or what the convolution of `down` makes of it. Of a meta tensor its shape."""

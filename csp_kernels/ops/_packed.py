@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from csp_kernels._tracing import cached_constant
+from csp_kernels.ops import _node as node
 from csp_kernels.stage.text import decode
 
 
@@ -53,9 +54,8 @@ def inference(
         if known is None or known.key != key:
             _known[weights[0]] = _Known(key, None)
             return None
-    y, stats, made = torch.ops.csp_kernels.stage_inference.default(
-        inputs, params, running, known.packed or [], text, eps, winograd
-    )
+    arguments = inputs, params, running, known.packed or [], text, eps, winograd
+    y, stats, made = node.without_gradients(torch.ops.csp_kernels.stage_inference.default, arguments)
     if known.packed is None:
         with _lock:
             _known[weights[0]] = _Known(key, made)

@@ -73,7 +73,7 @@ def unsupported(graph: Graph, target: str = "cpu") -> str:
             continue
         found = {
             "groups": conv.groups > 1 and (conv.kernel == 1 or conv.drop_rate > 0 or target != "cpu"),
-            "a stride": conv.stride > 1 and (conv.groups > 1 or conv.drop_rate > 0 or target != "cpu"),
+            "a stride": conv.stride > 1 and (conv.drop_rate > 0 or target != "cpu"),
             "a bias": conv.bias,
             "dropout behind a 1x1": conv.drop_rate > 0 and conv.kernel == 1,
         }

@@ -24,7 +24,7 @@ def csp_residual_stage(
     build = Builder(down if down > 0 else channels)
     x = build.read(0)
     if down > 0:
-        x = build.read(build.conv([x], channels, 3, stride=2, name="down.conv"))
+        x = build.read(build.conv([x], channels, 3, stride=2, groups=groups, name="down.conv"))
     if down:
         x = build.read(x.value, build.norm(channels, "down.norm"), act, slope)
     bypass, y = _split(build, x, part, main, split_acts, slope)

@@ -356,7 +356,7 @@ template <class S> struct Stage {
 
   void operator()(const stage::Product& i, Frame& inner) {
     if (i.conv.groups > 1) return grouped(i);
-    if (i.conv.stride > 1) return strided(i, inner);
+    if (i.conv.stride > 1) return strided(i, inner, Dense{a.weights[i.nodes[0]]});
     if (i.conv.kernel == 3) return with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
     Reads r = reads(inner, i.segments);
     Grid grid = of(i.segments[0].place).grid;
@@ -531,7 +531,8 @@ template <class S> struct Stage {
       if (i.statistics >= 0) part.statistics += out;
       if (i.column >= 0) part.column += out;
       Frame inner;
-      with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(part, inner, groups); });
+      if (part.conv.stride > 1) strided(part, inner, groups);
+      else with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(part, inner, groups); });
     });
   }
   void grouped(const stage::ProductBackward& i) {
@@ -541,7 +542,8 @@ template <class S> struct Stage {
       part.segments = cut(i.segments, in, in_end), part.of = cut(i.of, out, out_end);
       if (i.owed >= 0) part.owed += out;
       Frame inner;
-      with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(part, inner, groups); });
+      if (part.conv.stride > 1) strided(part, inner, groups);
+      else with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(part, inner, groups); });
     });
   }
   // --- the 3x3 with stride 2: a product over nine segments, one for each tap
@@ -557,27 +559,27 @@ template <class S> struct Stage {
   // Its outputs among the pixels of its input.
   static Grid every_second(const Grid& g) { return {g.N, g.H, g.W, false, 2, ceil_div(g.H, 2), ceil_div(g.W, 2)}; }
   // [out][9][in]
-  const T* by_tap(Frame& inner, int64_t node) {
-    const stage::Weight& w = p.weights[size_t(node)];
-    if (a.weights[node].channels_last) return weight(node);
-    T* to = inner.take<T>(w.out_channels * w.in_channels * 9);
-    for (int64_t n = 0; n < w.out_channels * w.in_channels * 9; n += w.in_channels * 9)
+  template <class Weights> const T* by_tap(Frame& inner, const Weights& weights, int64_t out, int64_t C) {
+    const T* w = weights.weights(inner);
+    if (weights.channels_last()) return w;
+    T* to = inner.take<T>(out * C * 9);
+    for (int64_t n = 0; n < out * C * 9; n += C * 9)
       for (int64_t t = 0; t < 9; t++)
-        for (int64_t c = 0; c < w.in_channels; c++) to[n + t * w.in_channels + c] = weight(node)[n + c * 9 + t];
+        for (int64_t c = 0; c < C; c++) to[n + t * C + c] = w[n + c * 9 + t];
     return to;
   }
-  void strided(const stage::Product& i, Frame& inner) {
+  template <class Weights> void strided(const stage::Product& i, Frame& inner, const Weights& weights) {
     Reads r = reads(inner, i.segments);
     std::vector<Segment<S>> all = taps(r);
     const int64_t out = i.conv.out_channels;
     Mix<S> mix(a.parallel, every_second(of(i.segments[0].place).grid), all.data(), int64_t(all.size()), {&out, 1});
-    const Unit<U>* w = packed_mix(inner, i, mix, [&](Frame& frame) { return by_tap(frame, i.nodes[0]); });
+    const Unit<U>* w = packed_mix(inner, i, mix, [&](Frame& frame) { return by_tap(frame, weights, out, channels(i.segments)); });
     if (has_after(i)) return folded(i, inner, mix, w);
     Statistics<T>* stats = statistics(inner, i.statistics, mix.tasks, mix.O);
     mix.forward_raw(w, value(i.to), of(i.to).pitch, out, stats);
     merge_statistics(stats, mix.tasks, i.to, i.statistics);
   }
-  void strided(const stage::ProductBackward& i, Frame& inner) {
+  template <class Weights> void strided(const stage::ProductBackward& i, Frame& inner, const Weights& weights) {
     const int64_t out = i.conv.out_channels, P = of(i.of).pixels();
     Owed<T> o = owed(inner, i.of, i.owed);
     int64_t dz_pitch = gradient_pitch(i.of);
@@ -590,14 +592,15 @@ template <class S> struct Stage {
     Reads r = reads(inner, i.segments);
     std::vector<Spread<S>> targets;
     for (const stage::Segment& s : i.segments) targets.push_back(spread(s));
-    if (!i.wanted.empty()) strided_wgrad(i, r, dz, dz_pitch);
+    if (!i.wanted.empty()) strided_wgrad(i, r, dz, dz_pitch, weights);
+    const T* w = weights.weights(inner);
     const std::vector<bool> scratch = apart(i.segments);
     for (size_t k = 0, at = 0; k < i.segments.size(); at += size_t(r.segments[k].channels), k++) {
       const stage::Segment& s = i.segments[k];
       if (!targets[k].g && !s.sums) continue;
       Frame frame;
       if (!scratch[k]) {
-        strided_dgrad(i, int64_t(at), read(frame, s), act_of(s), targets[k], &s, dz, dz_pitch);
+        strided_dgrad(i, int64_t(at), read(frame, s), act_of(s), targets[k], &s, dz, dz_pitch, w, weights.channels_last());
         continue;
       }
       const int64_t pitch = r.segments[k].pitch, n = r.segments[k].channels;
@@ -605,7 +608,7 @@ template <class S> struct Stage {
       stage::Segment plain;  // what lies in scratch memory
       Read<S> activated{r.segments[k].x, pitch, n, Affine<T>(frame, n), {Activation::Identity, T(0)}};
       std::fill(activated.norm.scale, activated.norm.scale + n, T(1));
-      strided_dgrad(i, int64_t(at), activated, act_of(plain), {g, pitch, nullptr, 0}, nullptr, dz, dz_pitch);
+      strided_dgrad(i, int64_t(at), activated, act_of(plain), {g, pitch, nullptr, 0}, nullptr, dz, dz_pitch, w, weights.channels_last());
       back(read(frame, s), s, targets[k], frame, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(g + pixel * pitch + c, n - c); });
     }
   }
@@ -622,34 +625,34 @@ template <class S> struct Stage {
         }
     });
   }
-  void strided_wgrad(const stage::ProductBackward& i, const Reads& r, const S* dz, int64_t dz_pitch) {
+  template <class Weights> void strided_wgrad(const stage::ProductBackward& i, const Reads& r, const S* dz, int64_t dz_pitch, const Weights& weights) {
     Frame inner;
     std::vector<Segment<S>> all = taps(r);
-    const int64_t out = i.conv.out_channels, C = channels(i.segments), node = i.nodes[0];
+    const int64_t out = i.conv.out_channels, C = channels(i.segments);
     Mix<S> mix(a.parallel, every_second(of(i.segments[0].place).grid), all.data(), int64_t(all.size()), {&out, 1});
     PartialSums<T>* parts = PartialSums<T>::take(inner, mix.tasks, MixBackward<S>::weights(mix), MixBackward<S>::pitch(mix));
     const Owed<T> nothing(inner, out);
     ValueGradient<S> gradient(dz, dz_pitch, dz, dz_pitch, out, nothing);
     MixBackward<S> back_product{mix, gradient, nullptr, parts, true, false};
     back_product.run();
-    T* dweight = static_cast<T*>(a.weights[node].dweight);
-    if (a.weights[node].channels_last) return back_product.weight_gradient(dweight);
+    T* dweight = weights.gradient(inner);
+    if (weights.channels_last()) return back_product.weight_gradient(dweight);
     T* dw = inner.take<T>(out * C * 9);
     back_product.weight_gradient(dw);
     for (int64_t n = 0; n < out * C * 9; n += C * 9)
       for (int64_t t = 0; t < 9; t++)
         for (int64_t c = 0; c < C; c++) dweight[n + c * 9 + t] = dw[n + t * C + c];
+    weights.finish(dweight);
   }
   // The gradient of channels at.. of the input, `from`, read through `act`. Pixels of even or odd row and column are each a product of
   // the taps that reach them: a row 2y is read by the middle tap of row y alone, 2y + 1 by the last tap of y and the first of y + 1.
-  void strided_dgrad(const stage::ProductBackward& i, int64_t at, const Read<S>& from, const OnLoad<T>& act, const Spread<S>& to, const stage::Segment* sums, const S* dz, int64_t dz_pitch) {
+  void strided_dgrad(const stage::ProductBackward& i, int64_t at, const Read<S>& from, const OnLoad<T>& act, const Spread<S>& to, const stage::Segment* sums, const S* dz, int64_t dz_pitch,
+                     const T* w, bool channels_last) {
     Frame inner;
     const Grid in = of(i.segments[0].place).grid, z = of(i.of).grid;
     const int64_t n = from.channels, out = i.conv.out_channels, C = channels(i.segments);
     PartialSums<T>* parts = PartialSums<T>::take(inner, a.parallel.threads, 0, round_up(n, 2 * L));
     for (int t = 0; t < a.parallel.threads; t++) parts[t].clear(0, round_up(n, 2 * L));
-    const T* w = weight(i.nodes[0]);
-    const bool channels_last = a.weights[i.nodes[0]].channels_last;
     for (int64_t odd_y = 0; odd_y < 2; odd_y++)
       for (int64_t odd_x = 0; odd_x < 2; odd_x++) {
         const Grid pixels{z.N, z.H, z.W, false, 1, (in.H + 1 - odd_y) / 2, (in.W + 1 - odd_x) / 2};
@@ -847,7 +850,7 @@ template <class S> struct Stage {
 
   void operator()(const stage::ProductBackward& i, Frame& inner) {
     if (i.conv.groups > 1) return grouped(i);
-    if (i.conv.stride > 1) return strided(i, inner);
+    if (i.conv.stride > 1) return strided(i, inner, Dense{a.weights[i.nodes[0]]});
     if (i.conv.kernel == 3) return with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
     Owed<T> o = owed(inner, i.of, i.owed);
     int64_t g_pitch = gradient_pitch(i.of), K = channels(i.segments);

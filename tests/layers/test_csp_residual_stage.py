@@ -132,15 +132,15 @@ def test_bad_arguments() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_runs_as_one_operator(form: str) -> None:
-    """On the CPU with all of its convolutions, but a grouped one with a stride."""
+    """On the CPU with all of its convolutions."""
     made = stage(form)
     assert made.holders()[1] == ""
-    assert made.called == (("down.conv",) if form == "published" else ())
+    assert made.called == ()
     with csp.use_backend("native"), torch.profiler.profile() as profile:
         made(torch.randn(2, 16, 8, 8, dtype=torch.float64))
     names = [event.name for event in profile.events()]
     assert names.count("csp_kernels::stage") == 1
-    assert names.count("aten::conv2d") == len(made.called)
+    assert not names.count("aten::conv2d")
 
 
 CHANGES: dict[str, tuple[str, str, Any]] = {  # what becomes of a child, by whom

@@ -85,7 +85,7 @@ class RandomGraph:
         everything = not self.native
         stride = 2 if kernel == 3 and (everything or self.on_cpu) and not small and rng.random() < 0.2 else 1
         incoming = sum(read.channels for read in reads)
-        grouped = everything or (self.on_cpu and kernel == 3 and stride == 1)
+        grouped = everything or (self.on_cpu and kernel == 3)
         groups = rng.choice([g for g in (1, 2, 3) if incoming % g == out % g == 0]) if grouped else 1
         drops = everything or (kernel == 3 and stride == groups == 1)
         drop = 0.3 if drops and rng.random() < 0.1 else 0.0
