@@ -9,6 +9,7 @@ scales of norms; what they leave as it was is found when a layer's train() or ev
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,16 @@ class _Known(NamedTuple):
 
 _lock = threading.Lock()
 _known: Any = WeakIdKeyDictionary()  # by the first weight of a call
+
+
+def _unlock() -> None:
+    """In a forked process nobody holds the lock, whoever held it in the parent."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
 
 
 def inference(
