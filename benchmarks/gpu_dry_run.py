@@ -13,6 +13,7 @@ from race import Case
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from csp_kernels.ops import _program
 from csp_kernels.programs import calls
 
 SHARED = {  # bytes that a program may have
@@ -23,6 +24,14 @@ SHARED = {  # bytes that a program may have
 
 class Triton(TorchDispatchMode):
     """Calls the operators' Triton functions, as for CUDA tensors, wherever the tensors are."""
+
+    def __enter__(self) -> Any:
+        self.before, _program.CPU_TARGET = _program.CPU_TARGET, "any"  # of programs for the launchers
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _program.CPU_TARGET = self.before
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
 
 from csp_kernels._tracing import constant_when_traced
 from csp_kernels.backends import selected
+from csp_kernels.ops import _program
 from csp_kernels.ops._packed import forget
 from csp_kernels.reference.dense_block import DenseLayer
 from csp_kernels.reference.partial_transition import Unit
@@ -298,7 +299,7 @@ def target_for(children: Iterable[Any]) -> str:
     """What programs for the device of these modules may hold (stage/compile.py)."""
     weights = (child._parameters.get("weight") for child in children)
     weight = next((t for t in weights if t is not None), None)
-    return "cpu" if weight is None or weight.device.type in ("cpu", "meta") else "any"
+    return _program.CPU_TARGET if weight is None or weight.device.type in ("cpu", "meta") else "any"
 
 
 @constant_when_traced  # under torch.compile: warns while it compiles, without a graph break
