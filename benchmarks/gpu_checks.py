@@ -25,12 +25,13 @@ from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.concat_conv import concat_conv
 from csp_kernels.stage.csp_stage import csp_stage
 from csp_kernels.stage.dense_block import dense_block
-from csp_kernels.stage.graph import ACTIVATIONS, Graph
+from csp_kernels.stage.graph import Graph
 from csp_kernels.stage.partial_transition import partial_transition, transition
 from csp_kernels.stage.post_dense_block import post_dense_block
 from csp_kernels.stage.program import Program
 from csp_kernels.stage.text import encode
 from csp_kernels.stage.two_way_dense_block import two_way_dense_block
+from csp_kernels.vocabulary import ACTIVATIONS
 
 TYPES: dict[str, dict[str, Any]] = {  # name -> what of a Case
     "bfloat16": {"dtype": torch.bfloat16},

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import csp_kernels as csp
-from csp_kernels.stage.graph import Conv, Read
+from csp_kernels.stage.graph import Conv, MaxPool, Read
 
 
 class NaiveStage(csp.Stage):
@@ -33,6 +33,8 @@ class NaiveStage(csp.Stage):
             found = [read(r) for r in node.reads]
             if isinstance(node, Conv):
                 values.append(modules["conv", i](torch.cat(found, 1) if len(found) > 1 else found[0]))
+            elif isinstance(node, MaxPool):
+                values.append(F.max_pool2d(found[0], node.size, node.stride, node.size // 2))
             else:
                 values.append(activated(sum(found[1:], found[0]), node.act, node.slope, False))
         (write,) = self.graph.outputs

@@ -24,8 +24,9 @@ from csp_kernels.backends import use_backend
 from csp_kernels.programs import Call, calls, graph_of, images_of, program_of
 from csp_kernels.stage.cost import costs
 from csp_kernels.stage.program import Wanted
+from csp_kernels.vocabulary import ACTIVATIONS
 
-_ACTIVATIONS = ("relu", "leaky_relu", "silu", "mish", "hardswish")
+_ACTIVATIONS = (*ACTIVATIONS, "hardtanh")  # PyTorch's names: relu6 is a hardtanh, gelu_tanh a gelu
 
 
 @dataclass

@@ -26,6 +26,8 @@ from csp_kernels.stage.program import (
     Clear,
     Copy,
     Finish,
+    Maximum,
+    MaximumBackward,
     Measure,
     Place,
     Product,
@@ -216,7 +218,7 @@ def _nodes(step: Backward) -> tuple[int, ...]:
 
 def _place(step: Backward) -> Place | None:
     """What an instruction writes; what it reads where it writes gradients; None: the numbers of norms alone."""
-    if isinstance(step, (Copy, Product, Add, Activate)):
+    if isinstance(step, (Copy, Product, Add, Activate, Maximum)):
         return step.to
     if isinstance(step, Bottleneck):
         return step.conv.to
@@ -226,7 +228,7 @@ def _place(step: Backward) -> Place | None:
         return step.place
     if isinstance(step, ActivateBackward):
         return step.output
-    if isinstance(step, (ProductBackward, AddBackward, Finish)):
+    if isinstance(step, (ProductBackward, AddBackward, MaximumBackward, Finish)):
         return step.of
     return None
 

@@ -14,7 +14,7 @@ from csp_kernels import models
 from csp_kernels.explain import Explanation, explain
 from csp_kernels.profile_command import NETWORKS, input_shape, positive
 from csp_kernels.programs import Call, calls
-from csp_kernels.reference.csp_stage import RECOMPUTE
+from csp_kernels.vocabulary import DENSE_RECOMPUTE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, help="height and width (default 224; digits 28)")
     parser.add_argument("--batch", type=positive, default=8, help="images (default 8)")
     parser.add_argument("--eval", action="store_true", help="inference: forward alone")
-    parser.add_argument("--recompute", choices=RECOMPUTE, help="what backward computes again (default none)")
+    parser.add_argument("--recompute", choices=DENSE_RECOMPUTE, help="what backward computes again (default none)")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from csp_kernels.layers import (
     Stage,
     TwoWayDenseBlock,
 )
+from csp_kernels.stage.biases import has_biases, without_biases
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.graph import Graph, without_dropout
 from csp_kernels.stage.program import Program, Wanted
@@ -64,6 +66,13 @@ def program_of(layer: Layer, graph: Graph, wanted: Wanted | None, device: str) -
     pairs = zip(graph.order, holders_of(layer, graph), strict=True)
     norms = {item.index: norm for item, norm in pairs if item.kind == "norm"}
     frozen = tuple(_frozen(norms[i]) for i in range(len(norms)))
+    if has_biases(graph):
+        lowered = without_biases(graph)
+        own = range(len(graph.norms), len(lowered.graph.norms))  # norms that are nothing but a bias
+        if wanted is not None:
+            trained = {i for i in own if {piece.node for piece in lowered.pieces[i]} & {*wanted.nodes}}
+            wanted = replace(wanted, norms=(*wanted.norms, *sorted(trained)))
+        graph, frozen = lowered.graph, frozen + (True,) * len(own)
     return compile_stage(graph, frozen, wanted, recompute_of(layer), "cpu" if device in ("cpu", "meta") else "any")
 
 

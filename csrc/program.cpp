@@ -55,7 +55,7 @@ class Reader {
       if (word == names[i]) { x = E(i); return; }
     bad(names[0]);
   }
-  void read(Activation& x) { choose(x, {"identity", "relu", "leaky_relu", "silu", "mish", "hardswish"}); }
+  void read(Activation& x) { choose(x, {"identity", "relu", "leaky_relu", "silu", "mish", "hardswish", "relu6", "gelu", "gelu_tanh"}); }
   void read(Gradient& x) { choose(x, {"-", "write", "add"}); }
   void read(Kind& x) { choose(x, {"input", "output", "kept", "scratch"}); }
   template <class X> void read(std::vector<X>& x) {
@@ -83,6 +83,7 @@ class Reader {
   void read(Fill& x) { all(x.bindings); }
   void read(Product& x) { all(x.nodes, x.conv, x.segments, x.to, x.statistics, x.drop, x.column, x.act, x.slope, x.residual); }
   void read(Add& x) { all(x.node, x.segments, x.to, x.act, x.slope, x.statistics); }
+  void read(Maximum& x) { all(x.node, x.segments, x.to, x.size, x.stride, x.statistics); }
   void read(Activate& x) { all(x.segments, x.to, x.pool); }
   void read(Bottleneck& x) { all(x.reduce, x.conv); }
   void read(Settle& x) { all(x.bindings); }
@@ -91,14 +92,15 @@ class Reader {
   void read(ProductBackward& x) { all(x.nodes, x.conv, x.segments, x.of, x.owed, x.wanted, x.drop, x.behind); }
   void read(Behind& x) { all(x.segment, x.output); }
   void read(AddBackward& x) { all(x.segments, x.of, x.act, x.slope, x.owed); }
+  void read(MaximumBackward& x) { all(x.segments, x.of, x.size, x.stride, x.owed); }
   void read(Finish& x) { all(x.index, x.of, x.owed); }
   template <class X> void make(Instruction& i) { read(i.emplace<X>()); }
   void read(Instruction& i) {
     int kind = 0;
-    choose(kind, {"Copy", "Measure", "Fill", "Product", "Add", "Activate", "Bottleneck", "Settle", "Clear", "ActivateBackward", "ProductBackward", "AddBackward", "Finish"});
+    choose(kind, {"Copy", "Measure", "Fill", "Product", "Add", "Activate", "Bottleneck", "Maximum", "Settle", "Clear", "ActivateBackward", "ProductBackward", "AddBackward", "MaximumBackward", "Finish"});
     using Make = void (Reader::*)(Instruction&);
     static constexpr Make MAKE[] = {&Reader::make<Copy>, &Reader::make<Measure>, &Reader::make<Fill>, &Reader::make<Product>, &Reader::make<Add>, &Reader::make<Activate>,
-                                    &Reader::make<Bottleneck>, &Reader::make<Settle>, &Reader::make<Clear>, &Reader::make<ActivateBackward>, &Reader::make<ProductBackward>, &Reader::make<AddBackward>, &Reader::make<Finish>};
+                                    &Reader::make<Bottleneck>, &Reader::make<Maximum>, &Reader::make<Settle>, &Reader::make<Clear>, &Reader::make<ActivateBackward>, &Reader::make<ProductBackward>, &Reader::make<AddBackward>, &Reader::make<MaximumBackward>, &Reader::make<Finish>};
     (this->*MAKE[kind])(i);
   }
   void read(Program& x) { all(x.buffers, x.statistics, x.columns, x.weights, x.norms, x.wanted, x.forward, x.backward); }
@@ -145,7 +147,7 @@ class Check {
     }
     expect(O == c.out_channels && O == to.channels() && buffer(to).size == size + (c.pool ? "f" : "") + (c.stride == 2 ? "c" : ""), "a product does not fit where it is written");
     expect(!c.bias, "biases are the reference's");
-    expect(c.stride == 1 || (c.stride == 2 && c.kernel == 3 && drop == -1), "a stride of another kind than a 3x3's of 2");
+    expect(c.stride == 1 || (c.stride == 2 && drop == -1 && !c.pool), "a stride is neither 1 nor 2, or of what is averaged or dropped");
     expect(c.groups >= 1 && (c.groups == 1 || (c.kernel == 3 && drop == -1 && c.out_channels % c.groups == 0)), "groups of a 1x1, or of what is dropped, are the reference's");
     expect((drop == -1) == (c.drop_rate == 0) && c.drop_rate >= 0 && c.drop_rate < 1, "a drop rate is not in [0, 1)");
     expect(c.kernel == 3 ? !c.pool : drop == -1, "a 3x3 averages, or a 1x1 drops");
@@ -155,6 +157,11 @@ class Check {
     segments(terms, size);
     for (const Segment& s : terms) expect(s.place.channels() == to.channels(), "terms of a sum differ in channels");
     expect(buffer(to).size == size, "a sum does not fit where it is written");
+  }
+  void maximum(const std::vector<Segment>& from, const Place& to, int64_t size, int64_t stride) const {
+    std::string read;
+    expect(segments(from, read) == to.channels() && (stride == 1 || stride == 2) && buffer(to).size == read + (stride == 2 ? "c" : ""), "a maximum does not fit where it is written");
+    expect(from.size() == 1 && size > 0 && size % 2 == 1 && size <= 1023, "a maximum is not of one segment, over an odd number of pixels up to 1023");
   }
   void activate(const std::vector<Segment>& from, const Place& to, bool pool) const {
     std::string size;
@@ -221,7 +228,7 @@ class Check {
     (*this)(i.reduce), (*this)(i.conv);
     expect(buffer(i.reduce.to).kind == Kind::Scratch, "what lies inside a bottleneck is not scratch memory");
     const auto& from = i.reduce.segments;
-    expect(from.size() == 1 && from[0].column >= 0 && from[0].act == Activation::Relu && i.reduce.conv.kernel == 1 && !i.reduce.conv.pool &&
+    expect(from.size() == 1 && from[0].column >= 0 && from[0].act == Activation::Relu && i.reduce.conv.kernel == 1 && !i.reduce.conv.pool && i.reduce.conv.stride == 1 && i.conv.conv.stride == 1 && i.conv.conv.groups == 1 &&
                i.reduce.column >= 0 && i.reduce.act == Activation::Relu && i.reduce.residual.empty() && i.conv.conv.kernel == 3 && i.conv.conv.drop_rate == 0 &&
                i.conv.statistics == -1 && i.conv.column == -1 && i.conv.act == Activation::Identity && i.conv.residual.empty(),
            "a bottleneck is not a 1x1 through norms and ReLUs with a 3x3 behind it");
@@ -231,6 +238,7 @@ class Check {
            "the 3x3 of a bottleneck does not read its 1x1");
   }
   void operator()(const Add& i) const { written(i.to), statistics(i.statistics, i.to), sum(i.segments, i.to); }
+  void operator()(const Maximum& i) const { written(i.to), statistics(i.statistics, i.to), maximum(i.segments, i.to, i.size, i.stride); }
   void operator()(const Activate& i) const { written(i.to), activate(i.segments, i.to, i.pool); }
   void operator()(const Settle& i) const { bindings(i.bindings); }
   void operator()(const Clear& i) const { buffer(i.place); }
@@ -244,6 +252,7 @@ class Check {
     behind(i);
   }
   void operator()(const AddBackward& i) const { statistics(i.owed, i.of), sum(i.segments, i.of); }
+  void operator()(const MaximumBackward& i) const { statistics(i.owed, i.of), maximum(i.segments, i.of, i.size, i.stride); }
   void operator()(const Finish& i) const {
     statistics(i.owed, i.of);
     expect(i.index >= 0 && i.index < p.count(Kind::Input), "the gradient of no input");
@@ -264,7 +273,7 @@ class Check {
     indices(p.wanted.inputs, counts[0]), indices(p.wanted.nodes, int64_t(p.weights.size())), indices(p.wanted.norms, int64_t(p.norms.size()));
     for (int64_t node : p.wanted.nodes) expect(p.weights[size_t(node)].position >= 0, "what is wanted is not there");
     for (const Instruction& i : p.forward) {
-      expect(i.index() <= 6, "backward begins in forward");
+      expect(i.index() < FORWARD_KINDS, "backward begins in forward");
       std::visit(*this, i);
     }
     for (const Instruction& i : p.backward) std::visit(*this, i);

@@ -53,6 +53,12 @@ struct Add {
   double slope = 0;
   int64_t statistics = -1;
 };
+struct Maximum {
+  int64_t node = 0;
+  std::vector<Segment> segments;
+  Place to;
+  int64_t size = 3, stride = 1, statistics = -1;
+};
 struct Activate { std::vector<Segment> segments; Place to; bool pool = false; };
 struct Bottleneck { Product reduce, conv; };  // inference: nothing but conv reads reduce.to, which need not be written
 struct Settle { std::vector<Binding> bindings; };
@@ -76,8 +82,15 @@ struct AddBackward {
   double slope = 0;
   int64_t owed = -1;
 };
+struct MaximumBackward {
+  std::vector<Segment> segments;
+  Place of;
+  int64_t size = 3, stride = 1, owed = -1;
+};
 struct Finish { int64_t index = 0; Place of; int64_t owed = -1; };
-using Instruction = std::variant<Copy, Measure, Fill, Product, Add, Activate, Bottleneck, Settle, Clear, ActivateBackward, ProductBackward, AddBackward, Finish>;
+// The first FORWARD_KINDS may be in forward.
+constexpr size_t FORWARD_KINDS = 8;
+using Instruction = std::variant<Copy, Measure, Fill, Product, Add, Activate, Bottleneck, Maximum, Settle, Clear, ActivateBackward, ProductBackward, AddBackward, MaximumBackward, Finish>;
 
 enum class Kind { Input, Output, Kept, Scratch };
 struct Buffer {
@@ -131,6 +144,7 @@ template <class F> void places(const Instruction& instruction, F f) {
     void operator()(const Fill&) {}
     void operator()(const Product& i) { values(i.segments), values(i.residual), f(i.to, false); }
     void operator()(const Add& i) { values(i.segments), f(i.to, false); }
+    void operator()(const Maximum& i) { values(i.segments), f(i.to, false); }
     void operator()(const Activate& i) { values(i.segments), f(i.to, false); }
     void operator()(const Bottleneck& i) { values(i.reduce.segments), f(i.conv.to, false); }
     void operator()(const Settle&) {}
@@ -142,6 +156,7 @@ template <class F> void places(const Instruction& instruction, F f) {
       else f(i.of, false);
     }
     void operator()(const AddBackward& i) { both(i.segments), complete(i.of, i.owed); }
+    void operator()(const MaximumBackward& i) { both(i.segments), complete(i.of, i.owed); }
     void operator()(const Finish& i) { complete(i.of, i.owed); }
   };
   std::visit(Visit{f}, instruction);
@@ -150,15 +165,16 @@ template <class F> void places(const Instruction& instruction, F f) {
 // Of what an instruction of backward needs the values, f(place): the same rule as values_read in stage/program.py. The values of
 // whatever else it touches change no gradient.
 template <class F> void values_read(const Instruction& instruction, F f) {
-  auto segments = [&](const std::vector<Segment>& all, bool every, bool conv3x3) {
+  auto segments = [&](const std::vector<Segment>& all, bool every, bool for_gradients) {
     for (const Segment& s : all)
-      if (every || s.sums || (s.gradient != Gradient::None && (conv3x3 || s.act != Activation::Identity || s.column >= 0))) f(s.place);
+      if (every || s.sums || (s.gradient != Gradient::None && (for_gradients || s.act != Activation::Identity || s.column >= 0))) f(s.place);
   };
   struct Visit {
     decltype(segments)& read;
     F& f;
     void operator()(const Product& i) { read(i.segments, true, false), read(i.residual, true, false); }
     void operator()(const Add& i) { read(i.segments, true, false); }
+    void operator()(const Maximum& i) { read(i.segments, true, false); }
     void operator()(const ActivateBackward& i) { read(i.segments, false, false); }
     void operator()(const ProductBackward& i) {
       read(i.segments, !i.wanted.empty(), i.conv.kernel == 3);
@@ -166,6 +182,10 @@ template <class F> void values_read(const Instruction& instruction, F f) {
     }
     void operator()(const AddBackward& i) {
       read(i.segments, i.act != Activation::Identity, false);
+      if (i.owed >= 0) f(i.of);
+    }
+    void operator()(const MaximumBackward& i) {
+      read(i.segments, false, true);
       if (i.owed >= 0) f(i.of);
     }
     void operator()(const Finish& i) { if (i.owed >= 0) f(i.of); }

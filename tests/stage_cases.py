@@ -25,7 +25,7 @@ from csp_kernels.stage.concat_conv import concat_conv
 from csp_kernels.stage.csp_residual_stage import csp_residual_stage
 from csp_kernels.stage.csp_stage import csp_stage
 from csp_kernels.stage.dense_block import dense_block
-from csp_kernels.stage.graph import ACTIVATIONS, Conv, Graph
+from csp_kernels.stage.graph import Conv, Graph
 from csp_kernels.stage.osa_block import osa_block
 from csp_kernels.stage.partial_transition import add_partial_transition, partial_transition, transition
 from csp_kernels.stage.post_dense_block import post_dense_block
@@ -36,6 +36,8 @@ from csp_kernels.stage.two_way_dense_block import two_way_dense_block
 sys.path.insert(0, str(Path(__file__).parent / "stage"))
 
 from random_graphs import arguments as random_arguments
+
+from csp_kernels.vocabulary import ACTIVATIONS
 
 
 def seed() -> Tensor:

@@ -122,7 +122,7 @@ def test_traffic_of_a_stage_of_one_s_own() -> None:
     totals = [analysis.profile(module, shape).total for module in (stage, block)]
     assert totals[0]["dram_bytes_fused"] == totals[1]["dram_bytes_fused"] < totals[0]["dram_bytes_naive"]
     build = Builder(12)
-    build.write([build.read(build.conv([build.read(0)], 12, 3, bias=True))])
+    build.write([build.read(build.conv([build.read(0)], 12, groups=2))])
     total = analysis.profile(csp.Stage(build.graph()).eval(), shape).total
     assert total["dram_bytes_fused"] == total["dram_bytes_naive"] > 0
 

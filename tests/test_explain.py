@@ -239,9 +239,9 @@ def test_printed_numbers() -> None:
 
 def test_what_the_kernels_cannot_run() -> None:
     build = Builder(8)
-    build.write([build.read(build.conv([build.read(0)], 8, 3, bias=True))])
+    build.write([build.read(build.conv([build.read(0)], 8, groups=2))])
     explanation = csp.explain(csp.Stage(build.graph()), image(8))
-    assert "v1 has a bias" in str(explanation).splitlines()[1]
+    assert "v1 has groups" in str(explanation).splitlines()[1]
     build = Builder(8)
     build.write([build.read(build.conv([build.read(0)], 8, drop_rate=0.5))])
     stage = csp.Stage(build.graph())

@@ -127,7 +127,8 @@ def test_dry_run_compiles_and_runs_nothing(tmp_path: Path) -> None:
 
 def test_every_instruction_has_a_check() -> None:
     known = {step.__name__ for step in get_args(program.Backward)}
-    assert set(INSTRUCTIONS) == known
+    on_a_cpu_alone = {"Maximum", "MaximumBackward"}
+    assert set(INSTRUCTIONS) == known - on_a_cpu_alone
     for check in Table("cuda", False).checks(["bfloat16"]):
         if check.name == "alone" and check.training == (check.family != "Bottleneck"):
             steps = check.program.forward + check.program.backward

@@ -17,7 +17,7 @@ from csp_kernels.kernels.statistics import total
 
 @dataclass(frozen=True)
 class Activation:
-    """code: that of csp_kernels.ops.concat_conv; negative_slope: of leaky ReLU."""
+    """code: its position in csp_kernels.vocabulary.ACTIVATIONS; negative_slope: of leaky ReLU."""
 
     code: int
     negative_slope: float = 0.0
@@ -40,6 +40,18 @@ def _gate(x):
 
 
 @triton.jit
+def _normal(x):
+    """P(X <= x) of a normal X."""
+    return 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_gate(x):
+    """(1 + tanh(u / 2)) / 2 with u = 2 sqrt(2 / pi) (x + 0.044715 x^3)"""
+    return _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
 def relu(x):
     """NaN stays NaN: what tl.maximum does by itself would turn it into 0."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -54,7 +66,7 @@ def relu_gradient(d, x):
 @triton.jit
 def value(x, ACT: tl.constexpr, NEGATIVE: tl.constexpr):
     """The activation; NaN stays NaN."""
-    tl.static_assert(ACT >= 0 and ACT <= 5, "unknown activation code: 0 to 5 are known")
+    tl.static_assert(ACT >= 0 and ACT <= 8, "unknown activation code: 0 to 8 are known")
     if ACT == 1:
         return relu(x)
     elif ACT == 2:
@@ -66,6 +78,12 @@ def value(x, ACT: tl.constexpr, NEGATIVE: tl.constexpr):
     elif ACT == 5:
         t = x + 3.0
         return x * tl.where(t < 0.0, 0.0, tl.where(t > 6.0, 6.0, t)) * (1.0 / 6)
+    elif ACT == 6:
+        return tl.where(x < 0.0, 0.0, tl.where(x > 6.0, 6.0, x))
+    elif ACT == 7:
+        return x * _normal(x)
+    elif ACT == 8:
+        return x * _gelu_gate(x)
     else:
         return x
 
@@ -73,7 +91,7 @@ def value(x, ACT: tl.constexpr, NEGATIVE: tl.constexpr):
 @triton.jit
 def gradient(d, x, ACT: tl.constexpr, NEGATIVE: tl.constexpr):
     """d times the derivative at x. Where the activation is constant that is 0, whatever d is, as PyTorch's."""
-    tl.static_assert(ACT >= 0 and ACT <= 5, "unknown activation code: 0 to 5 are known")
+    tl.static_assert(ACT >= 0 and ACT <= 8, "unknown activation code: 0 to 8 are known")
     if ACT == 0:
         return d
     elif ACT == 1:
@@ -86,8 +104,15 @@ def gradient(d, x, ACT: tl.constexpr, NEGATIVE: tl.constexpr):
     elif ACT == 4:
         t = _gate(x)
         return d * (t + x * (1.0 - t * t) * _sigmoid(x))
-    else:
+    elif ACT == 5:
         return tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, d, d * (x * (1.0 / 3) + 0.5)))
+    elif ACT == 6:
+        return tl.where((x > 0.0) & (x < 6.0), d, 0.0)  # of NaN too, as PyTorch's vectors
+    elif ACT == 7:
+        return d * (_normal(x) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
+    else:
+        s = _gelu_gate(x)
+        return d * (s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)))
 
 
 @triton.jit

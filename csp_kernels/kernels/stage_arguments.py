@@ -10,7 +10,7 @@ from torch import Tensor
 from csp_kernels.kernels.launch import Argument, check, check_count, check_params, sum_dtype
 from csp_kernels.ops._node import padded
 from csp_kernels.stage.cost import side
-from csp_kernels.stage.program import Bottleneck, Product, Program
+from csp_kernels.stage.program import Bottleneck, Maximum, MaximumBackward, Product, Program
 
 
 def check_call(
@@ -63,6 +63,8 @@ def check_backward(
 def _check_instructions(program: Program) -> None:
     """None that the CPU alone runs."""
     for step in (*program.forward, *program.backward):
+        if isinstance(step, (Maximum, MaximumBackward)):
+            raise ValueError("program: got a maximum, expected none: they run on the CPU alone")
         products = (step.reduce, step.conv) if isinstance(step, Bottleneck) else (step,)
         for product in products:
             conv = getattr(product, "conv", None)

@@ -14,7 +14,6 @@ from csp_kernels.kernels.launch import Norm
 from csp_kernels.kernels.stage_memory import Memory
 from csp_kernels.kernels.stage_norms import Norms
 from csp_kernels.kernels.stage_plan import Step
-from csp_kernels.stage.graph import ACTIVATIONS
 from csp_kernels.stage.program import (
     Activate,
     Add,
@@ -30,6 +29,7 @@ from csp_kernels.stage.program import (
     Program,
     Segment,
 )
+from csp_kernels.vocabulary import ACTIVATIONS
 
 
 def width(place: Place) -> int:

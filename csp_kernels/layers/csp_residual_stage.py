@@ -17,7 +17,7 @@ from csp_kernels.ops._transforms import backend_of
 from csp_kernels.ops.stage import unsupported
 from csp_kernels.stage.csp_residual_stage import csp_residual_stage
 from csp_kernels.stage.graph import Graph
-from csp_kernels.stage.place import RECOMPUTE
+from csp_kernels.vocabulary import RECOMPUTE
 
 
 class CSPStage(Fused, reference.CSPStage):

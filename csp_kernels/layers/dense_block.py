@@ -16,10 +16,10 @@ from csp_kernels.layers._norms import (
     prefixes,
     update_running,
 )
-from csp_kernels.ops._checks import RECOMPUTE
 from csp_kernels.ops._program import built
 from csp_kernels.ops.dense_block import source_of
 from csp_kernels.stage.graph import Conv, Graph
+from csp_kernels.vocabulary import DENSE_RECOMPUTE
 
 
 class DenseBlock(Fused, reference.DenseBlock):
@@ -47,8 +47,8 @@ class DenseBlock(Fused, reference.DenseBlock):
         recompute: str = "none",
     ) -> None:
         super().__init__(num_layers, in_channels, growth_rate, bn_size, drop_rate=drop_rate)
-        if recompute not in RECOMPUTE:
-            raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(RECOMPUTE)}")
+        if recompute not in DENSE_RECOMPUTE:
+            raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(DENSE_RECOMPUTE)}")
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:

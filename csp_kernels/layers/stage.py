@@ -17,7 +17,7 @@ from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.check import check
 from csp_kernels.stage.cost import side
 from csp_kernels.stage.graph import Conv, Graph, without_dropout
-from csp_kernels.stage.place import RECOMPUTE
+from csp_kernels.vocabulary import RECOMPUTE
 
 
 class Stage(Fused, nn.Module):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from csp_kernels._tracing import constant_when_traced
 from csp_kernels.ops._transforms import transforming
+from csp_kernels.vocabulary import DENSE_RECOMPUTE
 
 Shape = tuple[int, ...]
 Label = Callable[[int], str]  # index of a parameter or norm -> its name; called for errors only
-RECOMPUTE = ("none", "bottleneck")
 ACCUMULATE = {  # storage dtype -> dtype of parameters, statistics and sums
     torch.float32: torch.float32,
     torch.bfloat16: torch.float32,
@@ -297,4 +297,4 @@ def check_values(x: Tensor, pixels: int, frozen: Sequence[bool], name: str = "x"
 
 
 def check_recompute(recompute: str) -> None:
-    check_choice("recompute", recompute, RECOMPUTE)
+    check_choice("recompute", recompute, DENSE_RECOMPUTE)

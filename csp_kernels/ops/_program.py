@@ -17,7 +17,7 @@ from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.cost import side
 from csp_kernels.stage.graph import Conv, Graph
-from csp_kernels.stage.program import Add, Buffer, Copy, Fill, Measure, Product, Program, Wanted, values_read
+from csp_kernels.stage.program import Add, Buffer, Copy, Fill, Maximum, Measure, Product, Program, Wanted, values_read
 from csp_kernels.stage.text import decode, encode
 
 
@@ -190,10 +190,11 @@ def _columns_of_values(program: Program) -> dict[int, list[int]]:
     inputs = sum(buffer.kind == "input" for buffer in program.buffers)
     channels = {i: buffer.channels for i, buffer in enumerate(program.buffers[:inputs])}
     channels |= {inputs + i: weight.out_channels for i, weight in enumerate(program.weights) if weight is not None}
-    channels |= {inputs + step.node: step.to.stop - step.to.start for step in program.forward if isinstance(step, Add)}
+    alone = [step for step in program.forward if isinstance(step, (Add, Maximum))]
+    channels |= {inputs + step.node: step.to.stop - step.to.start for step in alone}
     columns = {value: [-1] * n for value, n in channels.items()}
     for step in program.forward:
-        if not isinstance(step, (Copy, Measure, Product, Add)) or step.statistics is None:
+        if not isinstance(step, (Copy, Measure, Product, Add, Maximum)) or step.statistics is None:
             continue
         column = step.statistics
         for value in _values(step, inputs):
@@ -202,11 +203,11 @@ def _columns_of_values(program: Program) -> dict[int, list[int]]:
     return columns
 
 
-def _values(step: Copy | Measure | Product | Add, inputs: int) -> list[int]:
+def _values(step: Copy | Measure | Product | Add | Maximum, inputs: int) -> list[int]:
     """Of the graph, that an instruction takes the statistics of."""
     if isinstance(step, (Copy, Measure)):
         return [step.source.buffer]
-    return [inputs + step.node] if isinstance(step, Add) else [inputs + index for index in step.nodes]
+    return [inputs + step.node] if isinstance(step, (Add, Maximum)) else [inputs + index for index in step.nodes]
 
 
 # --- fake kernels ---

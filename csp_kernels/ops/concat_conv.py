@@ -13,8 +13,8 @@ from csp_kernels.ops._program import Names, Source, run
 from csp_kernels.ops._transforms import backend_of
 from csp_kernels.reference import concat_conv as reference_concat_conv
 from csp_kernels.stage.concat_conv import concat_conv as concat_conv_stage
+from csp_kernels.vocabulary import ACTIVATIONS
 
-ACTIVATIONS = ("relu", "leaky_relu", "silu", "mish", "hardswish", "identity")
 NAMES = ("weight", "norm_weight", "norm_bias")
 
 
@@ -42,7 +42,7 @@ def concat_conv(
       norm_weight  [out] or None (ones); norm_bias [out] or None (zeros); dtype as weight.
       running      mean [out] and variance [out] if frozen; dtype as weight.
       frozen       True normalises with `running`, False with batch statistics.
-      act          relu, leaky_relu (with negative_slope), silu, mish, hardswish or identity.
+      act          one of csp_kernels.vocabulary.ACTIVATIONS; leaky_relu with negative_slope.
       splits       channels of each output, adding up to out; None: one output.
     Returns the outputs, each [N, splits[i], H, W], in the dtype and memory format of the first input (each may be a
     channel slice of one tensor), and stats [2, out] float64, no gradient: batch mean and biased variance of the

@@ -13,9 +13,8 @@ from csp_kernels.ops._transforms import backend_of
 from csp_kernels.reference import partial_transition as reference_partial_transition
 from csp_kernels.stage.graph import Graph
 from csp_kernels.stage.partial_transition import partial_transition as partial_transition_stage
+from csp_kernels.vocabulary import FUSIONS, TRANSITION_ORDERS
 
-FUSIONS = ("csp", "first", "last")
-ORDERS = ("post", "pre")
 POOLS = ("avg", None)
 NAMES = ("norm.weight", "norm.bias", "conv.weight")  # of one transition
 
@@ -102,7 +101,7 @@ def _graph(part: int, dense: int, mid: int, out: int, fusion: str, order: str, p
 
 def check_options(fusion: str, order: str, pool: str | None) -> None:
     checks.check_choice("fusion", fusion, FUSIONS)
-    checks.check_choice("order", order, ORDERS)
+    checks.check_choice("order", order, TRANSITION_ORDERS)
     checks.check_choice("pool", pool, POOLS)
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from csp_kernels._tracing import cached_constant
 from csp_kernels.backends import selected
+from csp_kernels.ops import _biases
 from csp_kernels.ops import _checks as checks
-from csp_kernels.ops._program import Names, run, target_of
+from csp_kernels.ops._program import Names, Part, run, target_of
 from csp_kernels.ops._transforms import backend_of
 from csp_kernels.reference.stage import stage as reference_stage
+from csp_kernels.stage.biases import has_biases
 from csp_kernels.stage.check import sizes
 from csp_kernels.stage.cost import side
-from csp_kernels.stage.graph import Conv, Graph
-from csp_kernels.stage.place import RECOMPUTE
+from csp_kernels.stage.graph import Conv, Graph, MaxPool
+from csp_kernels.vocabulary import RECOMPUTE
 
 
 def stage(
@@ -59,22 +62,28 @@ def stage(
         y, stats = reference_stage(graph, inputs, params, running, frozen=flags, eps=numbers, seed=seed)
         return [checks.formatted(t, channels_last) for t in y], stats
     full = checks.filled(params, parameter_shapes(graph)[1], x)
-    y, moments = run(
-        graph, inputs, full, running, flags, numbers, _names(graph), recompute=recompute, seed=seed, backend=backend
-    )
-    return y, moments.of(None)
+    options: dict[str, Any] = {"recompute": recompute, "seed": seed, "backend": backend}
+    if not has_biases(graph):
+        y, moments = run(graph, inputs, full, running, flags, numbers, _names(graph), **options)
+        return y, moments.of(None)
+    without = _biases.arguments(graph, full, running, flags, numbers)
+    y, moments = run(_biases.unbiased(graph).graph, inputs, *without[:4], _names(graph), **options)
+    stats = moments.of(tuple(Part("norm", i) for i in range(len(channels))))
+    return y, _biases.with_means(stats, without.moved, flags, channels)
 
 
 @cached_constant
 def unsupported(graph: Graph, target: str = "cpu") -> str:
     """What of a graph the kernels cannot run yet, in words; "" if they can run all of it. target: "cpu", or "any"."""
     for i, conv in enumerate(graph.nodes):
+        if isinstance(conv, MaxPool) and target != "cpu":
+            return f"v{graph.value(i)} is a maximum"
         if not isinstance(conv, Conv):
             continue
         found = {
             "groups": conv.groups > 1 and (conv.kernel == 1 or conv.drop_rate > 0 or target != "cpu"),
             "a stride": conv.stride > 1 and (conv.drop_rate > 0 or target != "cpu"),
-            "a bias": conv.bias,
+            "dropout behind a bias": conv.bias and conv.drop_rate > 0,
             "dropout behind a 1x1": conv.drop_rate > 0 and conv.kernel == 1,
         }
         for what, there in found.items():

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from csp_kernels.reference._norms import Norms, conv
-
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu": lambda t, slope: F.relu(t),
-    "leaky_relu": F.leaky_relu,
-    "silu": lambda t, slope: F.silu(t),
-    "mish": lambda t, slope: F.mish(t),
-    "hardswish": lambda t, slope: F.hardswish(t),
-    "identity": lambda t, slope: t,
-}
+from csp_kernels.reference.activations import FUNCTIONS
+from csp_kernels.vocabulary import ACTIVATIONS
 
 
 class ConcatConv(nn.Module):
@@ -26,7 +18,7 @@ class ConcatConv(nn.Module):
 
     out_channels: a number gives one tensor, a sequence a tuple of tensors with that many channels each (channel slices
     of one result: the two 1x1 convolutions of a cross stage split, CSPNet, arXiv 1911.11929, Fig. 5).
-    act: relu, leaky_relu (with negative_slope), silu, mish, hardswish or identity.
+    act: one of csp_kernels.vocabulary.ACTIVATIONS; leaky_relu with negative_slope.
     Children conv (no bias) and norm. forward takes the sequence of inputs, or the tensor if there is one.
     Raises ValueError for sizes below 1 or another act, TypeError or ValueError for inputs of other sizes.
     """
@@ -57,7 +49,7 @@ class ConcatConv(nn.Module):
         if isinstance(inputs, Proxy):  # of torch.fx: a tensor, or a sequence of unknown length
             inputs = inputs if len(self.in_channels) == 1 else [inputs[i] for i in range(len(self.in_channels))]
         x = inputs if isinstance(inputs, (Tensor, Proxy)) else torch.cat(list(inputs), 1)
-        y = ACTIVATIONS[self.act](self.norm(self.conv(x)), self.negative_slope)
+        y = FUNCTIONS[self.act](self.norm(self.conv(x)), self.negative_slope)
         return y if isinstance(self.out_channels, int) else torch.split(y, list(self.splits), 1)
 
     def extra_repr(self) -> str:
@@ -83,5 +75,5 @@ def concat_conv(
     """
     norm = Norms(1, running, [frozen], eps)
     z = norm(conv(torch.cat(list(inputs), 1), weight), norm_weight, norm_bias)  # [N, out, H, W]
-    y = ACTIVATIONS[act](z, negative_slope)
+    y = FUNCTIONS[act](z, negative_slope)
     return ([y] if splits is None else list(torch.split(y, list(splits), 1))), norm.stats()

@@ -9,23 +9,9 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from csp_kernels.reference.activations import activation
 from csp_kernels.reference.concat_conv import ConcatConv
-from csp_kernels.stage.residual_block import BLOCKS
-
-ACTIVATIONS = ("relu", "leaky_relu", "silu", "mish", "hardswish", "identity")
-ORDERS = ("main_first", "part_first")
-SPLITS = ("conv", "slice")
-
-
-def activation(act: str, negative_slope: float) -> nn.Module:
-    """The activation as a module. Raises ValueError for an unknown name."""
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act: got {act!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if act == "leaky_relu":
-        return nn.LeakyReLU(negative_slope, inplace=True)
-    if act == "relu":
-        return nn.ReLU(inplace=True)
-    return {"silu": nn.SiLU, "mish": nn.Mish, "hardswish": nn.Hardswish, "identity": nn.Identity}[act]()
+from csp_kernels.vocabulary import BLOCKS, SPLITS, STAGE_ORDERS
 
 
 class ConvNormAct(nn.Module):
@@ -151,7 +137,7 @@ class CSPStage(nn.Module):
         negative_slope: float = 0.1,
     ) -> None:
         super().__init__()
-        for name, value, known in (("split", split, SPLITS), ("order", order, ORDERS)):
+        for name, value, known in (("split", split, SPLITS), ("order", order, STAGE_ORDERS)):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
         channels = (down_channels or in_channels) if stride > 1 else in_channels

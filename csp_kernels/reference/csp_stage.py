@@ -12,9 +12,8 @@ from csp_kernels.reference.dense_block import DenseBlock, dense_block
 from csp_kernels.reference.partial_transition import PartialTransition, partial_transition
 from csp_kernels.reference.post_dense_block import PostDenseBlock, post_dense_block
 from csp_kernels.reference.two_way_dense_block import TwoWayDenseBlock, two_way_dense_block
+from csp_kernels.vocabulary import DENSE_RECOMPUTE, LAYERS
 
-LAYERS = ("pre", "post", "two_way")
-RECOMPUTE = ("none", "bottleneck")
 _BLOCKS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "pre": dense_block,
     "post": post_dense_block,
@@ -64,7 +63,7 @@ class CSPDenseStage(nn.Module):
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
-        for name, choice, choices in (("layer", layer, LAYERS), ("recompute", recompute, RECOMPUTE)):
+        for name, choice, choices in (("layer", layer, LAYERS), ("recompute", recompute, DENSE_RECOMPUTE)):
             if choice not in choices:
                 raise ValueError(f"{name}: got {choice!r}, expected one of {', '.join(choices)}")
         self.part_channels = part = _bypass(part_ratio, in_channels)

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csp_kernels.reference._norms import Norms, conv
+from csp_kernels.vocabulary import FUSIONS, TRANSITION_ORDERS
 
-FUSIONS = ("csp", "first", "last")
-ORDERS = ("post", "pre")
 POOLS = ("avg", None)
 
 
@@ -56,7 +55,11 @@ class PartialTransition(nn.Module):
         order: str = "post",
     ) -> None:
         super().__init__()
-        for name, choice, choices in (("fusion", fusion, FUSIONS), ("pool", pool, POOLS), ("order", order, ORDERS)):
+        for name, choice, choices in (
+            ("fusion", fusion, FUSIONS),
+            ("pool", pool, POOLS),
+            ("order", order, TRANSITION_ORDERS),
+        ):
             if choice not in choices:
                 raise ValueError(f"{name}: got {choice!r}, expected one of {', '.join(map(str, choices))}")
         if part_channels < 0:

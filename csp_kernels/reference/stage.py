@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csp_kernels.reference._norms import statistics, to
-from csp_kernels.reference.concat_conv import ACTIVATIONS
+from csp_kernels.reference.activations import FUNCTIONS
 from csp_kernels.reference.dense_block import dropped
-from csp_kernels.stage.graph import Conv, Graph, Read, Write
+from csp_kernels.stage.graph import Conv, Graph, MaxPool, Read, Write
 
 
 def stage(
@@ -40,8 +40,10 @@ def stage(
             if node.drop_rate > 0:
                 y = dropped(y, node.drop_rate, seed, drops)
                 drops += 1
+        elif isinstance(node, MaxPool):
+            y = F.max_pool2d(read[0], node.size, node.stride, node.size // 2)
         else:
-            y = ACTIVATIONS[node.act](sum(read[1:], read[0]), node.slope)
+            y = FUNCTIONS[node.act](sum(read[1:], read[0]), node.slope)
         values.append(y)
     outputs = [_pooled(torch.cat([run.read(values, r) for r in write.reads], 1), write) for write in graph.outputs]
     return outputs, run.stats(inputs[0])
@@ -67,13 +69,21 @@ class _Run:
             else:
                 self.norms[item.index] = next(given), next(given)
         self.moments = [(next(moments), next(moments)) if f else None for f in self.frozen]
+        self.known: dict[tuple[object, ...], Tensor] = {}  # what was read
         self.found: list[dict[tuple[int, int], Tensor]] = [{} for _ in graph.norms]  # statistics by channels read
 
     def read(self, values: Sequence[Tensor], read: Read) -> Tensor:
+        """Once, however many nodes read the same."""
+        key = read.value, read.start, read.stop, read.norm, read.at, read.act, read.slope
+        if key not in self.known:
+            self.known[key] = self._read(values, read)
+        return self.known[key]
+
+    def _read(self, values: Sequence[Tensor], read: Read) -> Tensor:
         x = values[read.value][:, read.start : read.stop]
         if read.norm is not None:
             x = self.normalised(x, read.norm, slice(read.at, read.at + read.channels))
-        return ACTIVATIONS[read.act](x, read.slope)
+        return FUNCTIONS[read.act](x, read.slope)
 
     def normalised(self, x: Tensor, norm: int, channels: slice) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # of parameters and statistics

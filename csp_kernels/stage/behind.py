@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from csp_kernels.stage.graph import Conv, Graph
 from csp_kernels.stage.place import Layout
 from csp_kernels.stage.program import Behind, Place
+from csp_kernels.vocabulary import COSTLY
 
-COSTLY = ("silu", "mish")  # their derivatives cost more than a gradient that is written once and read once
 VECTOR = 16  # channels from a multiple of which a kernel can begin
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from csp_kernels.stage.check import check
-from csp_kernels.stage.graph import Conv, Graph, Node, Parameters, Read, Sum, Write
+from csp_kernels.stage.graph import Conv, Graph, MaxPool, Node, Parameters, Read, Sum, Write
 
 
 class Builder:
@@ -51,6 +51,11 @@ class Builder:
     def sum(self, reads: Sequence[Read], act: str = "identity", slope: float = 0.0) -> int:
         """The value of a sum."""
         self._nodes.append(Sum(_listed(reads), act, slope))
+        return len(self._inputs) + len(self._nodes) - 1
+
+    def max_pool(self, read: Read, size: int, *, stride: int = 1) -> int:
+        """The value of a maximum over size x size pixels around each, or each second in each second row."""
+        self._nodes.append(MaxPool((read,), size, stride))
         return len(self._inputs) + len(self._nodes) - 1
 
     def write(self, reads: Sequence[Read], pool: bool = False) -> None:

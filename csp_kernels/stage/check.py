@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from csp_kernels.stage.graph import ACTIVATIONS, Conv, Graph, Node, Read, Sum, Write
+from csp_kernels.stage.graph import Conv, Graph, MaxPool, Node, Read, Sum, Write
+from csp_kernels.vocabulary import ACTIVATIONS
 
 
 def check(graph: Graph) -> None:
@@ -51,6 +52,10 @@ def _check_reads(graph: Graph, name: str, user: Node | Write, values: int) -> No
         _expect(len(widths) == 1, name, f"{len(user.reads)} reads of {widths} channels", "one or more of one width")
     elif isinstance(user, Conv):
         _check_conv(name, user)
+    elif isinstance(user, MaxPool):
+        _expect(len(user.reads) == 1, name, f"{len(user.reads)} reads", "one")
+        _expect(user.size > 0 and user.size % 2 == 1, name, f"size {user.size}", "an odd number")
+        _expect(user.stride in (1, 2), name, f"stride {user.stride}", "1 or 2")
     else:
         _expect(isinstance(user.pool, bool), name, f"pool {user.pool!r}", "True or False")
 
@@ -63,8 +68,8 @@ def _check_activation(where: str, act: str, slope: float) -> None:
 def _check_conv(name: str, conv: Conv) -> None:
     _expect(conv.out_channels > 0, name, f"out_channels {conv.out_channels}", "at least 1")
     _expect(conv.kernel in (1, 3), name, f"kernel {conv.kernel}", "1 or 3")
-    strides = (1, 2) if conv.kernel == 3 else (1,)
-    _expect(conv.stride in strides, name, f"stride {conv.stride}", " or ".join(map(str, strides)))
+    _expect(conv.stride in (1, 2), name, f"stride {conv.stride}", "1 or 2")
+    _expect(conv.stride == 1 or not conv.pool, name, "pool and a stride", "one of them")
     shared = f"{conv.groups} groups of {conv.in_channels} -> {conv.out_channels} channels"
     fits = conv.groups > 0 and conv.in_channels % conv.groups == conv.out_channels % conv.groups == 0
     _expect(fits, name, shared, "groups that divide both")
@@ -91,8 +96,8 @@ def _size(name: str, user: Node | Write, found: list[str]) -> str:
     words = [" after ".join(["the inputs' size", *(_HALVES[half] for half in size)]) for size in read]
     differs = next((i for i, size in enumerate(read) if size != read[0]), 0)
     _expect(not differs, f"{name}, reads[{differs}]", words[differs], f"{words[0]}, as reads[0]")
-    pool = not isinstance(user, Sum) and user.pool
-    return read[0] + "f" * pool + "c" * (isinstance(user, Conv) and user.stride == 2)
+    pool = isinstance(user, (Conv, Write)) and user.pool
+    return read[0] + "f" * pool + "c" * (isinstance(user, (Conv, MaxPool)) and user.stride == 2)
 
 
 _HALVES = {"f": "pooling", "c": "stride 2"}

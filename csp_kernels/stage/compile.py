@@ -14,8 +14,8 @@ from functools import lru_cache
 from csp_kernels.stage.behind import outputs_behind
 from csp_kernels.stage.check import check
 from csp_kernels.stage.fold import Folded, fold, with_bottlenecks, with_residuals
-from csp_kernels.stage.graph import Conv, Graph, Node, Read, Sum
-from csp_kernels.stage.place import RECOMPUTE, Layout, lay_out, merged, norm_columns
+from csp_kernels.stage.graph import Conv, Graph, MaxPool, Node, Read, Sum
+from csp_kernels.stage.place import Layout, lay_out, merged, norm_columns
 from csp_kernels.stage.program import (
     Activate,
     ActivateBackward,
@@ -28,6 +28,8 @@ from csp_kernels.stage.program import (
     Fill,
     Finish,
     Forward,
+    Maximum,
+    MaximumBackward,
     Measure,
     Norm,
     Place,
@@ -39,8 +41,7 @@ from csp_kernels.stage.program import (
     Wanted,
     Weight,
 )
-
-TARGETS = ("any", "cpu")
+from csp_kernels.vocabulary import RECOMPUTE, TARGETS
 
 
 @lru_cache(maxsize=1024)
@@ -139,6 +140,8 @@ class _Common:
             if through is None:
                 return product
             return replace(product, column=through.column, act=through.act, slope=through.slope)
+        if isinstance(node, MaxPool):
+            return Maximum(nodes[0], self.layout.segments(node.reads), to, node.size, node.stride, statistics)
         segments = tuple(self.layout.segment(read) for read in node.reads)  # they are added, not side by side
         return Add(nodes[0], segments, to, node.act, node.slope if node.act == "leaky_relu" else 0.0, statistics)
 
@@ -262,6 +265,8 @@ class _BackwardPass:
         if isinstance(node, Sum):
             slope = node.slope if node.act == "leaky_relu" else 0.0
             self.steps.append(AddBackward(tuple(segments), place, node.act, slope, owed))
+        elif isinstance(node, MaxPool):
+            self.steps.append(MaximumBackward(tuple(segments), place, node.size, node.stride, owed))
         else:
             conv, drop = self.common.conv(nodes, node), self.common.drops.get(nodes[0])
             wanted = tuple(index for index in nodes if index in self.wanted.nodes)

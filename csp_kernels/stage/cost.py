@@ -22,6 +22,8 @@ from csp_kernels.stage.program import (
     Clear,
     Copy,
     Finish,
+    Maximum,
+    MaximumBackward,
     Measure,
     Place,
     Product,
@@ -76,17 +78,17 @@ class _Count:
         if isinstance(step, Bottleneck):
             both = [self.products(product, product.to, product.segments) for product in (step.reduce, step.conv)]
             return Cost(sum(both), self.places(step.reduce.segments), self.size(step.conv.to))
-        if isinstance(step, (Add, Activate)):
+        if isinstance(step, (Add, Activate, Maximum)):
             return Cost(0, self.places(step.segments), self.size(step.to))
         if isinstance(step, Clear):
             return Cost(0, 0, self.size(step.place))
         if isinstance(step, Finish):
             return Cost(0, self.complete(step.of, step.owed), self.size(step.of))
-        if isinstance(step, (ActivateBackward, AddBackward, ProductBackward)):
+        if isinstance(step, (ActivateBackward, AddBackward, MaximumBackward, ProductBackward)):
             return self.backward(step)
         return Cost()  # on the numbers of norms alone
 
-    def backward(self, step: ActivateBackward | AddBackward | ProductBackward) -> Cost:
+    def backward(self, step: ActivateBackward | AddBackward | MaximumBackward | ProductBackward) -> Cost:
         if isinstance(step, ActivateBackward):
             wanted = [s for s in step.segments if s.gradient or s.sums]
             incoming, flops = self.size(step.output) if wanted else 0, 0

@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from csp_kernels.stage.graph import Conv, Graph, Node, Read, Write
-from csp_kernels.stage.program import Activate, Add, Bottleneck, Buffer, Copy, Forward, Measure, Place, Product, Segment
+from csp_kernels.stage.program import (
+    Activate,
+    Add,
+    Bottleneck,
+    Buffer,
+    Copy,
+    Forward,
+    Maximum,
+    Measure,
+    Place,
+    Product,
+    Segment,
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ def _is_residual(add: Add) -> bool:
 def _written(step: Forward) -> tuple[Place, ...]:
     if isinstance(step, Bottleneck):
         return (step.reduce.to, step.conv.to)
-    return (step.to,) if isinstance(step, (Copy, Product, Add, Activate)) else ()
+    return (step.to,) if isinstance(step, (Copy, Product, Add, Activate, Maximum)) else ()
 
 
 def _is_bottleneck(reduce: Product, conv: Product) -> bool:
@@ -107,7 +119,8 @@ def _is_bottleneck(reduce: Product, conv: Product) -> bool:
     through_relu = len(through) == 2 and all(act == "relu" and column is not None for act, column in through)
     conv3x3 = conv.conv.kernel == 3 and conv.drop is None and conv.statistics is None and not reduce.residual
     conv3x3 = conv3x3 and conv.column is None and conv.act == "identity" and not conv.residual
-    return through_relu and not reduce.conv.pool and conv3x3 and conv.segments == (Segment(reduce.to),)
+    whole = reduce.conv.stride == conv.conv.stride == conv.conv.groups == 1 and not reduce.conv.pool
+    return through_relu and whole and conv3x3 and conv.segments == (Segment(reduce.to),)
 
 
 def _read(step: Forward) -> tuple[Place, ...]:
@@ -117,7 +130,11 @@ def _read(step: Forward) -> tuple[Place, ...]:
     if isinstance(step, (Copy, Measure)):
         return (step.source,)
     residual = step.residual if isinstance(step, Product) else ()
-    return tuple(s.place for s in (*step.segments, *residual)) if isinstance(step, (Product, Add, Activate)) else ()
+    return (
+        tuple(s.place for s in (*step.segments, *residual))
+        if isinstance(step, (Product, Add, Activate, Maximum))
+        else ()
+    )
 
 
 def _overlap(a: Place, b: Place) -> bool:

@@ -1,4 +1,4 @@
-"""What a convolutional stage computes, as data: convolutions and sums that read slices of values side by side.
+"""What a convolutional stage computes, as data: convolutions, sums and maxima that read slices of values side by side.
 
 A value is a tensor [N, channels, H, W]: first the graph's inputs, then what each node gives. Nothing is concatenated: a
 node reads slices of several values, each through a batch norm and an activation or as it is,
@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "mish", "hardswish")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Read:
 class Conv:
     """A convolution of what it reads, side by side: kernel 1, or 3 with padding 1.
 
-    stride 2: of a 3x3 alone. pool: averages over 2x2 pixels of what is read (the last row or column of an odd size is
+    stride 2: not with pool. pool: averages over 2x2 pixels of what is read (the last row or column of an odd size is
     left out), in front of a 1x1 without bias, where that equals pooling behind it. drop_rate: dropout of the result.
     """
 
@@ -94,6 +92,26 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class MaxPool:
+    """The maximum over size x size pixels, size odd, around each pixel, or each second in each second row (stride 2).
+
+    Of one read. Pixels beyond the map do not count. Size 1 with stride 2 is x[:, :, ::2, ::2].
+    """
+
+    reads: tuple[Read, ...]
+    size: int
+    stride: int = 1
+
+    @property
+    def out_channels(self) -> int:
+        return sum(read.channels for read in self.reads)
+
+    def __str__(self) -> str:
+        stride = f"[stride {self.stride}]" if self.stride > 1 else ""
+        return f"max{self.size}x{self.size}{stride}({_side_by_side(self.reads)})"
+
+
+@dataclass(frozen=True)
 class Write:
     """An output tensor: reads side by side; pool: averages over 2x2 pixels of them."""
 
@@ -109,7 +127,7 @@ class Write:
         return f"pool({text})" if self.pool else text
 
 
-Node = Conv | Sum
+Node = Conv | Sum | MaxPool
 
 
 @dataclass(frozen=True)

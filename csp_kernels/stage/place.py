@@ -11,8 +11,6 @@ from csp_kernels.stage.fold import Folded
 from csp_kernels.stage.graph import Conv, Graph, Read, Sum, Write
 from csp_kernels.stage.program import Buffer, Place, Segment
 
-RECOMPUTE = ("none", "bottleneck", "all")
-
 
 @dataclass(frozen=True)
 class Layout:

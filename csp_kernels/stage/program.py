@@ -209,6 +209,21 @@ class Add:
 
 
 @dataclass(frozen=True)
+class Maximum:
+    """to = maximum over size x size pixels of the one segment around each `stride`-th, the value of a node."""
+
+    node: int
+    segments: tuple[Segment, ...]
+    to: Place
+    size: int
+    stride: int
+    statistics: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.to} = {_max(self)}({_list(self.segments)}){_statistics(self.statistics)}"
+
+
+@dataclass(frozen=True)
 class Activate:
     """to = segments side by side, pooled where `pool`: an output, or its part from to.start on."""
 
@@ -304,6 +319,20 @@ class AddBackward:
 
 
 @dataclass(frozen=True)
+class MaximumBackward:
+    """From the gradient of a maximum: that of the pixel that it is, the first where there are several."""
+
+    segments: tuple[Segment, ...]
+    of: Place
+    size: int
+    stride: int
+    owed: int | None
+
+    def __str__(self) -> str:
+        return f"{_list(self.segments)} <- {_max(self)} d{self.of}{_owed(self.owed)}"
+
+
+@dataclass(frozen=True)
 class Finish:
     """The gradient of an input = that of its place, less what is owed."""
 
@@ -315,15 +344,15 @@ class Finish:
         return f"dinput{self.index} = d{self.of}{_owed(self.owed)}"
 
 
-Forward = Copy | Measure | Fill | Product | Add | Activate | Bottleneck
-Backward = Settle | Clear | ActivateBackward | ProductBackward | AddBackward | Finish | Forward
+Forward = Copy | Measure | Fill | Product | Add | Activate | Bottleneck | Maximum
+Backward = Settle | Clear | ActivateBackward | ProductBackward | AddBackward | MaximumBackward | Finish | Forward
 
 
 @dataclass(frozen=True)
 class Program:
     """buffers, how many columns there are, and what is done on them. Backward begins with what it computes again.
 
-    weights: of each node, None for a sum. norms: of the graph. wanted: what backward computes.
+    weights: of each node, None for a sum or a maximum. norms: of the graph. wanted: what backward computes.
     """
 
     buffers: tuple[Buffer, ...]
@@ -344,18 +373,20 @@ class Program:
 
 def values_read(step: Backward) -> Iterator[Place]:
     """Of what an instruction of backward reads values, not gradients alone (csrc/program.h has the same rule)."""
-    if isinstance(step, (Product, Add)):  # computed again
+    if isinstance(step, (Product, Add, Maximum)):  # computed again
         yield from (segment.place for segment in step.segments)
-    if isinstance(step, (ProductBackward, AddBackward, Finish)) and step.owed is not None:
+    if isinstance(step, (ProductBackward, AddBackward, MaximumBackward, Finish)) and step.owed is not None:
         yield step.of
     if isinstance(step, ProductBackward) and step.behind:
         yield step.of
-    if isinstance(step, (ActivateBackward, ProductBackward, AddBackward)):
+    if isinstance(step, (ActivateBackward, ProductBackward, AddBackward, MaximumBackward)):
         yield from (segment.place for segment in step.segments if needs_value(step, segment))
 
 
-def needs_value(step: ActivateBackward | ProductBackward | AddBackward, segment: Segment) -> bool:
+def needs_value(step: ActivateBackward | ProductBackward | AddBackward | MaximumBackward, segment: Segment) -> bool:
     """Whether the gradients that come of this segment depend on its values."""
+    if isinstance(step, MaximumBackward) and segment.gradient:
+        return True
     if isinstance(step, ProductBackward) and (step.wanted or (segment.gradient and step.conv.kernel == 3)):
         return True
     if segment.sums or (isinstance(step, AddBackward) and step.act != "identity"):
@@ -384,6 +415,10 @@ def _owed(column: int | None) -> str:
 
 def _weights(nodes: Sequence[int]) -> str:
     return "+".join(f"w{node}" for node in nodes)
+
+
+def _max(step: Maximum | MaximumBackward) -> str:
+    return f"max{step.size}x{step.size}" + f" stride{step.stride}" * (step.stride > 1)
 
 
 def _conv(conv: Conv) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from csp_kernels.stage.behind import COSTLY
 from csp_kernels.stage.build import Builder, conv_norm
 from csp_kernels.stage.graph import Graph, Read
-
-BLOCKS = ("bottleneck", "dark", "basic")
+from csp_kernels.vocabulary import COSTLY
 
 
 def residual_block(

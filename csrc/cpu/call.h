@@ -4,7 +4,8 @@
 
 namespace csp {
 
-enum class Activation : int { Identity, Relu, LeakyRelu, Silu, Mish, Hardswish };
+// In the order of csp_kernels/vocabulary.py.
+enum class Activation : int { Identity, Relu, LeakyRelu, Silu, Mish, Hardswish, Relu6, Gelu, GeluTanh };
 
 enum class Storage : int { Float32, BFloat16, Float16, Float64 };
 

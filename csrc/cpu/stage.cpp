@@ -1,6 +1,7 @@
 // Runs programs: each instruction by the tile code that it takes. docs/algorithms.md has the mathematics of backward.
 #include "stage.h"
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -117,6 +118,7 @@ template <class S> struct Stage {
   Frame frame;
   Pool pool{frame};
   std::vector<Memory> memory;
+  int64_t now = 0;             // the instruction that runs
   std::vector<int64_t> pixels;  // behind each column of statistics
   Affine<T> affine{frame, p.columns};
   double *rstd = frame.zeroed<double>(p.columns), *lost = frame.zeroed<double>(p.columns);
@@ -153,6 +155,7 @@ template <class S> struct Stage {
     for (size_t i = 0; i < all.size(); i++)
       stage::places(all[i], [&](const stage::Place& place, bool gradient) { (gradient ? of(place).last_g : of(place).last) = int64_t(i); });
     for (size_t i = 0; i < all.size(); i++) {
+      now = int64_t(i);
       stage::places(all[i], [&](const stage::Place& place, bool gradient) { gradient ? take_gradient(place, all[i]) : take_value(place); });
       std::visit([&](const auto& step) { Frame inner; (*this)(step, inner); }, all[i]);
       for (Memory& m : memory) {
@@ -174,8 +177,23 @@ template <class S> struct Stage {
     const auto* add = std::get_if<stage::AddBackward>(&i);
     const stage::Place* read = product ? &product->of : add ? &add->of : &place;
     bool only_read = (product || add || std::holds_alternative<stage::Finish>(i)) && read->buffer == place.buffer && read->start == place.start;
-    if ((output && stands(*output)) || (only_read && all(place, GIVEN))) return;
+    const stage::Segment* to = add ? heir(*add) : nullptr;
+    if ((output && stands(*output)) || (only_read && all(place, GIVEN)) || (to && to->place.buffer == place.buffer)) return;
     m.g = static_cast<S*>(pool.take(m.pixels() * m.g_pitch * int64_t(sizeof(S))));
+  }
+  // The term whose gradient is that of the sum, and nothing else, and may have its memory: all of a buffer, of which nobody has
+  // needed a gradient before, as nobody will need that of the sum. Null: none.
+  const stage::Segment* heir(const stage::AddBackward& i) {
+    auto whole = [&](const stage::Place& place) { return place.start == 0 && size_t(place.stop) == of(place).source.size(); };
+    const Memory& sum = of(i.of);
+    if (i.owed >= 0 || i.act != Activation::Identity || !sum.take_g || !sum.g || sum.last_g != now || !whole(i.of) || !all(i.of, OWN)) return nullptr;
+    for (const stage::Segment& s : i.segments) {
+      const Memory& m = of(s.place);
+      if (s.gradient != stage::Gradient::Write || s.column >= 0 || s.act != Activation::Identity || s.sums) continue;
+      if (m.g || !m.take_g || m.g_pitch != sum.g_pitch || !whole(s.place) || !all(s.place, NOTHING)) continue;
+      if (std::count_if(i.segments.begin(), i.segments.end(), [&](const stage::Segment& t) { return t.place.buffer == s.place.buffer; }) == 1) return &s;
+    }
+    return nullptr;
   }
   bool all(const stage::Place& place, Source source) {
     for (int64_t c = place.start; c < place.stop; c++)
@@ -356,11 +374,10 @@ template <class S> struct Stage {
 
   void operator()(const stage::Product& i, Frame& inner) {
     if (i.conv.groups > 1) return grouped(i);
-    if (i.conv.stride > 1) return strided(i, inner, Dense{a.weights[i.nodes[0]]});
+    if (i.conv.stride > 1 && i.conv.kernel == 3) return strided(i, inner, Dense{a.weights[i.nodes[0]]});
     if (i.conv.kernel == 3) return with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
     Reads r = reads(inner, i.segments);
-    Grid grid = of(i.segments[0].place).grid;
-    grid.pool = i.conv.pool;
+    const Grid grid = read_by(i.segments, i.conv);
     const int64_t out = i.conv.out_channels;
     Memory& to = of(i.to);
     if (i.column >= 0 && i.residual.empty() && plain(i.segments, i.conv)) return folded(i, inner, r);
@@ -377,6 +394,20 @@ template <class S> struct Stage {
     Statistics<T>* stats = statistics(inner, i.statistics, mix.tasks, mix.O);
     mix.forward_raw(packed_mix(inner, i, mix), value(i.to), to.pitch, out, stats);
     merge_statistics(stats, mix.tasks, i.to, i.statistics);
+  }
+  // The pixels that a 1x1 reads: all, their averages, or each second in each second row.
+  Grid read_by(const std::vector<stage::Segment>& segments, const stage::Conv& conv) {
+    Grid grid = of(segments[0].place).grid;
+    grid.pool = conv.pool;
+    if (conv.stride > 1) grid.step = conv.stride, grid.h = ceil_div(grid.H, conv.stride), grid.w = ceil_div(grid.W, conv.stride);
+    return grid;
+  }
+  // Makes `to` a gradient so far of all pixels, for a 1x1 that adds to that of some of them.
+  void of_all_pixels(const stage::Place& place, Spread<S>& to) {
+    const int64_t P = of(place).pixels(), n = place.channels();
+    for (int64_t q = 0; to.g && !to.in && q < P; q++) memset(static_cast<void*>(to.g + q * to.pitch), 0, size_t(n) * sizeof(S));
+    if (to.in && to.in != to.g) copy_channels<S>(a.parallel, elementwise_tasks(P, n), P, n, to.in, to.in_pitch, to.g, to.pitch, nullptr);
+    to.in = to.g, to.in_pitch = to.pitch;
   }
   // y = x * scale + bias
   T* bias(Frame& inner, int64_t column, int64_t channels) const {
@@ -452,7 +483,7 @@ template <class S> struct Stage {
     FusedLayer<M, U, S>{a.parallel, tasks, grid.N, grid.H, grid.W, K, b, g, from.pitch, to.pitch, before, w1, bias(inner, i.reduce.column, b), w2}.run(value(s.place), value(i.conv.to));
   }
   // One segment through norm and ReLU: the loops of pointwise.h.
-  static bool plain(const std::vector<stage::Segment>& s, const stage::Conv& conv) { return s.size() == 1 && s[0].column >= 0 && s[0].act == Activation::Relu && !conv.pool; }
+  static bool plain(const std::vector<stage::Segment>& s, const stage::Conv& conv) { return s.size() == 1 && s[0].column >= 0 && s[0].act == Activation::Relu && !conv.pool && conv.stride == 1; }
   // scale: of each channel, null: 1
   template <bool BY_CHANNEL> Unit<U>* pack(Unit<U>* to, const T* w, int64_t depth, int64_t channels, int tasks, const T* scale = nullptr) {
     int64_t blocks = ceil_div(depth, depth_block<U>());
@@ -760,6 +791,23 @@ template <class S> struct Stage {
     add_terms(a.parallel, tasks, P, terms.data(), int64_t(terms.size()), AnyActivation<T>{i.act, T(i.slope)}, value(i.to), of(i.to).pitch, stats);
     merge_statistics(stats, tasks, i.to, i.statistics);
   }
+  // What a maximum is of, through its norm and activation, in scratch memory where it has some.
+  std::pair<const S*, int64_t> activated(const stage::Segment& s, Frame& inner) {
+    if (s.column < 0 && s.act == Activation::Identity) return {value(s.place), of(s.place).pitch};
+    const int64_t n = s.place.channels(), pitch = padded_channels(n), P = of(s.place).pixels();
+    S* y = inner.take<S>(P * pitch);
+    Read<S> from = read(inner, s);
+    add_terms<S>(a.parallel, elementwise_tasks(P, n), P, &from, 1, {Activation::Identity, T(0)}, y, pitch, nullptr);
+    return {y, pitch};
+  }
+  void operator()(const stage::Maximum& i, Frame& inner) {
+    const int64_t n = i.to.channels();
+    auto [x, pitch] = activated(i.segments[0], inner);
+    int tasks = elementwise_tasks(of(i.to).pixels(), n * i.size);
+    Statistics<T>* stats = statistics(inner, i.statistics, tasks, n);
+    maxima<S>(a.parallel, tasks, {of(i.segments[0].place).grid, i.size, i.stride}, x, pitch, n, value(i.to), nullptr, of(i.to).pitch, stats);
+    merge_statistics(stats, tasks, i.to, i.statistics);
+  }
   void operator()(const stage::Activate& i, Frame& inner) {
     int64_t at = 0;
     for (const stage::Segment& s : i.segments) {
@@ -845,12 +893,37 @@ template <class S> struct Stage {
       for (size_t k = 1; k < terms.size(); k++) total += terms[k].value(pixel, c);
       return activation.gradient(total, d);
     };
-    for (const stage::Segment& s : i.segments) back(s, inner, dy);
+    const stage::Segment* to = heir(i);
+    for (const stage::Segment& s : i.segments)
+      if (&s != to) back(s, inner, dy);
+    if (to) std::swap(of(to->place).g, of(i.of).g), mark(to->place, OWN);
+  }
+
+  // A pixel's gradient is the sum of those of the maxima around it that it is.
+  void operator()(const stage::MaximumBackward& i, Frame& inner) {
+    Owed<T> o = owed(inner, i.of, i.owed);
+    const Windows windows{of(i.segments[0].place).grid, i.size, i.stride};
+    const int64_t g_pitch = gradient_pitch(i.of), pitch = of(i.of).pitch, n = i.of.channels(), P = windows.count();
+    const S *g = gradient(i.of), *x = value(i.of);
+    auto [from, from_pitch] = activated(i.segments[0], inner);
+    const int64_t padded = padded_channels(n);
+    T* position = inner.take<T>(P * padded);
+    maxima<S>(a.parallel, elementwise_tasks(P, n * i.size), windows, from, from_pitch, n, nullptr, position, padded, nullptr);
+    auto dy = [&](int64_t pixel, int64_t c) __attribute__((always_inline)) {
+      Vec<T> sum{};
+      windows.each_window(pixel, [&](int64_t q, int64_t at) __attribute__((always_inline)) {
+        Vec<T> d = load(g + q * g_pitch + c, n - c);
+        if (o.any) d -= (load(x + q * pitch + c, n - c) - load(o.correction.mean + c)) * load(o.correction.scale + c) + load(o.correction.shift + c);
+        sum += load(position + q * padded + c, n - c) == Vec<T>{} + T(at) ? d : Vec<T>{};
+      });
+      return sum;
+    };
+    back(i.segments[0], inner, dy);
   }
 
   void operator()(const stage::ProductBackward& i, Frame& inner) {
     if (i.conv.groups > 1) return grouped(i);
-    if (i.conv.stride > 1) return strided(i, inner, Dense{a.weights[i.nodes[0]]});
+    if (i.conv.stride > 1 && i.conv.kernel == 3) return strided(i, inner, Dense{a.weights[i.nodes[0]]});
     if (i.conv.kernel == 3) return with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
     Owed<T> o = owed(inner, i.of, i.owed);
     int64_t g_pitch = gradient_pitch(i.of), K = channels(i.segments);
@@ -858,6 +931,7 @@ template <class S> struct Stage {
     Reads r = reads(inner, i.segments);
     std::vector<Spread<S>> targets;
     for (const stage::Segment& s : i.segments) targets.push_back(spread(s));
+    for (size_t k = 0; i.conv.stride > 1 && k < targets.size(); k++) of_all_pixels(i.segments[k].place, targets[k]);
     const T* w = stacked(inner, i.nodes, K);
     if (g && plain(i.segments, i.conv) && i.segments[0].gradient == stage::Gradient::Add && g_pitch == of(i.of).pitch &&
         targets[0].pitch == r.segments[0].pitch && targets[0].in_pitch == r.segments[0].pitch)
@@ -867,10 +941,10 @@ template <class S> struct Stage {
     for (auto& [k, from] : r.activated) {  // their gradients behind the activation
       Segment<S>& s = r.segments[k];
       bool needed = s.g || i.segments[k].sums;
-      s.g = needed ? inner.take<S>(of(i.segments[k].place).pixels() * s.pitch) : nullptr, s.g_pitch = s.pitch, s.g_in = nullptr;
+      const int64_t count = of(i.segments[k].place).pixels() * s.pitch;
+      s.g = !needed ? nullptr : i.conv.stride > 1 ? inner.zeroed<S>(count) : inner.take<S>(count), s.g_pitch = s.pitch, s.g_in = nullptr;
     }
-    Grid grid = of(i.segments[0].place).grid;
-    grid.pool = i.conv.pool;
+    const Grid grid = read_by(i.segments, i.conv);
     const int64_t out = i.conv.out_channels;
     Mix<S> mix(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1});
     PartialSums<T>* parts = PartialSums<T>::take(inner, mix.tasks, MixBackward<S>::weights(mix), MixBackward<S>::pitch(mix));

@@ -38,6 +38,7 @@ from tolerances import error, high_limit, limit
 from torch import Tensor, nn
 
 import csp_kernels as csp
+from csp_kernels.vocabulary import ACTIVATIONS, BLOCKS
 
 LAYERS = ("DenseBlock", "PostDenseBlock", "TwoWayDenseBlock", "Transition", "ConcatConv", "PartialTransition",
           "CSPDenseStage", "CSPStage")  # fmt: skip
@@ -45,7 +46,6 @@ PLAIN = ("Transition", "CSPStage")  # plain PyTorch in places: parameters in the
 CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 15, 16, 16, 17, 20, 24, 31, 32, 32, 33, 40, 48, 64, 65)
 GROWTHS = (1, 2, 3, 4, 5, 7, 8, 8, 12, 15, 16, 16, 17, 20, 32, 32, 33, 48)
 SIDES = (1, 1, 2, 2, 3, 4, 5, 5, 6, 7, 7, 8, 9, 10, 11, 13, 14, 15, 17, 20, 28)
-ACTIVATIONS = ("relu", "leaky_relu", "silu", "mish", "hardswish", "identity")
 LAYOUTS = ("NCHW", "NHWC", "slice of NCHW", "slice of NHWC", "window", "transposed", "expanded")
 WANTED = ((1, 1, 1), (0, 1, 1), (1, 0, 1), (0.5, 0.5, 1), (1, 1, 0.5), (0.5, 1, 0.5))
 EXACT = 1e-8  # in float64
@@ -137,7 +137,7 @@ def arguments(rng: random.Random, layer: str) -> tuple[dict[str, Any], list[int]
         return made, [c]
     c = max(2, c)
     made = {"in_channels": c, "out_channels": rng.choice(CHANNELS), "num_blocks": rng.choice((1, 2))}
-    made |= {"block": rng.choice(("bottleneck", "dark", "basic")), "act": rng.choice(ACTIVATIONS)}
+    made |= {"block": rng.choice(BLOCKS), "act": rng.choice(ACTIVATIONS)}
     made |= {"stride": rng.choice((1, 2)), "order": rng.choice(("main_first", "part_first"))}
     made |= {"width": rng.choice(CHANNELS), "mid_channels": rng.choice(CHANNELS)}
     if rng.random() < 0.3:
@@ -290,7 +290,8 @@ def exact_module(case: Case, inputs: Sequence[Tensor | None], generator: torch.G
             nn.init.normal_(norm.bias, 0, 0.3)
             if not case.kinks and case.arguments.get("act") != "hardswish":  # its kinks are at -3 and 3
                 norm.weight.data.mul_(0.5)
-                norm.bias.data = torch.where(torch.arange(norm.num_features) % 4 == 3, -4.0, 4.0).double()
+                far = 3.0 if case.arguments.get("act") == "relu6" else 4.0  # from 0, and from 6
+                norm.bias.data = torch.where(torch.arange(norm.num_features) % 4 == 3, -far, far).double()
             elif not case.kinks:
                 norm.weight.data.mul_(0.3)
         x = next(t for t in inputs if t is not None)

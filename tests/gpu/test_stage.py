@@ -12,9 +12,9 @@ from tolerances import error
 
 import csp_kernels as csp
 from csp_kernels.stage.graph import Graph
-from csp_kernels.stage.place import RECOMPUTE
 from csp_kernels.stage.program import Wanted
 from csp_kernels.stage.text import encode
+from csp_kernels.vocabulary import RECOMPUTE
 
 OPS = torch.ops.csp_kernels
 names = pytest.mark.parametrize("name", GRAPHS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ ACTIVATIONS: dict[str, tuple[Activation, Callable[[Tensor], Tensor]]] = {
     "silu": (Activation(3), F.silu),
     "mish": (Activation(4), F.mish),
     "hardswish": (Activation(5), F.hardswish),
+    "relu6": (Activation(6), F.relu6),
+    "gelu": (Activation(7), F.gelu),
+    "gelu_tanh": (Activation(8), partial(F.gelu, approximate="tanh")),
 }
 CLOSE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 
@@ -55,7 +59,10 @@ CASES = {
     "large mean": Case(mean=1000.0, std=0.01),
     "float64": Case(dtype=torch.float64, pool=True, act="mish"),
     **{name: Case(act=name, size=(2, 4, 3)) for name in ACTIVATIONS},
-    **{f"{name} bfloat16": Case(act=name, dtype=torch.bfloat16, size=(2, 4, 3)) for name in ("silu", "hardswish")},
+    **{
+        f"{name} bfloat16": Case(act=name, dtype=torch.bfloat16, size=(2, 4, 3))
+        for name in ("silu", "hardswish", "gelu")
+    },
     "float16": Case(act="mish", dtype=torch.float16, pool=True),
 }
 
@@ -149,14 +156,15 @@ def test_backward_of_a_copy_needs_no_input(pool: bool, buffers: Any) -> None:
 def test_kinks_and_nan(name: str) -> None:
     """PyTorch's derivatives where there are two, NaN in, NaN out."""
     act = ACTIVATIONS[name][0]
-    z, geometry = torch.tensor([[-3.0, 0.0, 3.0, torch.nan]]), Geometry(1, 1, 1)
-    y, dz = torch.empty(1, 4), torch.empty(1, 4)
+    z, geometry = torch.tensor([[-3.0, 0.0, 3.0, 6.0, torch.nan]]), Geometry(1, 1, 1)
+    y, dz = torch.empty(1, 5), torch.empty(1, 5)
     activate.forward(z, None, y, geometry, act)
-    activate.backward(torch.ones(1, 4), z, None, dz, geometry, act)
-    assert y[0, 3].isnan() and torch.equal(y[0, :3].isnan(), torch.zeros(3, dtype=torch.bool))
-    at = {"relu": [0.0, 0.0, 1.0], "leaky_relu": [0.1, 0.1, 1.0], "hardswish": [0.0, 0.5, 1.0]}
+    activate.backward(torch.ones(1, 5), z, None, dz, geometry, act)
+    assert y[0, 4].isnan() and torch.equal(y[0, :4].isnan(), torch.zeros(4, dtype=torch.bool))
+    at = {"relu": [0.0, 0.0, 1.0, 1.0], "leaky_relu": [0.1, 0.1, 1.0, 1.0], "hardswish": [0.0, 0.5, 1.0, 1.0]}
+    at["relu6"] = [0.0, 0.0, 1.0, 0.0]
     if name in at:
-        torch.testing.assert_close(dz[0, :3], torch.tensor(at[name]))
+        torch.testing.assert_close(dz[0, :4], torch.tensor(at[name]))
 
 
 def test_large_arguments_stay_finite() -> None:

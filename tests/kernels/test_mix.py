@@ -37,7 +37,8 @@ IDS = [f"{channels}-{outputs}-{g.n}x{g.h}x{g.w}{'-pool' if g.pool else ''}" for 
 cases = pytest.mark.parametrize(("channels", "outputs", "geometry"), CASES, ids=IDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ACTIVATIONS = [Activation(0, 0.0), Activation(1, 0.0), Activation(2, 0.1), Activation(3, 0.0), Activation(4, 0.0)]
-activations = pytest.mark.parametrize("act", [*ACTIVATIONS, Activation(5, 0.0)], ids=lambda act: f"act{act.code}")
+ALL = [*ACTIVATIONS, *(Activation(code, 0.0) for code in range(5, 9))]
+activations = pytest.mark.parametrize("act", ALL, ids=lambda act: f"act{act.code}")
 
 
 def vector(n: int, dtype: torch.dtype, low: float, high: float) -> Tensor:
@@ -71,6 +72,7 @@ def read(x: Tensor, norm: Norm | None, geometry: Geometry) -> Tensor:
 def activated(z: Tensor, norm: Norm, act: Activation) -> Tensor:
     x = (z - norm.mean.double()) * norm.scale.double() + norm.shift.double()
     functions = [lambda x: x, F.relu, lambda x: F.leaky_relu(x, act.negative_slope), F.silu, F.mish, F.hardswish]
+    functions += [F.relu6, F.gelu, lambda x: F.gelu(x, approximate="tanh")]
     return functions[act.code](x)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import csp_kernels as csp
 from csp_kernels.kernels import activate, launch, mix
-from csp_kernels.stage.graph import ACTIVATIONS
+from csp_kernels.vocabulary import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("native", "operators")
 # of float64 and another, relative in the 2-norm of what is finite

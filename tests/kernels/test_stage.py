@@ -21,8 +21,8 @@ from csp_kernels.kernels import stage as kernels
 from csp_kernels.ops._node import TRITON_ALONE
 from csp_kernels.stage.build import Builder
 from csp_kernels.stage.compile import compile_stage
-from csp_kernels.stage.place import RECOMPUTE
 from csp_kernels.stage.program import Bottleneck, Product, Wanted
+from csp_kernels.vocabulary import RECOMPUTE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stage"))
 

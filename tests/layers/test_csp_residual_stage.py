@@ -121,7 +121,7 @@ def test_bad_arguments() -> None:
         ({"split": "half"}, "split: got 'half', expected one of conv, slice"),
         ({"order": "first"}, "order: got 'first', expected one of main_first, part_first"),
         ({"block": "wide"}, "block: got 'wide', expected one of bottleneck, dark, basic"),
-        ({"act": "tanh"}, "act: got 'tanh', expected one of relu"),
+        ({"act": "tanh"}, "act: got 'tanh', expected one of identity, relu"),
         ({"split": "slice", "split_act": "relu"}, "not with split='slice'"),
         ({"split": "slice", "part_ratio": 1.0}, "width: got 0, expected at least 1"),
         ({"part_channels": 0}, "part_channels: got 0, expected at least 1"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import csp_kernels as csp
 from csp_kernels.stage.build import Builder, conv_norm
 from csp_kernels.stage.graph import Graph
-from csp_kernels.stage.place import RECOMPUTE
+from csp_kernels.vocabulary import RECOMPUTE
 
 
 def osa(in_channels: int, width: int, layers: int, out_channels: int, drop_rate: float = 0.0) -> Graph:
@@ -138,15 +138,15 @@ def test_copies_and_pickles() -> None:
 
 def test_says_what_it_cannot_run() -> None:
     build = Builder(8)
-    build.write([build.read(build.conv([build.read(0)], 8, 3, bias=True))])
+    build.write([build.read(build.conv([build.read(0)], 8, groups=2))])
     stage, x = csp.Stage(build.graph()), torch.randn(1, 8, 4, 4)
-    with pytest.warns(RuntimeWarning, match="csp.Stage runs its plain PyTorch reference: v1 has a bias"):
+    with pytest.warns(RuntimeWarning, match="csp.Stage runs its plain PyTorch reference: v1 has groups"):
         stage(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stage(x)  # said once
     csp.use_backend("native")
-    with pytest.raises(RuntimeError, match="v1 has a bias"):
+    with pytest.raises(RuntimeError, match="v1 has groups"):
         stage(x)
 
 

@@ -13,10 +13,10 @@ from cases import DTYPES, LAYOUTS, ConcatConvCase
 from torch import Tensor
 
 import csp_kernels as csp
+from csp_kernels.vocabulary import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("native")
 Case = ConcatConvCase
-ACTIVATIONS = ["relu", "leaky_relu", "silu", "mish", "hardswish", "identity"]
 SHAPES = {
     "basic": Case(),
     "one input": Case(channels=(17,)),
@@ -204,7 +204,11 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] = {
     "frozen": (TypeError, "frozen: got list", lambda: {"frozen": [False]}),
     "eps": (ValueError, "eps: got -1", lambda: {"eps": -1.0}),
     "eps list": (TypeError, "eps: got list", lambda: {"eps": [1e-5]}),
-    "act": (ValueError, "act: got 'gelu', expected one of relu, leaky_relu, silu, mish", lambda: {"act": "gelu"}),
+    "act": (
+        ValueError,
+        "act: got 'tanh', expected one of identity, relu, leaky_relu, silu, mish",
+        lambda: {"act": "tanh"},
+    ),
     "slope": (ValueError, "negative_slope: got nan", lambda: {"negative_slope": float("nan")}),
     "splits sum": (ValueError, r"splits: got \[3, 4\], .* add up to 8", lambda: {"splits": [3, 4]}),
     "splits zero": (ValueError, r"splits: got \[8, 0\]", lambda: {"splits": [8, 0]}),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csp_kernels.reference.concat_conv import ACTIVATIONS
+from csp_kernels.reference.activations import FUNCTIONS
 from csp_kernels.reference.dense_block import dropped
 from csp_kernels.stage import program as P
 from csp_kernels.stage.graph import Conv, Graph
@@ -71,7 +71,7 @@ class Interpreter:
         return (x - along(mean)) * along(scale) + along(shift)
 
     def activated(self, segment: P.Segment) -> Tensor:
-        return ACTIVATIONS[segment.act](self.normalised(segment), segment.slope)
+        return FUNCTIONS[segment.act](self.normalised(segment), segment.slope)
 
     def take(self, place: P.Place, column: int | None) -> None:
         if column is not None:
@@ -132,7 +132,7 @@ class Interpreter:
         if step.column is not None:
             mean, scale, shift = self.affine[:, step.column : step.column + y.shape[1]]
             y = (y - along(mean)) * along(scale) + along(shift)
-        y = ACTIVATIONS[step.act](y, step.slope)
+        y = FUNCTIONS[step.act](y, step.slope)
         self.at(step.to).copy_(sum((self.activated(s) for s in step.residual), y))
         self.take(step.to, step.statistics)
 
@@ -143,7 +143,12 @@ class Interpreter:
 
     def add(self, step: P.Add) -> None:
         first, *rest = [self.activated(s) for s in step.segments]
-        self.at(step.to).copy_(ACTIVATIONS[step.act](sum(rest, first), step.slope))
+        self.at(step.to).copy_(FUNCTIONS[step.act](sum(rest, first), step.slope))
+        self.take(step.to, step.statistics)
+
+    def maximum(self, step: P.Maximum) -> None:
+        (x,) = [self.activated(s) for s in step.segments]
+        self.at(step.to).copy_(F.max_pool2d(x, step.size, step.stride, step.size // 2))
         self.take(step.to, step.statistics)
 
     def activate(self, step: P.Activate) -> None:
@@ -183,7 +188,7 @@ class Interpreter:
     def one(self, segment: P.Segment, gradient: Tensor) -> None:
         with torch.enable_grad():
             n = self.normalised(segment).detach().requires_grad_()
-            (dn,) = torch.autograd.grad(ACTIVATIONS[segment.act](n, segment.slope), n, gradient)
+            (dn,) = torch.autograd.grad(FUNCTIONS[segment.act](n, segment.slope), n, gradient)
         if segment.sums:
             centred = self.at(segment.place) - along(self.affine[0, self.columns(segment)])
             self.sums[:, self.columns(segment)] += torch.stack((dn.sum((0, 2, 3)), (dn * centred).sum((0, 2, 3))))
@@ -249,9 +254,16 @@ class Interpreter:
         with torch.enable_grad():
             total = sum(terms[1:], terms[0]).detach().requires_grad_()
             gradient = self.complete(step.of, step.owed)
-            (gradient,) = torch.autograd.grad(ACTIVATIONS[step.act](total, step.slope), total, gradient)
+            (gradient,) = torch.autograd.grad(FUNCTIONS[step.act](total, step.slope), total, gradient)
         for segment in step.segments:
             self.one(segment, gradient)
+
+    def maximumbackward(self, step: P.MaximumBackward) -> None:
+        with torch.enable_grad():
+            x = self.activated(step.segments[0]).detach().requires_grad_()
+            y = F.max_pool2d(x, step.size, step.stride, step.size // 2)
+            (gradient,) = torch.autograd.grad(y, x, self.complete(step.of, step.owed))
+        self.one(step.segments[0], gradient)
 
     def finish(self, step: P.Finish) -> None:
         self.dinputs[step.index] = self.complete(step.of, step.owed)

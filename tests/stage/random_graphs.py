@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from csp_kernels.stage.build import Builder, through_norm
-from csp_kernels.stage.graph import ACTIVATIONS, Conv, Graph, Read
+from csp_kernels.stage.graph import Conv, Graph, Read
+from csp_kernels.vocabulary import ACTIVATIONS
 
 SLOPE = 0.1
 
@@ -16,16 +17,24 @@ SLOPE = 0.1
 class RandomGraph:
     """Convolutions of every kind, sums, norms of readers and of producers, shared norms, slices, several outputs.
 
-    native: only what the kernels run (csp_kernels.ops.stage.unsupported); on_cpu: those for the CPU.
+    native: only what the kernels run (csp_kernels.ops.stage.unsupported); on_cpu: those for the CPU. biased: also
+    biases, which programs do not have; by default unless native.
     """
 
-    def __init__(self, rng: random.Random, native: bool = False, on_cpu: bool = False) -> None:
+    def __init__(
+        self, rng: random.Random, native: bool = False, on_cpu: bool = False, biased: bool | None = None
+    ) -> None:
         self.rng, self.native, self.on_cpu = rng, native, on_cpu
+        self.biased = not native if biased is None else biased
         inputs = [rng.randint(2, 6) for _ in range(rng.randint(1, 2))]
         self.build, self.channels, self.sizes = Builder(*inputs), [*inputs], [""] * len(inputs)
         self.post: dict[int, int] = {}  # value -> norm of its producer
         for _ in range(rng.randint(2, 8)):
-            self.sum() if rng.random() < 0.25 else self.conv()
+            kind = rng.random()
+            if kind < 0.1 and (not native or on_cpu):
+                self.max_pool()
+            else:
+                self.sum() if kind < 0.3 else self.conv()
         unread = [v for v in range(len(inputs), len(self.channels)) if v not in self.read]
         for size in dict.fromkeys(self.sizes[v] for v in unread):
             values = [v for v in unread if self.sizes[v] == size]
@@ -79,16 +88,17 @@ class RandomGraph:
         others = [node.reads for node in self.build._nodes if isinstance(node, Conv)]
         reads = rng.choice(others) if others and rng.random() < 0.3 else self.reads()
         kernel, out = rng.choice((1, 1, 3)), rng.choice((2, 3, 4, 6))
-        bias = not self.native and rng.random() < 0.3
+        bias = self.biased and rng.random() < 0.3
         small = len(self.sizes[reads[0].value]) == 2
         pool = kernel == 1 and not bias and not small and rng.random() < 0.15
         everything = not self.native
-        stride = 2 if kernel == 3 and (everything or self.on_cpu) and not small and rng.random() < 0.2 else 1
+        strides = (everything or self.on_cpu) and not small and not pool
+        stride = 2 if strides and rng.random() < 0.2 else 1
         incoming = sum(read.channels for read in reads)
         grouped = everything or (self.on_cpu and kernel == 3)
         groups = rng.choice([g for g in (1, 2, 3) if incoming % g == out % g == 0]) if grouped else 1
         drops = everything or (kernel == 3 and stride == groups == 1)
-        drop = 0.3 if drops and rng.random() < 0.1 else 0.0
+        drop = 0.3 if drops and not (self.native and bias) and rng.random() < 0.1 else 0.0
         value = self.build.conv(
             reads, out, kernel, stride=stride, groups=groups, bias=bias, pool=pool, drop_rate=drop
         )  # fmt: skip
@@ -105,6 +115,12 @@ class RandomGraph:
             pair = self.rng.choice(pairs)
             value = self.build.sum([self.whole(v) for v in pair], self.act(), SLOPE)
             self.add(value, self.channels[pair[0]], self.sizes[pair[0]])
+
+    def max_pool(self) -> None:
+        value = self.rng.randrange(len(self.channels))
+        stride = 2 if len(self.sizes[value]) < 2 and self.rng.random() < 0.4 else 1
+        pooled = self.build.max_pool(self.whole(value), self.rng.choice((1, 3, 5)), stride=stride)
+        self.add(pooled, self.channels[value], self.sizes[value] + "c" * (stride == 2))
 
     def add(self, value: int, channels: int, size: str) -> None:
         self.channels.append(channels)

@@ -17,10 +17,10 @@ from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.csp_stage import csp_stage
 from csp_kernels.stage.dense_block import dense_block
 from csp_kernels.stage.graph import Conv, Graph
-from csp_kernels.stage.place import RECOMPUTE
 from csp_kernels.stage.post_dense_block import post_dense_block
 from csp_kernels.stage.program import Wanted
 from csp_kernels.stage.two_way_dense_block import two_way_dense_block
+from csp_kernels.vocabulary import RECOMPUTE
 
 
 def check(graph: Graph, frozen: tuple[bool, ...], wanted: Wanted, recompute: str) -> None:

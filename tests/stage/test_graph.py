@@ -11,7 +11,7 @@ import pytest
 from csp_kernels.stage.build import Builder, conv_norm, through_norm
 from csp_kernels.stage.check import check
 from csp_kernels.stage.dense_block import dense_block
-from csp_kernels.stage.graph import Conv, Graph, Parameters, Read, Sum, Write
+from csp_kernels.stage.graph import Conv, Graph, MaxPool, Parameters, Read, Sum, Write
 
 
 def residual() -> Graph:
@@ -78,12 +78,18 @@ WRONG = [
     (read(stop=7), "output 0, reads[0]: got channels [0, 7), expected some of the 6 of v2"),
     (read(start=6), "output 0, reads[0]: got channels [6, 6), expected some of the 6 of v2"),
     (read(start=-1), "output 0, reads[0]: got channels [-1, 6), expected some of the 6 of v2"),
-    (read(act="gelu"), "output 0, reads[0]: got activation 'gelu', expected one of identity, relu, leaky_relu, silu"),
+    (
+        read(act="softplus"),
+        "output 0, reads[0]: got activation 'softplus', expected one of identity, relu, leaky_relu, silu",
+    ),
     (read(norm=1), "output 0, reads[0]: got norm 1, expected one of the graph's 1"),
     (read(at=1), "output 0, reads[0]: got [1, 7) of norm 0, expected some of its 6"),
     (conv(out_channels=0), "v2: got out_channels 0, expected at least 1"),
     (conv(kernel=5), "v2: got kernel 5, expected 1 or 3"),
-    (conv(stride=2), "v2: got stride 2, expected 1"),
+    (conv(stride=2, pool=True), "v2: got pool and a stride, expected one of them"),
+    ({"nodes": (MaxPool((READ, READ), 3),)}, "v2: got 2 reads, expected one"),
+    ({"nodes": (MaxPool((READ,), 4),)}, "v2: got size 4, expected an odd number"),
+    ({"nodes": (MaxPool((READ,), 3, 3),)}, "v2: got stride 3, expected 1 or 2"),
     (conv(kernel=3, stride=3), "v2: got stride 3, expected 1 or 2"),
     (conv(groups=4), "v2: got 4 groups of 8 -> 6 channels, expected groups that divide both"),
     (conv(groups=0), "v2: got 0 groups of 8 -> 6 channels, expected groups that divide both"),
@@ -92,7 +98,7 @@ WRONG = [
     (conv(bias=True, pool=True), "v2: got pool, expected it in front of a 1x1 without bias alone"),
     ({"nodes": (Sum(()),)}, "v2: got no reads, expected one or more"),
     ({"nodes": (Sum((READ, Read(1, 0, 7))),)}, "v2: got 2 reads of [7, 8] channels, expected one or more of one width"),
-    ({"nodes": (Sum((READ, READ), "gelu"),)}, "v2: got activation 'gelu', expected one of"),
+    ({"nodes": (Sum((READ, READ), "softplus"),)}, "v2: got activation 'softplus', expected one of"),
     (
         {**conv(pool=True), **two(Read(0, 0, 8), Read(2, 0, 6, 0))},
         "output 0, reads[1]: got the inputs' size after pooling, expected the inputs' size, as reads[0]",

@@ -23,11 +23,11 @@ from csp_kernels.stage.build import Builder, conv_norm, through_norm
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.dense_block import dense_block
 from csp_kernels.stage.graph import Graph
-from csp_kernels.stage.place import RECOMPUTE
 from csp_kernels.stage.post_dense_block import post_dense_block
 from csp_kernels.stage.program import Program, Wanted
 from csp_kernels.stage.text import decode, encode
 from csp_kernels.stage.two_way_dense_block import two_way_dense_block
+from csp_kernels.vocabulary import RECOMPUTE
 
 OPS = torch.ops.csp_kernels
 SEED = torch.tensor([5])
@@ -362,18 +362,23 @@ def test_bad_arguments(change: Callable[[dict[str, Any]], None], kind: type[Exce
         csp.ops.stage(**bad(change))
 
 
-def biased() -> Graph:
-    build = Builder(4)
-    norm_read = through_norm(build, [build.read(build.conv([build.read(0)], 6, 3, bias=True))])
-    build.write(norm_read)
-    return build.graph()
+@pytest.mark.parametrize("how", [{"groups": 2}, {"stride": 2}, {"groups": 2, "stride": 2}], ids=str)
+def test_no_strips_of_another_3x3(how: dict[str, int]) -> None:
+    """In inference a 1x1 and the 3x3 behind it run strip by strip, but for groups and strides."""
+    build = Builder(8)
+    narrow = build.conv(through_norm(build, [build.read(0)]), 8)
+    build.write([build.read(build.conv(through_norm(build, [build.read(narrow)]), 6, 3, **how))])
+    graph = build.graph()
+    Case(graph, (True, True)).compare(compile_stage(graph, (True, True), target="cpu"))
 
 
 def test_what_the_kernels_cannot_run() -> None:
-    graph = biased()
-    inputs, params, _ = arguments(graph, (False,))
-    assert unsupported(graph) == "v1 has a bias"
-    with pytest.raises(RuntimeError, match="v1 has a bias"):
+    build = Builder(4)
+    build.write([build.read(build.conv([build.read(0)], 6, groups=2))])
+    graph = build.graph()
+    inputs, params, _ = arguments(graph, ())
+    assert unsupported(graph) == "v1 has groups"
+    with pytest.raises(RuntimeError, match="v1 has groups"):
         csp.ops.stage(graph, inputs, params)
     csp.use_backend("auto")
     y, _ = csp.ops.stage(graph, inputs, params)

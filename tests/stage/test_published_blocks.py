@@ -17,6 +17,7 @@ from csp_kernels.stage.bottleneck_csp import bottleneck_csp
 from csp_kernels.stage.c2f import c2, c3k2
 from csp_kernels.stage.dla_root import dla_root
 from csp_kernels.stage.residual_block import residual_block
+from csp_kernels.stage.sppf import sppf
 
 
 class Conv(nn.Module):
@@ -88,6 +89,19 @@ class BottleneckCSP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cv4(F.silu(self.bn(torch.cat((self.cv3(self.m(self.cv1(x))), self.cv2(x)), 1))))
+
+
+class SPPF(nn.Module):
+    def __init__(self, i: int, o: int, shortcut: bool) -> None:
+        super().__init__()
+        self.cv1, self.cv2 = Conv(i, i // 2), Conv(i // 2 * 4, o)
+        self.m, self.shortcut = nn.MaxPool2d(5, 1, 2), shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = [self.cv1(x)]
+        y.extend(self.m(y[-1]) for _ in range(3))
+        z = self.cv2(torch.cat(y, 1))
+        return z + x if self.shortcut else z
 
 
 class OsaBlock(nn.Module):
@@ -162,6 +176,8 @@ BLOCKS: dict[str, Callable[[], tuple[nn.Module, nn.Module, list[int]]]] = {
     "C3k2": lambda: (csp.Stage(c3k2(10, 16)), C2f(10, 16, [C3(8, 8, 2, True, (3, 3))]), [10]),
     "C2": lambda: (csp.Stage(c2(10, 16, 2)), C2(10, 16, 2), [10]),
     "BottleneckCSP": lambda: (csp.Stage(bottleneck_csp(10, 16)), BottleneckCSP(10, 16, 1), [10]),
+    "SPPF": lambda: (csp.Stage(sppf(10, 16)), SPPF(10, 16, False), [10]),
+    "SPPF with a shortcut": lambda: (csp.Stage(sppf(10, 10, shortcut=True)), SPPF(10, 10, True), [10]),
     "OSA": lambda: (csp.OSABlock(10, 6, 16, 3), OsaBlock(10, 6, 16, 3, False), [10]),
     "OSA with a shortcut": lambda: (csp.OSABlock(10, 6, 10, 2, True), OsaBlock(10, 6, 10, 2, True), [10]),
     "ELAN": lambda: (csp.ELAN(10, 16, 6, 5), Elan(10, 16, 6, 5), [10]),

@@ -1,6 +1,8 @@
 // What is done to pixels alone: copies with statistics, sums, and the gradient of a read. Any activation, no tile behind the last
 // channel is read or written.
 #pragma once
+#include <limits>
+
 #include "activation.h"
 #include "mix.h"
 
@@ -57,6 +59,73 @@ void mix_after(const Mix<S>& mix, const Unit<typename Types<S>::Product>* W, con
     CSP_UNROLL(2) for (int j = 0; j < NV; j++)
       CSP_UNROLL(16) for (int i = 0; i < MR; i++)
         if (i < m) store(to + (pixel + i) * pitch + n + j * L, after(acc[i][j], pixel + i, n + j * L), channels - n - j * L);
+  });
+}
+
+// Windows of size x size pixels of a map, those that are there: f(pixel, position in the window), in the order of rows.
+struct Windows {
+  Grid grid;             // what is read
+  int64_t size, stride;  // windows lie around each `stride`-th pixel of each `stride`-th row
+  int64_t rows() const { return ceil_div(grid.H, stride); }
+  int64_t columns() const { return ceil_div(grid.W, stride); }
+  int64_t count() const { return grid.N * rows() * columns(); }
+  // The pixels of window q.
+  template <class F> CSP_INLINE void each_pixel(int64_t q, F f) const {
+    const int64_t h = rows(), w = columns(), y = q / w % h * stride, x = q % w * stride, first = q / (w * h) * grid.H, half = size / 2;
+    for (int64_t dy = max64(-half, -y); dy <= min64(half, grid.H - 1 - y); dy++)
+      for (int64_t dx = max64(-half, -x); dx <= min64(half, grid.W - 1 - x); dx++)
+        f((first + y + dy) * grid.W + x + dx, (dy + half) * size + dx + half);
+  }
+  // The windows that pixel p is in, and where it is in each.
+  template <class F> CSP_INLINE void each_window(int64_t p, F f) const {
+    const int64_t h = rows(), w = columns(), y = p / grid.W % grid.H, x = p % grid.W, first = p / (grid.W * grid.H) * h, half = size / 2;
+    for (int64_t r = ceil_div(max64(0, y - half), stride); r < h && r * stride <= y + half; r++)
+      for (int64_t c = ceil_div(max64(0, x - half), stride); c < w && c * stride <= x + half; c++)
+        f((first + r) * w + c, (y - r * stride + half) * size + x - c * stride + half);
+  }
+};
+
+// The largest of x over size x size pixels, and `position`, where it is in the window; as PyTorch's: the first of equal ones, NaN
+// before all numbers.
+template <class S> struct Largest {
+  using T = typename Types<S>::T;
+  Vec<T> value, position{};
+  Largest(const S* x, int64_t pitch, int64_t left, const Windows& windows, int64_t q) : value(Vec<T>{} - std::numeric_limits<T>::infinity()) {
+    bool first = true;
+    windows.each_pixel(q, [&](int64_t pixel, int64_t at) __attribute__((always_inline)) {
+      Vec<T> v = load(x + pixel * pitch, left), here = Vec<T>{} + T(at);
+      if (first) position = here, first = false;
+      auto larger = (v > value) | (v != v);
+      value = larger ? v : value, position = larger ? here : position;
+    });
+  }
+};
+
+// to [windows][pitch] (null: not wanted) = the maximum of x in each window; its statistics; position, as large: of each maximum.
+template <class S>
+void maxima(const Parallel& parallel, int tasks, const Windows& windows, const S* x, int64_t x_pitch, int64_t channels, S* to,
+            typename Types<S>::T* position, int64_t pitch, Statistics<typename Types<S>::T>* stats) {
+  using T = typename Types<S>::T;
+  constexpr int L = LANES<T>;
+  const int64_t P = windows.count(), tiles = ceil_div(P, 16);
+  for_tasks(parallel, tasks, [&](int task) {
+    Range r = share(tiles, task, tasks);
+    int64_t seen = 0;
+    for (int64_t t = r.begin; t < r.end; t++) {
+      int64_t m = min64(16, P - t * 16), first = t * 16;
+      for (int64_t c = 0; c < channels; c += L) {
+        Vec<T> y[16];
+        for (int64_t i = 0; i < m; i++) {
+          Largest<S> largest(x + c, x_pitch, channels - c, windows, first + i);
+          y[i] = largest.value;
+          if (to) store(to + (first + i) * pitch + c, y[i], channels - c);
+          if (position) store(position + (first + i) * pitch + c, largest.position, channels - c);
+        }
+        if (stats) add_rows(stats[task], c, seen, m, [&](int64_t i) __attribute__((always_inline)) { return y[i]; });
+      }
+      seen += m;
+    }
+    if (stats) stats[task].count = seen;
   });
 }
 
