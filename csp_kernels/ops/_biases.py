@@ -15,6 +15,20 @@ from csp_kernels.stage.graph import Conv, Graph
 unbiased = cached_constant(without_biases)
 
 
+_LOWERED: list[Graph] = []
+
+
+@cached_constant
+def number_of(graph: Graph) -> int:
+    """By which `lowered` finds this graph without its biases: torch.compile passes on no graph that it has not got."""
+    _LOWERED.append(without_biases(graph).graph)
+    return len(_LOWERED) - 1
+
+
+def lowered(number: int) -> Graph:
+    return _LOWERED[number]
+
+
 class Arguments(NamedTuple):
     """params, running, frozen and eps of the graph without biases; moved: of each of its norms what the biases add to
     the mean of its batch, None: nothing."""
@@ -30,11 +44,11 @@ def arguments(
     graph: Graph, params: Sequence[Tensor], running: Sequence[Tensor], frozen: Sequence[bool], eps: Sequence[float]
 ) -> Arguments:
     """From those of the graph; none of params is missing, all have one dtype."""
-    lowered = unbiased(graph)
+    without = unbiased(graph)
     weights, norms, biases = _by_node(graph, params)
     moments = iter(running)
     own = [(next(moments), next(moments)) if flag else None for flag in frozen]
-    moved = [_shift(pieces, biases) for pieces in lowered.pieces]
+    moved = [_shift(pieces, biases) for pieces in without.pieces]
     for i, shift in enumerate(moved[: len(own)]):
         if shift is not None:
             norms[i] = norms[i][0], norms[i][1] + _of_beta(shift, norms[i][0], own[i], eps[i])
@@ -43,7 +57,7 @@ def arguments(
         ones = torch.ones_like(shift, requires_grad=False)
         norms[len(norms)] = ones, shift
         own.append((torch.zeros_like(ones), ones))
-    found = [t for item in lowered.graph.order for t in (weights if item.kind == "conv" else norms)[item.index]]
+    found = [t for item in without.graph.order for t in (weights if item.kind == "conv" else norms)[item.index]]
     flags = [moments is not None for moments in own]
     numbers = [*eps, *[0.0] * (len(own) - len(eps))]
     return Arguments(found, [t for pair in own if pair for t in pair], flags, numbers, moved)

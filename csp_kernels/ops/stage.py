@@ -67,7 +67,7 @@ def stage(
         y, moments = run(graph, inputs, full, running, flags, numbers, _names(graph), **options)
         return y, moments.of(None)
     without = _biases.arguments(graph, full, running, flags, numbers)
-    y, moments = run(_biases.unbiased(graph).graph, inputs, *without[:4], _names(graph), **options)
+    y, moments = run((_biases.lowered, _biases.number_of(graph)), inputs, *without[:4], _names(graph), **options)
     stats = moments.of(tuple(Part("norm", i) for i in range(len(channels))))
     return y, _biases.with_means(stats, without.moved, flags, channels)
 

@@ -134,8 +134,15 @@ def test_explain_and_compile() -> None:
     stage = csp.Stage(block())
     found = csp.explain(stage, torch.randn(2, 8, 6, 5))
     assert not found.unsupported and "first" in {name for step in found.forward for name in step.parameters}
-    x = torch.randn(2, 8, 6, 5, requires_grad=True)
-    csp.check(stage, x)
+    x = torch.randn(2, 8, 6, 5)
+    verdict = csp.check(stage, x)
+    assert verdict, str(verdict)
+    gradients = []
+    for module in (stage, torch.compile(stage, backend="aot_eager", fullgraph=True)):
+        stage.zero_grad()
+        module(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in stage.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 def test_dropout_behind_a_bias_is_the_references() -> None:
