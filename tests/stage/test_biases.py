@@ -130,13 +130,18 @@ def test_a_module(train: bool) -> None:
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-9, atol=1e-10)
 
 
-def test_explain_and_compile() -> None:
+def test_explain_and_check() -> None:
     stage = csp.Stage(block())
     found = csp.explain(stage, torch.randn(2, 8, 6, 5))
     assert not found.unsupported and "first" in {name for step in found.forward for name in step.parameters}
     x = torch.randn(2, 8, 6, 5)
     verdict = csp.check(stage, x)
     assert verdict, str(verdict)
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="torch 2.11 takes no graph for a constant")
+def test_compile() -> None:
+    stage, x = csp.Stage(block()), torch.randn(2, 8, 6, 5)
     gradients = []
     for module in (stage, torch.compile(stage, backend="aot_eager", fullgraph=True)):
         stage.zero_grad()
