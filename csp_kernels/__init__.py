@@ -5,6 +5,7 @@ import warnings
 from csp_kernels import analysis, layers, models, native, ops, reference
 from csp_kernels.backends import backends, use_backend
 from csp_kernels.explain import explain
+from csp_kernels.fusion import fuse, fused, unfuse
 from csp_kernels.layers import (
     C3,
     ELAN,
@@ -44,10 +45,13 @@ __all__ = [
     "check",
     "empty_cache",
     "explain",
+    "fuse",
+    "fused",
     "layers",
     "models",
     "ops",
     "reference",
+    "unfuse",
     "use_backend",
 ]
 

@@ -141,7 +141,7 @@ def not_plain(name: str, child: Any, size: int = 0, act: str = "relu") -> str:
     """Why an operator cannot stand for this norm (size 0) or convolution; "" if it can."""
     if is_plain_conv(child, size) if size else is_plain_norm(child, act):
         return ""
-    if isinstance(child, nn.Module) and (reason := _why_touched(child)):
+    if isinstance(child, nn.Module) and (reason := why_touched(child)):
         return f"{name} {reason}"
     if not size:
         return f"{name} is a {type(child).__name__}, not an nn.BatchNorm2d"
@@ -197,11 +197,11 @@ def _untouched(module: Any) -> bool:
 
 
 def _why_not(name: str, module: Any, base: type) -> str:
-    touched = _why_touched(module) if isinstance(module, nn.Module) and _behaves(type(module), base) else ""
+    touched = why_touched(module) if isinstance(module, nn.Module) and _behaves(type(module), base) else ""
     return f"{name} {touched or f'is a {type(module).__name__}, not a {base.__name__}'}"
 
 
-def _why_touched(module: nn.Module) -> str:
+def why_touched(module: nn.Module) -> str:
     """What _untouched found; "" if nothing."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "has a forward hook"

@@ -196,6 +196,7 @@ class Copy:
         self.link(command[0], unit)
         outcome = self.test(fault.tests)
         unit.write_bytes(kept)
+        self.link(command[0], unit)  # without the fault: other tests must pass before it counts
         print(f"{'caught' if outcome else 'SURVIVED':8} {time.monotonic() - start:4.0f}s  {fault}", flush=True)
         return bool(outcome)
 

@@ -1,0 +1,256 @@
+"""Cuts the largest regions out of a trace that a stage can express, and makes graphs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+
+from torch.utils._pytree import tree_flatten
+
+from csp_kernels.fusion.trace import Operation, Trace, Value
+from csp_kernels.ops.stage import unsupported
+from csp_kernels.stage.build import Builder
+from csp_kernels.stage.graph import Graph, Read
+from csp_kernels.stage.residual_block import part
+from csp_kernels.vocabulary import COSTLY
+
+
+@dataclass(frozen=True)
+class Region:
+    """operations: their numbers in the trace. holders: paths of the modules that hold the parameters of the graph, in
+    its order. inputs, outputs: values. flops: of its convolutions, on images of trace.SIZE."""
+
+    operations: tuple[int, ...]
+    graph: Graph
+    holders: tuple[str, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    flops: int
+
+
+def returned(trace: Trace) -> set[int]:
+    """Values that forward returns."""
+    return {leaf.number for leaf in tree_flatten(trace.result)[0] if isinstance(leaf, Value)}
+
+
+def cut(trace: Trace) -> tuple[list[Region], list[str]]:
+    """The regions, and why others with convolutions are none, in words."""
+    uses = _Uses(trace)
+    regions, reasons = [], []
+    for numbers in uses.components():
+        operations = [trace.operations[i] for i in numbers]
+        if not any(op.kind == "conv" for op in operations):
+            continue
+        if len(operations) == 1:
+            reasons.append(f"{operations[0].path}: a convolution alone")
+            continue
+        try:
+            regions.append(_Region(trace, uses, numbers).made())
+        except ValueError as error:
+            reasons.append(f"{operations[0].path or operations[0].frame}: {error}")
+    return regions, reasons
+
+
+class _Uses:
+    """Who makes a value and who reads it, and what a stage can express."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.returned = trace, returned(trace)
+        self.maker = {v: i for i, op in enumerate(trace.operations) for v in op.outputs}
+        self.readers: dict[int, list[int]] = {}
+        for i, op in enumerate(trace.operations):
+            for v in dict.fromkeys(op.inputs):
+                self.readers.setdefault(v, []).append(i)
+        paths = [op.path for op in trace.operations if op.kind in ("conv", "norm")]
+        self.repeated = {path for path in paths if paths.count(path) > 1}  # of modules that are called again
+        self.fits = [False] * len(trace.operations)
+        for i in reversed(range(len(trace.operations))):
+            self.fits[i] = self._fits(trace.operations[i])
+
+    def only_reader(self, value: int) -> int | None:
+        readers = self.readers.get(value, [])
+        return readers[0] if len(readers) == 1 and value not in self.returned else None
+
+    def _fits(self, op: Operation) -> bool:
+        if op.kind == "call" or (op.kind in ("conv", "norm") and op.path in self.repeated):
+            return False
+        if op.kind == "dropout":
+            maker = self.maker.get(op.inputs[0])
+            conv = None if maker is None else self.trace.operations[maker]
+            return conv is not None and _drops(conv) and self.only_reader(op.inputs[0]) is not None
+        if op.kind == "avg_pool":
+            (value,) = op.outputs
+            readers = [i for i in self.readers.get(value, []) if self.fits[i]]
+            alone = len(readers) == len(self.readers.get(value, [])) and value not in self.returned
+            return not readers or (alone and all(_averages(self.trace.operations[i]) for i in readers))
+        return True
+
+    def components(self) -> list[tuple[int, ...]]:
+        """Operations of one region each: no way leads out of it and back."""
+        levels: list[int] = []
+        for i, op in enumerate(self.trace.operations):
+            makers = [self.maker[v] for v in op.inputs if v in self.maker]
+            levels.append(max((levels[m] + (self.fits[m] and not self.fits[i]) for m in makers), default=0))
+        parent = list(range(len(levels)))
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                i = parent[i]
+            return i
+
+        for value, readers in self.readers.items():
+            together = [i for i in ([self.maker[value]] if value in self.maker else []) + readers if self.fits[i]]
+            for i in together:
+                same = next(j for j in together if levels[j] == levels[i])
+                parent[root(i)] = root(same)
+        found: dict[int, list[int]] = {}
+        for i in range(len(levels)):
+            if self.fits[i]:
+                found.setdefault(root(i), []).append(i)
+        return [tuple(numbers) for numbers in found.values()]
+
+
+def _drops(op: Operation) -> bool:
+    """Whether dropout behind it can be part of it."""
+    plain = op.kind == "conv" and op.options["kernel"] == 3 and op.options["stride"] == op.options["groups"] == 1
+    return plain and not op.options["bias"]
+
+
+def _averages(op: Operation) -> bool:
+    """Whether averaging in front of it can be part of it."""
+    plain = op.kind == "conv" and op.options["kernel"] == op.options["stride"] == op.options["groups"] == 1
+    return plain and not op.options["bias"]
+
+
+class _Region:
+    """Makes the graph of some operations."""
+
+    def __init__(self, trace: Trace, uses: _Uses, numbers: Sequence[int]) -> None:
+        self.trace, self.uses, self.numbers, inside = trace, uses, numbers, {*numbers}
+        operations = [trace.operations[i] for i in numbers]
+        own = {v for op in operations for v in op.outputs}
+        self.inputs = tuple(dict.fromkeys(v for op in operations for v in op.inputs if v not in own))
+        self.outputs = tuple(
+            v
+            for op in operations
+            for v in op.outputs
+            if v in uses.returned or any(i not in inside for i in uses.readers.get(v, []))
+        )
+        shapes = [trace.shapes[v] for v in self.inputs]
+        if any(shape[2:] != shapes[0][2:] or shape[0] != shapes[0][0] for shape in shapes):
+            raise ValueError("its inputs differ in size")
+        self.build = Builder(*(shape[1] for shape in shapes))
+        self.reads: dict[int, list[Read]] = {v: [self.build.read(i)] for i, v in enumerate(self.inputs)}
+        self.averaged: set[int] = set()
+        self.holders: list[str] = []
+        self.flops = 0
+
+    def made(self) -> Region:
+        for i in self.numbers:
+            op = self.trace.operations[i]
+            if op.outputs[0] not in self.reads:
+                self.reads[op.outputs[0]] = getattr(self, f"_{op.kind}")(op)
+        for value in self.outputs:
+            self.build.write(self.reads[value], value in self.averaged)
+        graph = self.build.graph()
+        if reason := unsupported(graph, "cpu"):
+            raise ValueError(reason)
+        return Region(tuple(self.numbers), graph, tuple(self.holders), self.inputs, self.outputs, self.flops)
+
+    def _behind(self, op: Operation, kind: str) -> Operation | None:
+        """The operation of this kind that alone reads what this one gives."""
+        reader = self.uses.only_reader(op.outputs[0])
+        found = None if reader is None or reader not in self.numbers else self.trace.operations[reader]
+        return found if found is not None and found.kind == kind else None
+
+    def _raw(self, read: Read) -> Read:
+        """What it reads as a value of its own."""
+        return self.build.read(self.build.sum([read]))
+
+    def _conv(self, op: Operation) -> list[Read]:
+        given, options = self.reads[op.inputs[0]], op.options
+        drop = self._behind(op, "dropout")
+        self.holders.append(op.path)
+        value = self.build.conv(
+            given, options["out"], options["kernel"], stride=options["stride"], groups=options["groups"],
+            bias=options["bias"], pool=op.inputs[0] in self.averaged, drop_rate=drop.options["p"] if drop else 0.0,
+            name=op.path or "conv",
+        )  # fmt: skip
+        channels = self.trace.shapes[op.inputs[0]][1] // options["groups"]
+        self.flops += 2 * prod(self.trace.shapes[op.outputs[0]][1:]) * channels * options["kernel"] ** 2
+        return [self.build.read(value)]
+
+    def _dropout(self, op: Operation) -> list[Read]:
+        return self.reads[op.inputs[0]]  # it is the convolution's
+
+    def _norm(self, op: Operation) -> list[Read]:
+        raw = [read.norm is None and read.act == "identity" for read in self.reads[op.inputs[0]]]
+        given = [r if is_raw else self._raw(r) for r, is_raw in zip(self.reads[op.inputs[0]], raw, strict=True)]
+        norm, at, made = self.build.norm(sum(read.channels for read in given), op.path or "norm"), 0, []
+        self.holders.append(op.path)
+        for read in given:
+            made.append(replace(read, norm=norm, at=at))
+            at += read.channels
+        return made
+
+    def _act(self, op: Operation) -> list[Read]:
+        given = [read if read.act == "identity" else self._raw(read) for read in self.reads[op.inputs[0]]]
+        return [replace(read, act=op.options["act"], slope=op.options["slope"]) for read in given]
+
+    def _cat(self, op: Operation) -> list[Read]:
+        return [read for value in op.inputs for read in self.reads[value]]
+
+    def _slice(self, op: Operation) -> list[Read]:
+        start, stop = op.options["start"], op.options["stop"]
+        made, at = [], 0
+        for read in self.reads[op.inputs[0]]:
+            first, last = max(start - at, 0), min(stop - at, read.channels)
+            if first < last:
+                made.append(part(read, first, last))
+            at += read.channels
+        return made
+
+    def _add(self, op: Operation) -> list[Read]:
+        """Terms cut where the reads of either end. What a cheap activation follows is kept in front of it."""
+        a, b = (self.reads[value] for value in op.inputs)
+        behind = self._behind(op, "act")
+        act = behind.options if behind is not None and behind.options["act"] in COSTLY else None
+        made = []
+        for start, stop in _pieces(a, b):
+            terms = [_cut(reads, start, stop) for reads in (a, b)]
+            value = self.build.sum(terms, act["act"], act["slope"]) if act else self.build.sum(terms)
+            made.append(self.build.read(value))
+        if act and behind is not None:
+            self.reads[behind.outputs[0]] = made
+        return made
+
+    def _max_pool(self, op: Operation) -> list[Read]:
+        size, stride = op.options["size"], op.options["stride"]
+        return [
+            self.build.read(self.build.max_pool(read, size, stride=stride)) for read in self.reads[op.inputs[0]]
+        ]  # fmt: skip
+
+    def _avg_pool(self, op: Operation) -> list[Read]:
+        self.averaged.add(op.outputs[0])
+        return self.reads[op.inputs[0]]
+
+
+def _ends(reads: Sequence[Read]) -> list[int]:
+    ends = [0]
+    for read in reads:
+        ends.append(ends[-1] + read.channels)
+    return ends
+
+
+def _pieces(a: Sequence[Read], b: Sequence[Read]) -> list[tuple[int, int]]:
+    ends = sorted({*_ends(a), *_ends(b)})
+    return list(pairwise(ends))
+
+
+def _cut(reads: Sequence[Read], start: int, stop: int) -> Read:
+    """Channels [start, stop) of reads side by side, which lie in one of them."""
+    ends = _ends(reads)
+    i = max(k for k, end in enumerate(ends[:-1]) if end <= start)
+    return part(reads[i], start - ends[i], stop - ends[i])

@@ -1,0 +1,243 @@
+"""What a fused module runs instead of its forward, and as long as which of its attributes are what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from csp_kernels import ops
+from csp_kernels.fusion.cut import Region
+from csp_kernels.fusion.leaves import NUMBERS
+from csp_kernels.fusion.trace import Operation, Trace, Value, own_attributes
+from csp_kernels.layers._children import hooked_globally, why_touched
+from csp_kernels.layers._norms import consecutive, frozen_norms, update_running
+from csp_kernels.ops.stage import stage_sizes
+from csp_kernels.stage.cost import side
+from csp_kernels.stage.graph import Graph
+
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a module was when it was traced. numbers: attributes that may matter; children: what `_modules` held, by
+    name; None: they do not matter. called: its forward ran, or would have run."""
+
+    path: str
+    kind: type
+    numbers: tuple[tuple[str, Any], ...]
+    children: tuple[str, ...] | None
+    called: bool
+    bias: bool | None  # of a convolution
+
+
+@dataclass(frozen=True)
+class Plan:
+    """steps: regions, and operations that are done as they are, in an order in which they can be."""
+
+    steps: tuple[Region | Operation, ...]
+    values: int
+    inputs: tuple[Any, ...]
+    result: Any
+    guards: tuple[Guard, ...]
+    channels: tuple[int, ...]  # of the inputs, flat
+
+    @property
+    def regions(self) -> list[Region]:
+        return [step for step in self.steps if isinstance(step, Region)]
+
+
+def plan_of(root: nn.Module, trace: Trace, regions: Sequence[Region]) -> Plan:
+    inside = {i for region in regions for i in region.operations}
+    rest = [(i, op) for i, op in enumerate(trace.operations) if i not in inside]
+    waiting: list[tuple[int, Region | Operation]] = [*((min(r.operations), r) for r in regions), *rest]
+    waiting.sort(key=lambda pair: pair[0])
+    flat = [leaf.number for leaf in tree_flatten(trace.inputs)[0]]
+    there, steps = set(flat), list[Region | Operation]()
+    while waiting:  # the first whose inputs are there
+        pair = next(pair for pair in waiting if there.issuperset(pair[1].inputs))
+        waiting.remove(pair)
+        steps.append(pair[1])
+        there.update(pair[1].outputs)
+    channels = tuple(trace.shapes[v][1] for v in flat)
+    guards = tuple(_guards(root, trace))
+    return Plan(tuple(_useful(trace, steps)), len(trace.shapes), trace.inputs, trace.result, guards, channels)
+
+
+def _useful(trace: Trace, steps: Sequence[Region | Operation]) -> list[Region | Operation]:
+    """Without slices and concatenations that only regions would have read."""
+    needed = {leaf.number for leaf in tree_flatten(trace.result)[0] if isinstance(leaf, Value)}
+    kept = []
+    for step in reversed(steps):
+        if isinstance(step, Region) or step.kind == "call" or step.path or needed.intersection(step.outputs):
+            kept.append(step)
+            needed.update(step.inputs)
+    return kept[::-1]
+
+
+def _guards(root: nn.Module, trace: Trace) -> list[Guard]:
+    modules = dict(root.named_modules(remove_duplicate=False))
+    paths = set(trace.modules) | {""}
+    for path in list(paths):
+        while path:
+            path = path.rpartition(".")[0]
+            paths.add(path)
+    return [_guard(path, modules[path], trace) for path in sorted(paths)]
+
+
+def _guard(path: str, module: nn.Module, trace: Trace) -> Guard:
+    descended, called = path in trace.descended, path in trace.modules
+    own = module.__dict__
+    if descended:
+        names = list(own_attributes(module))
+    else:
+        names = [name for name in NUMBERS if name in own]
+    numbers = tuple((name, _simple(own[name])) for name in names)
+    inner = descended or not called
+    return Guard(
+        path, type(module), numbers, tuple(module._modules) if inner else None, called and path in _known(trace),
+        module._parameters.get("bias") is not None if isinstance(module, nn.Conv2d) else None,
+    )  # fmt: skip
+
+
+def _known(trace: Trace) -> set[str]:
+    """Modules that are not called: by a region, or because their forward was traced."""
+    return trace.descended | {op.path for op in trace.operations if op.kind != "call"}
+
+
+def _simple(value: Any) -> Any:
+    """Lists and dictionaries may change and stay the same."""
+    if isinstance(value, list):
+        return ("list", *map(_simple, value))
+    if isinstance(value, dict):
+        return ("dict", *((k, _simple(v)) for k, v in value.items()))
+    return value
+
+
+class Bound:
+    """A plan with the modules of one owner."""
+
+    def __init__(self, owner: nn.Module, plan: Plan) -> None:
+        self.plan = plan
+        modules = dict(owner.named_modules(remove_duplicate=False))
+        self.guarded: list[tuple[Guard, nn.Module, list[tuple[str, Any]]]] = [
+            (guard, modules[guard.path], [(n, modules[guard.path]._modules[n]) for n in guard.children or ()])
+            for guard in plan.guards
+        ]
+        self.steps = [
+            _Stage(step, [modules[path] for path in step.holders])
+            if isinstance(step, Region)
+            else _Call(step, modules[step.call[0]] if isinstance(step.call[0], str) else step.call[0])
+            for step in plan.steps
+        ]
+
+    def differs(self) -> str:
+        """Why the plan is not what forward would do now; "" if it is."""
+        if reason := hooked_globally():
+            return reason
+        for guard, module, children in self.guarded:
+            own, path = module.__dict__, guard.path
+            if path:
+                if type(module) is not guard.kind:
+                    return f"{path} is a {type(module).__name__} now"
+                if guard.called and (why := why_touched(module)):
+                    return f"{path} {why}"
+            for name, number in guard.numbers:
+                now = own.get(name, _MISSING)
+                if now is not number and not _equal(now, number):
+                    return f"{path or 'it'} has another {name} than when it was fused"
+            if guard.bias is not None and (module._parameters.get("bias") is not None) != guard.bias:
+                return f"{path} has {'no' if guard.bias else 'a'} bias now"
+            if guard.children is not None:
+                held = module._modules
+                if len(held) != len(children) or any(held.get(name) is not child for name, child in children):
+                    return f"{path or 'it'} has other children than when it was fused"
+        return ""
+
+    def inputs(self, args: Sequence[Any]) -> list[Tensor] | None:
+        """The tensors among the arguments; None if they are not such as were traced."""
+        if len(args) != len(self.plan.inputs):
+            return None
+        found: list[Tensor] = []
+        for arg, known in zip(args, self.plan.inputs, strict=True):
+            each, values = (list(arg), known) if isinstance(arg, (list, tuple)) else ([arg], [known])
+            if not isinstance(values, list) or len(each) != len(values):
+                return None
+            found += each
+        return found
+
+    def run(self, inputs: Sequence[Tensor]) -> Any:
+        values: list[Any] = [None] * self.plan.values
+        for leaf, x in zip(tree_flatten(self.plan.inputs)[0], inputs, strict=True):
+            values[leaf.number] = x
+        for step in self.steps:
+            step.run(values)
+        return _filled(self.plan.result, values)
+
+
+_MISSING = object()
+
+
+def _equal(now: Any, number: Any) -> bool:
+    if type(now) in (list, dict):
+        return bool(_simple(now) == number)
+    return type(now) is type(number) and isinstance(now, (*_SIMPLE, tuple)) and bool(now == number)
+
+
+def _filled(tree: Any, values: Sequence[Any]) -> Any:
+    if isinstance(tree, Value):
+        return values[tree.number]
+    return tree_map(lambda leaf: values[leaf.number] if isinstance(leaf, Value) else leaf, tree)
+
+
+class _Call:
+    def __init__(self, op: Operation, target: Callable[..., Any]) -> None:
+        self.op, self.target = op, target
+
+    def run(self, values: list[Any]) -> None:
+        _, args, kwargs = self.op.call
+        result = self.target(*_filled(args, values), **_filled(kwargs, values))
+        if self.op.result is None or isinstance(self.op.result, Value):
+            values[self.op.outputs[0]] = result
+            return
+        for number, made in zip(self.op.outputs, tree_flatten(result)[0], strict=True):
+            values[number] = made
+
+
+class _Stage:
+    """A region. holders: modules with the parameters of its graph, in its order."""
+
+    def __init__(self, region: Region, holders: Sequence[Any]) -> None:
+        self.region, self.holders = region, holders
+        graph = region.graph
+        norms = {item.index: m for item, m in zip(graph.order, holders, strict=True) if item.kind == "norm"}
+        self.norms = [norms[i] for i in range(len(norms))]
+        self.is_norm = [item.kind == "norm" for item in graph.order]
+
+    def run(self, values: list[Any]) -> None:
+        graph, inputs = self.region.graph, [values[v] for v in self.region.inputs]
+        frozen, running = frozen_norms(self.norms)
+        eps = [norm.eps for norm in self.norms]
+        outputs, stats = ops.stage(graph, inputs, self.parameters(), running, frozen=frozen, eps=eps)
+        if not all(frozen):
+            self.advance(graph, stats, inputs[0])
+        for number, y in zip(self.region.outputs, outputs, strict=True):
+            values[number] = y
+
+    def parameters(self) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for module, is_norm in zip(self.holders, self.is_norm, strict=True):
+            found.append(module.weight)
+            if is_norm or module.bias is not None:
+                found.append(module.bias)
+        return found
+
+    def advance(self, graph: Graph, stats: Tensor, x: Tensor) -> None:
+        n, _, height, width = x.shape
+        counts = [(n * side(size, height) * side(size, width), 1) for _, size in stage_sizes(graph)[1]]
+        update_running(self.norms, consecutive(self.norms), stats, counts)

@@ -1,0 +1,390 @@
+"""csp.fuse: puts plans into the place of forwards, by the class of the modules alone."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from csp_kernels._tracing import constant_when_traced
+from csp_kernels.backends import selected
+from csp_kernels.fusion.cut import Region, cut
+from csp_kernels.fusion.leaves import activation_of, is_conv, is_norm, is_norm_act
+from csp_kernels.fusion.plan import Bound, Plan, plan_of
+from csp_kernels.fusion.report import Left, Report, Row
+from csp_kernels.fusion.symbols import Untraceable
+from csp_kernels.fusion.trace import STATE, Trace, trace
+from csp_kernels.layers._children import Fused as CspLayer
+from csp_kernels.layers._children import recorded
+from csp_kernels.ops._checks import ACCUMULATE
+from csp_kernels.ops._packed import forget
+from csp_kernels.ops._transforms import transforming
+
+MOST = 128  # convolutions of a module that is fused as a whole
+OF_A_BLOCK = 5  # convolutions of what a plain nn.Sequential is fused across
+
+
+def fuse(model: nn.Module) -> Report:
+    """Let the operators run what they can of a network, in place; it stays the network that it was.
+
+    Modules, parameters, state_dict, hooks, optimizers, pickles and deep copies of the model stay; `isinstance` sees the
+    classes that were there. What is fused is found by what forwards do, not by names: they are traced. A forward that
+    could do something else with another input is left alone, and a fused one runs as it was where its attributes, its
+    children or their hooks have changed since, with a warning that says which. So it does under torch.compile,
+    torch.jit.trace, torch.fx and the exporters. Weights of convolutions become channels_last in place.
+    A model that was fused before stays fused. Raises TypeError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    rows: list[Row] = []
+    left: list[Left] = []
+    with torch.no_grad():
+        _visit(model, "", rows, left, set())
+    if rows:
+        _to_channels_last(model)
+    total = sum(_flops(row.regions) for row in rows)
+    return Report(type(model).__name__, tuple(rows), tuple(left), total, _convolutions(model))
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """The model as it was before csp.fuse; its weights keep their values and their memory format."""
+    for module in model.modules():
+        original = _original(module)
+        if original is not None:
+            _restore(module, original)
+    _back_to_contiguous(model)
+    return model
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[Report]:
+    """csp.fuse inside the block, csp.unfuse behind it; a model that was fused before stays fused."""
+    before = any(_original(module) is not None for module in model.modules())
+    report = fuse(model)
+    try:
+        yield report
+    finally:
+        if not before:
+            unfuse(model)
+
+
+# --- which modules ---
+
+
+def _visit(module: nn.Module, path: str, rows: list[Row], left: list[Left], seen: set[int]) -> None:
+    """Fuses a module as a whole, or what is in it."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, (CspLayer, torch.jit.ScriptModule)):
+        return
+    convs = _convolutions(module)
+    if convs == 0 or is_conv(module):
+        return
+    known = _original(module)
+    if known is not None:
+        found = _bound(module)
+        if isinstance(found, Bound):
+            rows.append(Row(path, known.__name__, tuple(found.plan.regions)))
+        return
+    reason = _why_not_here(module, convs)
+    if not reason:
+        made = _traced(module)
+        if isinstance(made, str):
+            reason = made
+        elif made[1]:
+            _swap(module, made[0])
+            rows.append(Row(path, type(module).__mro__[1].__name__, tuple(made[1])))
+            left += [Left(path, why) for why in made[2]]
+            for inner in _not_traced(module, made[3]):
+                _visit(inner[1], f"{path}.{inner[0]}" if path else inner[0], rows, left, seen)
+            return
+        else:
+            reason = "; ".join(made[2]) or "nothing in it is a stage"
+    before = len(rows)
+    for name, child in module.named_children():
+        _visit(child, f"{path}.{name}" if path else name, rows, left, seen)
+    if len(rows) == before and not any(_convolutions(child) for child in module.children() if not is_conv(child)):
+        left.append(Left(path, reason))
+
+
+def _why_not_here(module: nn.Module, convs: int) -> str:
+    """Why a module is not to be fused as a whole, though its children may be; "" if it may be."""
+    if "forward" in module.__dict__:
+        return "it has a forward of its own"
+    if convs > MOST:
+        return f"it has {convs} convolutions"
+    if type(module).forward is nn.Sequential.forward:
+        children = list(module.children())
+        inner = [child for child in children if not _is_leaf(child)]
+        if inner and convs > OF_A_BLOCK and any(_is_leaf(child) and _convolutions(child) for child in children):
+            return "it only calls its children"
+        if any(_convolutions(child) > OF_A_BLOCK for child in inner):
+            return "it only calls its children"
+    elif any(_convolutions(child) and not _is_leaf(child) for child in module.children()) and not _joins(module):
+        return "it only calls its children"
+    return ""
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not module._modules or is_norm(module) or is_norm_act(module) or activation_of(module) is not None
+
+
+def _convolutions(module: nn.Module) -> int:
+    return sum(isinstance(m, nn.Conv2d) for m in module.modules())
+
+
+def _joins(module: nn.Module) -> bool:
+    """Whether its own forward concatenates, adds or cuts."""
+    found = _traced(module, regions=False)
+    return not isinstance(found, str) and any(
+        op.frame == "" and op.kind in ("cat", "add", "slice") for op in found[3].operations
+    )
+
+
+def _channels(module: nn.Module) -> list[Any]:
+    """What to trace it with: the channels that its first convolution or norm takes."""
+    for m in module.modules():
+        if is_conv(m):
+            return [m.in_channels]
+        if is_norm(m):
+            return [m.num_features]
+    return []
+
+
+def _traced(module: nn.Module, regions: bool = True) -> str | tuple[Plan, list[Region], list[str], Trace]:
+    """The plan with its regions, what else there is to say, and the trace; or why there is none."""
+    reasons = []
+    for inputs in _guesses(module):
+        try:
+            found = trace(module, inputs)
+        except Untraceable as error:
+            reasons.append(str(error))
+            continue
+        made, why = cut(found) if regions else ([], [])
+        return plan_of(module, found, made), made, why, found
+    return reasons[0] if reasons else "it has no convolution to begin with"
+
+
+def _guesses(module: nn.Module) -> Iterator[list[Any]]:
+    """Inputs that it might take: an image, a list of one, or lists and several images whose channels add up."""
+    first = _channels(module)
+    if not first:
+        return
+    yield first
+    for count in (2, 3, 4, 5, 6):
+        if first[0] % count == 0:
+            yield [[first[0] // count] * count]
+            yield [first[0] // count] * count
+
+
+def _not_traced(module: nn.Module, found: Trace) -> list[tuple[str, nn.Module]]:
+    """Children that are called as they are: there may be something to fuse inside them."""
+    paths = dict.fromkeys(op.path for op in found.operations if op.kind == "call" and op.path)
+    return [(path, module.get_submodule(path)) for path in paths]
+
+
+def _flops(regions: Sequence[Region]) -> int:
+    return sum(region.flops for region in regions)
+
+
+# --- the class ---
+
+_SET = object.__dict__["__class__"].__set__
+_CONVERTED: Any = WeakIdKeyDictionary()  # weights that were contiguous before they were channels_last
+_LOCK = threading.RLock()
+
+
+class _State:
+    """Of one fused module: its modules that may be in training mode or not, and the plan for each such case."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.switched = [m for m in module.modules() if not is_norm(m) and not is_conv(m)]
+        self.bound: dict[tuple[bool, ...], Bound | str] = {}
+        self.said: set[str] = set()
+
+    def flags(self) -> tuple[bool, ...]:
+        return tuple([m.training for m in self.switched])
+
+
+def _original(module: nn.Module) -> type[nn.Module] | None:
+    """The class that csp.fuse found; None for a module that it has not changed."""
+    found: type[nn.Module] | None = type(module).__dict__.get("_csp_original")
+    return found
+
+
+def _swap(module: nn.Module, plan: Plan) -> None:
+    original = type(module)
+    members = {
+        "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
+        "forward": _like(original), "train": _train, "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy,
+        "__class__": property(lambda self: original), "_csp_original": original,
+        "_csp_plans": {_State(module).flags(): plan},
+    }  # fmt: skip
+    _SET(module, type(original.__name__, (original,), members))
+
+
+def _restore(module: nn.Module, original: type[nn.Module]) -> None:
+    _SET(module, original)
+    module.__dict__.pop(STATE, None)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """As the original: whoever loads it needs nothing of this package."""
+    cls, original = type(self), _original(self)
+    reduced: Any = super(cls, self).__reduce_ex__(protocol)
+    function, arguments, *rest = reduced
+    arguments = tuple(original if item is cls else item for item in arguments)
+    if rest and isinstance(rest[0], dict):
+        rest[0] = {name: value for name, value in rest[0].items() if name != STATE}
+    return (function, arguments, *rest)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    cls = type(self)
+    made = cls.__new__(cls)
+    memo[id(self)] = made
+    made.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != STATE}, memo))
+    return made
+
+
+def _train(self: Any, mode: bool = True) -> Any:
+    forget(self.parameters())
+    return type(self)._csp_original.train(self, mode)
+
+
+def _bound(module: nn.Module) -> Bound | str:
+    """The plan for the present training flags, with the modules."""
+    state: _State = module.__dict__.get(STATE) or module.__dict__.setdefault(STATE, _State(module))
+    flags = state.flags()
+    found = state.bound.get(flags)
+    if found is None:
+        plans: dict[Any, Plan | str] = type(module)._csp_plans  # type: ignore[attr-defined]
+        with _LOCK:
+            if flags not in plans:
+                made = _traced(module)
+                plans[flags] = made if isinstance(made, str) else made[0]
+        plan = plans[flags]
+        found = state.bound[flags] = plan if isinstance(plan, str) else Bound(module, plan)
+    return found
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    """Weights of convolutions: what they give is channels_last then, whatever the images are."""
+    for module in model.modules():
+        weight = module._parameters.get("weight") if is_conv(module) else None
+        if weight is not None and not weight.is_contiguous(memory_format=torch.channels_last):
+            if weight.is_contiguous():
+                _CONVERTED[weight] = True
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _back_to_contiguous(model: nn.Module) -> None:
+    for weight in model.parameters():
+        if _CONVERTED.pop(weight, False):
+            weight.data = weight.data.contiguous()
+
+
+# --- a call ---
+
+
+@lru_cache(maxsize=1024)
+def _like(original: Any) -> Callable[..., Any]:
+    """A forward with the signature of the original's, which torch.fx and exporters read."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    given: list[str] = []
+    taken: list[str] = []
+    named: list[str] = []
+    defaults: dict[str, Any] = {}
+    for p in parameters:
+        star = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
+        if p.kind is p.KEYWORD_ONLY and "*" not in [text[:1] for text in given]:
+            given.append("*")
+        given.append(f"{star}{p.name}" + (f"=_defaults[{p.name!r}]" if p.default is not p.empty else ""))
+        if p.default is not p.empty:
+            defaults[p.name] = p.default
+        if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD):
+            named.append(f"**{p.name}" if star else f"{p.name!r}: {p.name}")
+        else:
+            taken.append(f"{star}{p.name}")
+    positional = ", ".join([*taken, ""]) if taken else ""
+    text = (
+        f"def forward(self, {', '.join(given)}):\n    return _forward(self, ({positional}), {{{', '.join(named)}}})\n"
+    )
+    scope: dict[str, Any] = {"_forward": _forward, "_defaults": defaults}
+    exec(text, scope)
+    made: Callable[..., Any] = scope["forward"]
+    return made
+
+
+@lru_cache(maxsize=1024)
+def _defaults(original: Any) -> tuple[Any, ...]:
+    """Of its positional arguments, in order; no default: a value that nothing is."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    return tuple(p.default for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def _forward(self: Any, args: Any, kwargs: Any) -> Any:
+    found = _ready(self, args, kwargs)
+    if isinstance(found, tuple):
+        return found[0].run(found[1])
+    if found:
+        _say(self, found)
+    return type(self)._csp_original.forward(self, *args, **kwargs)
+
+
+def _ready(self: Any, args: Any, kwargs: Any) -> tuple[Bound, list[Tensor]] | str:
+    """The plan and its inputs; or why forward runs as it was, "" if that is no news."""
+    if torch.compiler.is_compiling() or kwargs or selected() == "reference" or transforming():
+        return ""
+    known = _defaults(type(self)._csp_original)
+    while args and len(args) <= len(known) and args[-1] is known[len(args) - 1]:
+        args = args[:-1]
+    if not args:
+        return ""
+    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+    if type(first) not in (Tensor, nn.Parameter) or recorded(first):
+        return ""
+    bound = _bound(self)
+    if isinstance(bound, str):
+        return bound
+    inputs = bound.inputs(args)
+    if inputs is None or not _fit(inputs, bound.plan.channels):
+        return ""
+    reason = bound.differs()
+    return reason or (bound, inputs)
+
+
+def _fit(inputs: Sequence[Any], channels: Sequence[int]) -> bool:
+    """Whether these are what kernels run; whatever else is wrong the forward itself says."""
+    if not inputs or any(type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 for x in inputs):
+        return False
+    first = inputs[0]
+    if first.dtype not in ACCUMULATE or first.numel() == 0 or not (first.is_cpu or selected() != "auto"):
+        return False
+    return all(
+        x.dtype == first.dtype and x.device == first.device and x.shape[1] == c and x.layout == torch.strided
+        for x, c in zip(inputs, channels, strict=True)
+    )
+
+
+@constant_when_traced
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=6)
+
+
+def _say(module: nn.Module, reason: str) -> None:
+    """Each reason once a module."""
+    state: _State = module.__dict__[STATE]
+    if reason not in state.said:
+        state.said.add(reason)
+        _warn(f"csp.fuse: a {type(module).__name__} runs as it was before: {reason}")

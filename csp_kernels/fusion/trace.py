@@ -1,0 +1,300 @@
+"""What a module's forward does, as a list of operations: it runs once, on symbols that stand for tensors.
+
+A symbol knows its shape, but shows the forward its channels alone: what asks for more (a condition on a size, a value)
+cannot be traced, since it might do something else with another input. Children that cannot be traced are one operation.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from csp_kernels.fusion import functions, leaves
+from csp_kernels.fusion.symbols import Dim, Symbol, Untraceable
+from csp_kernels.layers._children import why_touched
+
+SIZE = 256, 320  # of the images that symbols stand for: no map of a network is 1 x 1 or square by chance
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """Stands for a symbol among the arguments of an operation."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """kind: "conv", "norm", "act", "add", "cat", "slice", "max_pool", "avg_pool", "dropout"; "call": anything else.
+
+    inputs, outputs: numbers of values. options: what its kind needs. path: of the module that is called; "" for a
+    function. call: path or function, with arguments that contain `Value`s: how to do it without kernels. frame: path of
+    the module whose forward does it.
+    """
+
+    kind: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    options: dict[str, Any]
+    path: str
+    frame: str
+    call: tuple[Any, Any, Any]  # module path or function, positional arguments, named arguments
+    result: Any = None  # of a "call": the structure of what it returns, with `Value`s
+    fresh: bool = False  # of a "call": what it returns shares no memory with what it was given
+
+
+@dataclass
+class Trace:
+    """inputs: values of the arguments. result: what forward returns, with `Value`s. modules: those that were called, by
+    path; descended: those whose forward was traced. left: why that of others was not."""
+
+    operations: list[Operation] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
+    inputs: tuple[Any, ...] = ()
+    result: Any = None
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    descended: set[str] = field(default_factory=set)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+_LOCK = threading.RLock()
+_NEW = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.Linear,
+)  # their results are their own
+
+
+def trace(module: nn.Module, channels: Sequence[Any]) -> Trace:
+    """Of module(*inputs); channels: of each input, or a sequence of them for an input that is a list of tensors.
+
+    Raises Untraceable.
+    """
+    with _LOCK, torch.no_grad():
+        tracer = Tracer(module)
+        inputs = [tracer.arguments(c) for c in channels]
+        with tracer.patched():
+            result = tracer.descend(module, "", tuple(inputs), {})
+        found = tracer.trace
+        found.inputs = tuple(tracer.as_values(x) for x in inputs)
+        found.result = tracer.as_values(result)
+        return found
+
+
+class Tracer:
+    def __init__(self, root: nn.Module) -> None:
+        self.trace = Trace()
+        self.paths = {id(m): name for name, m in reversed(list(root.named_modules()))}
+        self.frames: list[str] = []
+        self.undo: list[tuple[Symbol, int]] = []
+        self.given: set[int] = set()  # values that forward was given: not its own to change
+        self.root, self.aside = root, False  # aside: what is called now belongs to no trace
+
+    def arguments(self, channels: Any) -> Any:
+        if isinstance(channels, int):
+            symbol = self.symbol((2, channels, *SIZE))
+            self.given.add(symbol.number)
+            return symbol
+        return [self.arguments(c) for c in channels]
+
+    def symbol(self, shape: Sequence[int]) -> Symbol:
+        self.trace.shapes.append(tuple(shape))
+        return Symbol.of(self, len(self.trace.shapes) - 1)
+
+    def shape(self, symbol: Symbol) -> Shape:
+        return self.trace.shapes[symbol.number]
+
+    def as_values(self, tree: Any) -> Any:
+        """With `Value`s for symbols; Untraceable where the rest could not be said again later."""
+        leaves_, spec = tree_flatten(tree)
+        for leaf in leaves_:
+            if isinstance(leaf, Dim):
+                raise Untraceable("a size of its input goes into an operation")
+            if isinstance(leaf, Tensor) and not isinstance(leaf, Symbol):
+                raise Untraceable("it computes with a tensor that is no module's parameter of a known kind")
+        made = [Value(leaf.number) if isinstance(leaf, Symbol) else leaf for leaf in leaves_]
+        return tree_unflatten(made, spec)
+
+    # --- operations ---
+
+    def record(
+        self, kind: str, inputs: Sequence[Symbol], shapes: Sequence[Shape], call: tuple[Any, Any, Any], path: str = "",
+        **options: Any,
+    ) -> list[Symbol]:  # fmt: skip
+        """One more operation; a symbol for each shape that it gives."""
+        outputs = [self.symbol(shape) for shape in shapes]
+        target, args, kwargs = call
+        known = target, self.as_values(args), self.as_values(kwargs)
+        numbers = tuple(s.number for s in inputs), tuple(s.number for s in outputs)
+        self.trace.operations.append(Operation(kind, *numbers, options, path, self.frames[-1], known))
+        return outputs
+
+    def opaque(self, target: Any, args: Any, kwargs: Any, run: Callable[..., Any], path: str = "") -> Any:
+        """A call that is done as it is; run: on meta tensors, for the shapes of what it returns."""
+
+        def meta(x: Any) -> Any:
+            return torch.empty(self.shape(x), device="meta") if isinstance(x, Symbol) else x
+
+        self.aside = True
+        try:
+            found = run(*tree_map(meta, args), **tree_map(meta, kwargs))
+        except Untraceable:
+            raise
+        except Exception as error:
+            raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        finally:
+            self.aside = False
+        leaves_, spec = tree_flatten(found)
+        if not leaves_ or not all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves_):
+            raise Untraceable(f"{path or getattr(target, '__name__', target)} returns something else than tensors")
+        inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Symbol)]
+        symbols = self.record("call", inputs, [tuple(leaf.shape) for leaf in leaves_], (target, args, kwargs), path)
+        result = tree_unflatten(symbols, spec)
+        last = self.trace.operations[-1]
+        fresh = getattr(target, "__name__", "") in _FRESH or isinstance(self.trace.modules.get(path), _NEW)
+        self.trace.operations[-1] = replace(last, result=self.as_values(result), fresh=fresh)
+        return result
+
+    def in_place(self, symbol: Symbol, result: Symbol) -> Symbol:
+        """From now on the symbol is what the operation made of it."""
+        old = symbol.number
+        if old in self.given:
+            raise Untraceable("it changes its input in place")
+        if any(old in op.inputs or (old in op.outputs and not _is_fresh(op)) for op in self.trace.operations[:-1]):
+            raise Untraceable("it changes in place what was read before, or may share memory with something else")
+        self.undo.append((symbol, old))
+        symbol.number = result.number
+        return symbol
+
+    # --- modules ---
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        """Calls of modules come here, in this thread."""
+        original, thread = nn.Module.__call__, threading.get_ident()
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.aside or threading.get_ident() != thread:
+                return original(module, *args, **kwargs)
+            return self.call(module, args, kwargs)
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        path = self.paths.get(id(module))
+        if path is None:
+            raise Untraceable(f"it calls a {type(module).__name__} that is none of its children")
+        if not any(isinstance(x, Symbol) for x in tree_flatten((args, kwargs))[0]):
+            raise Untraceable(f"{path} is called with no tensor of the input")
+        self.trace.modules[path] = module
+        if why := why_touched(module):
+            self.trace.left[path] = why
+        else:
+            found = leaves.operation(self, module, path, args, kwargs)
+            if found is not NotImplemented:
+                return found
+            found = self.try_to_descend(module, path, args, kwargs)
+            if found is not NotImplemented:
+                return found
+        twin = on_meta(module)
+        return self.opaque(path, args, kwargs, twin.forward, path)
+
+    def try_to_descend(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        """NotImplemented, and nothing has happened, where that cannot be."""
+        if not module._modules and not isinstance(module, nn.Sequential) and leaves.is_torchs_own(module):
+            return NotImplemented
+        before = len(self.trace.operations), len(self.trace.shapes), len(self.undo), len(self.frames)
+        known = dict(self.trace.modules), set(self.trace.descended)
+        try:
+            return self.descend(module, path, args, kwargs)
+        except Untraceable as error:
+            self.trace.left[path] = str(error)
+        except RecursionError:
+            self.trace.left[path] = "its modules call each other in a circle"
+        operations, shapes, undo, frames = before
+        for symbol, number in reversed(self.undo[undo:]):
+            symbol.number = number
+        del self.trace.operations[operations:], self.trace.shapes[shapes:], self.undo[undo:], self.frames[frames:]
+        self.trace.modules, self.trace.descended = known
+        return NotImplemented
+
+    def descend(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        before = own_attributes(module)
+        forward = getattr(type(module), "_csp_original", type(module)).forward
+        if "forward" in module.__dict__:
+            raise Untraceable("it has a forward of its own")
+        self.frames.append(path)
+        try:
+            result = forward(module, *args, **kwargs)
+        except Untraceable:
+            raise
+        except Exception as error:
+            raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        finally:
+            after = own_attributes(module)
+            for name in after.keys() - before.keys():
+                del module.__dict__[name]
+            module.__dict__.update(before)
+        if after.keys() != before.keys() or any(after[name] is not value for name, value in before.items()):
+            raise Untraceable("it changes attributes of its own")
+        self.frames.pop()
+        self.trace.modules[path] = module
+        self.trace.descended.add(path)
+        return result
+
+    # --- functions ---
+
+    def function(self, function: Any, args: Any, kwargs: Any) -> Any:
+        found = functions.operation(self, function, args, kwargs)
+        if found is not NotImplemented:
+            return found
+        name = getattr(function, "__name__", str(function))
+        if functions.changes(name, kwargs):
+            raise Untraceable(f"{name} changes a tensor in place")
+        self.as_values((args, kwargs))
+        return self.opaque(function, args, kwargs, function)
+
+
+STATE = "_csp_state"  # of a fused module: an attribute that copies, pickles and comparisons leave out
+_OF_EVERY_MODULE = frozenset({*nn.Module().__dict__, STATE})
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Those that nn.Module does not have itself."""
+    return {name: value for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE}
+
+
+_FRESH = ("mul", "__mul__", "sub", "div", "sigmoid", "interpolate", "conv2d", "linear", "adaptive_avg_pool2d")
+
+
+def _is_fresh(op: Operation) -> bool:
+    """Whether what it gives shares no memory with what it was given."""
+    if op.kind != "call":
+        return op.kind != "slice"
+    return op.fresh
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy without memory."""
+    memo: dict[int, Any] = {}
+    for t in (*module.parameters(), *module.buffers()):
+        made = torch.empty_like(t, device="meta")
+        memo[id(t)] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise Untraceable(f"a {type(module).__name__} cannot be copied") from error

@@ -1,0 +1,188 @@
+"""Networks that know nothing of this package, in the styles that people write them in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvNorm(nn.Module):
+    """A convolution, a norm and an activation that is a function."""
+
+    def __init__(self, i: int, o: int, k: int = 3, s: int = 1, act: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+class Functional(nn.Module):
+    """All in one forward, activations in place, a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        y += x
+        return F.leaky_relu_(y, 0.2)
+
+
+class Lists(nn.Module):
+    """Features in a list that grows, as in C2f; a slice, a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = ConvNorm(8, 16, 1)
+        self.blocks = nn.ModuleList(ConvNorm(8, 8) for _ in range(2))
+        self.last = ConvNorm(32, 10, 1, act=nn.Mish())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = list(self.first(x).chunk(2, 1))
+        for block in self.blocks:
+            y.append(block(y[-1]).add(y[-1]))
+        return self.last(torch.cat(y, dim=1))
+
+
+class Lambdas(nn.Module):
+    """Layers in a plain dictionary, called through functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(
+            {"a": ConvNorm(8, 6), "b": ConvNorm(8, 6, 1), "c": ConvNorm(12, 8, 3, act=nn.GELU())}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = [run(x) for run in (lambda t: self.layers["a"](t), lambda t: self.layers["b"](t))]
+        return self.layers["c"](torch.cat(both, -3))
+
+
+class Depth(nn.Module):
+    """A loop over an attribute, dropout, averages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth, self.drop_rate = 2, 0.0
+        self.convs = nn.ModuleList(nn.Conv2d(8 + 4 * i, 4, 3, padding=1, bias=False) for i in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8 + 4 * i) for i in range(2))
+        self.out, self.norm = nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(self.depth):
+            new = self.convs[i](F.relu(self.norms[i](x)))
+            if self.drop_rate > 0:
+                new = F.dropout(new, p=self.drop_rate, training=self.training)
+            x = torch.cat([x, new], 1)
+        return F.avg_pool2d(self.out(F.relu(self.norm(x))), 2)
+
+
+class Pools(nn.Module):
+    """Maxima of maxima, an output of several tensors, a stride, a bias without a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cv1, self.cv2 = ConvNorm(8, 4, 1, act=nn.Hardswish()), ConvNorm(12, 8, 3, 2, act=nn.ReLU6())
+        self.m, self.biased = nn.MaxPool2d(3, 1, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = [self.cv1(x)]
+        y.extend(self.m(y[-1]) for _ in range(2))
+        z = self.cv2(torch.cat(y, 1))
+        return z, F.relu(self.biased(z))
+
+
+class Attention(nn.Module):
+    """What a stage cannot express between two that it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = ConvNorm(8, 12), ConvNorm(12, 8)
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 12, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y * self.squeeze(y)) + x
+
+
+class Twice(nn.Module):
+    """A convolution that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.last = ConvNorm(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.bn(self.conv(torch.relu(self.conv(x)))) + x))
+
+
+class OnSize(nn.Module):
+    """What it does depends on the size of its input: nothing can be known from one run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return torch.relu(y) if x.shape[-1] > 4 else y
+
+
+class OnValue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return torch.relu(y) if y.sum() > 0 else y
+
+
+class ChangesItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(F.relu_(x)))
+
+
+class Counts(nn.Module):
+    """It keeps what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.calls = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.relu(self.b(self.a(x)))
+
+
+FUSED: dict[str, Callable[[], nn.Module]] = {
+    kind.__name__: kind for kind in (Functional, Lists, Lambdas, Depth, Pools, Attention, Twice)
+}
+FUSED["Sequential"] = lambda: nn.Sequential(
+    nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(True), nn.Conv2d(12, 8, 1), nn.LeakyReLU(0.3, True)
+)
+FUSED["residual blocks in a row"] = lambda: nn.Sequential(Functional(), Functional(), Functional())
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "OnSize": (OnSize, "it depends on the width of its input"),
+    "OnValue": (OnValue, "it looks at a tensor: __gt__|__bool__|sum"),
+    "ChangesItsInput": (ChangesItsInput, "it changes its input in place"),
+    "Counts": (Counts, "it changes attributes of its own"),
+}
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, (list, tuple)) else [result]

@@ -1,0 +1,317 @@
+"""csp.fuse on networks in many styles: the same numbers, the same object, and back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import networks
+import pytest
+import torch
+from torch import Tensor, nn
+
+import csp_kernels as csp
+from csp_kernels import ops
+
+HERE = Path(__file__).resolve().parent
+
+
+def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module, csp.fusion.Report]:
+    """A network and a fused copy, in float64, with norms that differ from how they begin."""
+    torch.manual_seed(0)
+    plain = make().double()
+    for m in plain.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, 0, 0.3)
+    ours = copy.deepcopy(plain)
+    return plain, ours, csp.fuse(ours)
+
+
+def step(module: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+    """Outputs, gradients, state; seeded for dropout."""
+    torch.manual_seed(7)
+    leaf = x.clone().requires_grad_()
+    module.zero_grad()
+    outputs = networks.tensors(module(leaf))
+    loss: Any = sum((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() for y in outputs)
+    (loss * 0.01).backward()
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)} | {"input": leaf.grad}
+    found |= {f"{n} gradient": p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    if optimizer is not None:
+        optimizer.step()
+    return found | {n: t.clone() for n, t in module.state_dict().items()}
+
+
+def compare(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    scale = max(t.abs().max().item() for n, t in expected.items() if "gradient" in n or n == "input")
+    for name, t in expected.items():
+        if name not in got:
+            assert not t.any(), name
+            continue
+        torch.testing.assert_close(
+            got[name], t, rtol=1e-9, atol=1e-10 * max(1.0, scale), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def image(channels: int = 8, size: int = 9) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, channels, size, size + 1, dtype=torch.float64, generator=generator)
+
+
+def calls(run: Callable[[], Any]) -> int:
+    """How often the operator of stages ran."""
+    count, original = 0, ops.stage
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return original(*args, **kwargs)
+
+    ops.stage = counting
+    try:
+        run()
+    finally:
+        ops.stage = original
+    return count
+
+
+@pytest.mark.parametrize("name", networks.FUSED)
+def test_equal(name: str) -> None:
+    """In training, with half of the norms frozen and in inference; three steps of SGD."""
+    plain, ours, report = pair(networks.FUSED[name])
+    assert report.fused and 0 < report.coverage <= 1
+    x = image()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.05, momentum=0.9, weight_decay=0.01) for m in (plain, ours)]
+    for mode in ("train", "half", "eval"):
+        for m in (plain, ours):
+            m.train(mode != "eval")
+            norms = [n for n in m.modules() if isinstance(n, nn.BatchNorm2d)]
+            for norm in norms[::2] if mode == "half" else ():
+                norm.eval()
+        for _ in range(3):
+            expected = step(plain, x, optimizers[0])
+            found: dict[str, Tensor] = {}
+
+            def run(found: dict[str, Tensor] = found) -> None:
+                found.update(step(ours, x, optimizers[1]))
+
+            assert calls(run) == sum(len(row.regions) for row in report.fused)
+            compare(found, expected)
+
+
+@pytest.mark.parametrize("name", networks.LEFT)
+def test_left_alone(name: str) -> None:
+    make, reason = networks.LEFT[name]
+    plain, ours, report = pair(make)
+    assert not report.fused and not report.coverage and type(ours) is make
+    import re
+
+    assert any(re.search(reason, left.reason) for left in report.left), str(report)
+    for m in (plain, ours) if name != "ChangesItsInput" else ():
+        m(image())
+    if name != "ChangesItsInput":
+        compare(step(ours, image()), step(plain, image()))
+
+
+@pytest.mark.parametrize("name", networks.FUSED)
+def test_stays_what_it_was(name: str) -> None:
+    """Classes, modules, parameters, keys; twice is once; back: bitwise."""
+    torch.manual_seed(0)
+    model = networks.FUSED[name]()
+    x = image().float()
+    before = {n: (id(m), m.__class__) for n, m in model.named_modules()}
+    parameters, keys = [id(p) for p in model.parameters()], list(model.state_dict())
+    saved = copy.deepcopy(model)
+    first = csp.fuse(model)
+    again = csp.fuse(model)
+    assert [row.path for row in again.fused] == [row.path for row in first.fused]
+    assert {n: (id(m), m.__class__) for n, m in model.named_modules()} == before
+    assert all(isinstance(m, before[n][1]) for n, m in model.named_modules())
+    assert [id(p) for p in model.parameters()] == parameters and list(model.state_dict()) == keys
+    model(x)
+    assert csp.unfuse(model) is model
+    assert all(type(m) is before[n][1] for n, m in model.named_modules())
+    saved(x)
+    model.load_state_dict(saved.state_dict())
+    a, b = step(saved, x), step(model, x)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert [p.stride() for p in model.parameters()] == [p.stride() for p in saved.parameters()]
+
+
+def test_as_a_context() -> None:
+    model = networks.Lists()
+    with csp.fused(model) as report:
+        assert report.fused and type(model) is not networks.Lists
+    assert type(model) is networks.Lists
+    csp.fuse(model)
+    with csp.fused(model):
+        pass
+    assert type(model) is not networks.Lists  # it was fused before
+
+
+def test_pickles_need_nothing_of_this_package(tmp_path: Path) -> None:
+    model = networks.FUSED["residual blocks in a row"]().eval()
+    x = image().float()
+    plain = model(x)
+    csp.fuse(model)
+    model(x)
+    torch.save(model, tmp_path / "model.pt")
+    assert b"csp" not in (tmp_path / "model.pt").read_bytes() and b"csp" not in pickle.dumps(model)
+    torch.save((x, plain), tmp_path / "expected.pt")
+    script = (
+        "import sys, torch; sys.modules['csp_kernels'] = None; sys.path.insert(0, sys.argv[1])\n"
+        "model = torch.load(sys.argv[2] + '/model.pt', weights_only=False)\n"
+        "x, y = torch.load(sys.argv[2] + '/expected.pt')\n"
+        "torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)\n"
+        "print(type(model).__name__, type(model[0]).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(HERE), str(tmp_path)], text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["Sequential", "Functional"]
+
+
+def test_deep_copies_stay_fused() -> None:
+    model = networks.Lists()
+    csp.fuse(model)
+    x = image().float()
+    model(x)
+    copied = copy.deepcopy(model)
+    assert calls(lambda: copied(x)) == 1
+    torch.testing.assert_close(copied(x), model(x))
+    copied.first.bn.weight.data.fill_(0.5)
+    assert not torch.allclose(copied(x), model(x))
+    assert csp.unfuse(copied) is copied and type(model) is not networks.Lists
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a hook": (lambda m: m.blocks[0].register_forward_hook(lambda *_: None), r"blocks.0 has a forward hook"),
+    "a hook of a norm": (lambda m: m.first.bn.register_forward_hook(lambda *_: None), "first.bn has a forward hook"),
+    "another child": (lambda m: setattr(m.last, "conv", nn.Conv2d(32, 10, 1)), "last has other children"),
+    "a child more": (lambda m: m.blocks.append(networks.ConvNorm(8, 8)), "blocks has other children"),
+    "no child": (lambda m: delattr(m.first, "bn"), "first has other children"),
+    "another activation": (lambda m: setattr(m.blocks[1], "act", torch.sigmoid), "blocks.1 has another act"),
+    "a stride": (lambda m: setattr(m.blocks[1].conv, "padding", (0, 0)), "blocks.1.conv has another padding"),
+    "a forward": (lambda m: setattr(m.blocks[0], "forward", lambda x: x), "blocks.0 has a forward of its own"),
+    "a bias": (lambda m: setattr(m.last.conv, "bias", nn.Parameter(torch.ones(10))), "last.conv has a bias now"),
+    "a global hook": (
+        lambda m: nn.modules.module.register_module_forward_hook(lambda *_: None),
+        "a hook of all modules is registered",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_later_runs_as_it_was(name: str) -> None:
+    """With the reason, once."""
+    change, reason = CHANGES[name]
+    model, twin = networks.Lists(), networks.Lists()
+    twin.load_state_dict(model.state_dict())
+    csp.fuse(model)
+    x = image().float()
+    model(x)
+    twin(x)
+    handles = [change(m) for m in (model, twin)]
+    try:
+        if name in ("no child", "a stride"):
+            for m in (twin, model):
+                with pytest.raises((AttributeError, RuntimeError)), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    m(x)
+            return
+        if name in ("another child", "a bias", "a child more"):
+            twin.load_state_dict(model.state_dict())
+        if name == "a child more":
+            return
+        with pytest.warns(RuntimeWarning, match=f"csp.fuse: a Lists runs as it was before: {reason}"):
+            assert calls(lambda: torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-5)) == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)
+    finally:
+        for handle in handles:
+            if hasattr(handle, "remove"):
+                handle.remove()
+
+
+def test_attributes_that_forward_reads() -> None:
+    model = networks.Depth()
+    csp.fuse(model)
+    x = image().float()
+    assert calls(lambda: model(x)) == 1
+    model.drop_rate = 0.5
+    with pytest.warns(RuntimeWarning, match="has another drop_rate"):
+        assert calls(lambda: model(x)) == 0
+    model.drop_rate = 0.0
+    assert calls(lambda: model(x)) == 1
+
+
+def test_dropout() -> None:
+    """In training it drops, as often as it says; evaluation is exact."""
+    plain = networks.Depth()
+    plain.drop_rate = 0.4
+    ours = copy.deepcopy(plain)
+    csp.fuse(ours)
+    x = image().float().repeat(8, 1, 1, 1)
+    assert calls(lambda: ours(x)) == 1 and not torch.equal(ours(x), ours(x))
+    ours.load_state_dict(plain.eval().state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_exporters_and_compilers_see_plain_modules() -> None:
+    model = networks.Lists().eval()
+    x = image().float()
+    expected = model(x)
+    csp.fuse(model)
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
+    program = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    symbolic = torch.fx.symbolic_trace(networks.Functional().eval())
+    assert symbolic(x).shape == x.shape
+    fused = networks.Functional().eval()
+    csp.fuse(fused)
+    torch.testing.assert_close(torch.fx.symbolic_trace(fused)(x), fused(x), rtol=1e-4, atol=1e-5)
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+
+
+def test_backends_and_other_calls() -> None:
+    model = networks.Functional()
+    csp.fuse(model)
+    x = image().float()
+    assert calls(lambda: model(x)) == 1
+    with csp.use_backend("reference"):
+        assert calls(lambda: model(x)) == 0
+    assert calls(lambda: model(x=x)) == 1
+    assert calls(lambda: torch.func.vmap(model.eval())(x[None])) == 0
+    assert model(x[:0]).shape == (0, 8, 9, 10)
+
+
+def test_children_that_are_fused_themselves() -> None:
+    """What lies between two stages is called, and what is in it is fused where it can be."""
+    model = networks.Attention()
+    report = csp.fuse(model)
+    assert report.fused[0].path == "" and len(report.fused[0].regions) == 2
+    assert calls(lambda: model(image().float())) == 2
+
+
+def test_report() -> None:
+    report = csp.fuse(nn.Sequential(networks.Lists(), networks.OnSize()))
+    text = str(report)
+    assert "4 of 5 convolutions in 1 fused modules" in text.splitlines()[0]
+    assert "1  it depends on the width of its input" in text and 0.7 < report.coverage < 0.9
+    with pytest.raises(TypeError, match=r"model: got int, expected an nn\.Module"):
+        csp.fuse(3)  # type: ignore[arg-type]
