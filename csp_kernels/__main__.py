@@ -1,4 +1,4 @@
-"""Command line: python -m csp_kernels info | demo | profile | explain | bench."""
+"""Command line: python -m csp_kernels info | demo | profile | fuse | explain | bench."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from csp_kernels import native
 LAZY = {  # command -> its module, which has add_arguments and main, and its help
     "demo": ("csp_kernels.demo", "train networks on real digits, fused against naive: accuracy, time, memory"),
     "profile": ("csp_kernels.profile_command", "count a network's parameters, FLOPs, traffic and saved activations"),
+    "fuse": ("csp_kernels.fuse_command", "fuse somebody's network: what is fused, whether it is equal, what it gains"),
     "explain": ("csp_kernels.explain_command", "show what a network's fused layers do, instruction by instruction"),
 }
 BENCH = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_dense_block.py"
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["bench"]:  # has its own parser
         return bench(given[1:])
     parser = argparse.ArgumentParser(prog="python -m csp_kernels", description=csp_kernels.__doc__)
-    commands = parser.add_subparsers(required=True, metavar="info | demo | profile | explain | bench")
+    commands = parser.add_subparsers(required=True, metavar="info | demo | profile | fuse | explain | bench")
     commands.add_parser("info", help="what is available here, and why not where not").set_defaults(run=info)
     for name, (module, text) in LAZY.items():
         command = commands.add_parser(name, help=text)

@@ -38,8 +38,11 @@ def returned(trace: Trace) -> set[int]:
 def cut(trace: Trace) -> tuple[list[Region], list[str]]:
     """The regions, and why others with convolutions are none, in words."""
     uses = _Uses(trace)
-    regions, reasons = [], []
-    for numbers in uses.components():
+    regions: list[Region] = []
+    reasons: list[str] = []
+    waiting = uses.components()
+    while waiting:
+        numbers = waiting.pop(0)
         operations = [trace.operations[i] for i in numbers]
         if not any(op.kind == "conv" for op in operations):
             continue
@@ -48,9 +51,17 @@ def cut(trace: Trace) -> tuple[list[Region], list[str]]:
             continue
         try:
             regions.append(_Region(trace, uses, numbers).made())
+        except _Sizes:
+            parts = uses.components(within=numbers)
+            waiting = [*parts, *waiting] if len(parts) > 1 else waiting
+            reasons += [f"{operations[0].path}: its inputs differ in size"] * (len(parts) == 1)
         except ValueError as error:
             reasons.append(f"{operations[0].path or operations[0].frame}: {error}")
     return regions, reasons
+
+
+class _Sizes(ValueError):
+    """The inputs of a region differ in size."""
 
 
 class _Uses:
@@ -68,6 +79,10 @@ class _Uses:
         self.fits = [False] * len(trace.operations)
         for i in reversed(range(len(trace.operations))):
             self.fits[i] = self._fits(trace.operations[i])
+
+    def _shrinks(self, i: int) -> bool:
+        op = self.trace.operations[i]
+        return self.trace.shapes[op.inputs[0]][2:] != self.trace.shapes[op.outputs[0]][2:] if op.inputs else False
 
     def only_reader(self, value: int) -> int | None:
         readers = self.readers.get(value, [])
@@ -87,12 +102,15 @@ class _Uses:
             return not readers or (alone and all(_averages(self.trace.operations[i]) for i in readers))
         return True
 
-    def components(self) -> list[tuple[int, ...]]:
-        """Operations of one region each: no way leads out of it and back."""
+    def components(self, within: Sequence[int] | None = None) -> list[tuple[int, ...]]:
+        """Operations of one region each: no way leads out of it and back. within: of those of one such region, where
+        a new one begins behind whatever makes maps smaller."""
         levels: list[int] = []
+        inside = range(len(self.trace.operations)) if within is None else within
         for i, op in enumerate(self.trace.operations):
             makers = [self.maker[v] for v in op.inputs if v in self.maker]
-            levels.append(max((levels[m] + (self.fits[m] and not self.fits[i]) for m in makers), default=0))
+            ends = [self.fits[m] and not self.fits[i] if within is None else self._shrinks(m) for m in makers]
+            levels.append(max((levels[m] + end for m, end in zip(makers, ends, strict=True)), default=0))
         parent = list(range(len(levels)))
 
         def root(i: int) -> int:
@@ -101,12 +119,13 @@ class _Uses:
             return i
 
         for value, readers in self.readers.items():
-            together = [i for i in ([self.maker[value]] if value in self.maker else []) + readers if self.fits[i]]
+            around = ([self.maker[value]] if value in self.maker else []) + readers
+            together = [i for i in around if self.fits[i] and i in inside]
             for i in together:
                 same = next(j for j in together if levels[j] == levels[i])
                 parent[root(i)] = root(same)
         found: dict[int, list[int]] = {}
-        for i in range(len(levels)):
+        for i in inside:
             if self.fits[i]:
                 found.setdefault(root(i), []).append(i)
         return [tuple(numbers) for numbers in found.values()]
@@ -140,7 +159,7 @@ class _Region:
         )
         shapes = [trace.shapes[v] for v in self.inputs]
         if any(shape[2:] != shapes[0][2:] or shape[0] != shapes[0][0] for shape in shapes):
-            raise ValueError("its inputs differ in size")
+            raise _Sizes
         self.build = Builder(*(shape[1] for shape in shapes))
         self.reads: dict[int, list[Read]] = {v: [self.build.read(i)] for i, v in enumerate(self.inputs)}
         self.averaged: set[int] = set()

@@ -144,11 +144,13 @@ def _convolutions(module: nn.Module) -> int:
 
 
 def _joins(module: nn.Module) -> bool:
-    """Whether its own forward concatenates, adds or cuts."""
+    """Whether its own forward concatenates, adds or cuts, or that of a child which cannot be fused by itself."""
     found = _traced(module, regions=False)
-    return not isinstance(found, str) and any(
-        op.frame == "" and op.kind in ("cat", "add", "slice") for op in found[3].operations
-    )
+    if isinstance(found, str):
+        return False
+    frames = {op.frame for op in found[3].operations if op.kind in ("cat", "add", "slice")}
+    children = [frame for frame in frames if frame and "." not in frame]
+    return "" in frames or any(isinstance(_traced(module.get_submodule(f), regions=False), str) for f in children)
 
 
 def _channels(module: nn.Module) -> list[Any]:
@@ -223,7 +225,7 @@ def _original(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _swap(module: nn.Module, plan: Plan) -> None:
-    original = type(module)
+    original: Any = type(module)
     members = {
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
         "forward": _like(original), "train": _train, "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy,
