@@ -210,7 +210,7 @@ class _Region:
         norm, at, made = self.build.norm(sum(read.channels for read in given), op.path or "norm"), 0, []
         self.holders.append(op.path)
         for read in given:
-            made.append(replace(read, norm=norm, at=at))
+            made.append(replace(read, norm=norm, at=at, act=op.options["act"], slope=op.options["slope"]))
             at += read.channels
         return made
 

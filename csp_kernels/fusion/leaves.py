@@ -25,14 +25,13 @@ def operation(tracer: Any, module: nn.Module, path: str, args: Any, kwargs: Any)
     if is_conv(module):
         return _conv(tracer, module, path, x, call)
     if is_norm(module):
-        return tracer.record("norm", [x], [tracer.shape(x)], call, path)[0]
+        return tracer.record("norm", [x], [tracer.shape(x)], call, path, act="identity", slope=0.0)[0]
     if is_norm_act(module):
         act = activation_of(module.act)
         if act is None:
             return NotImplemented
-        (y,) = tracer.record("norm", [x], [tracer.shape(x)], call, path)
         tracer.trace.modules[f"{path}.act"] = module.act
-        return functions.activation(tracer, y, *act, False, (f"{path}.act", (y,), {}), f"{path}.act")
+        return tracer.record("norm", [x], [tracer.shape(x)], call, path, act=act[0], slope=act[1])[0]
     known = activation_of(module)
     if known is not None:
         return functions.activation(tracer, x, *known, bool(getattr(module, "inplace", False)), call, path)

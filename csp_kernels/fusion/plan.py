@@ -107,7 +107,8 @@ def _guard(path: str, module: nn.Module, trace: Trace) -> Guard:
 
 def _known(trace: Trace) -> set[str]:
     """Modules that are not called: by a region, or because their forward was traced."""
-    return trace.descended | {op.path for op in trace.operations if op.kind != "call"}
+    own = {op.path for op in trace.operations if op.kind != "call"}
+    return trace.descended | own | {f"{path}.act" for path in own}  # of a norm that applies an activation
 
 
 def _simple(value: Any) -> Any:

@@ -109,7 +109,6 @@ FAULTS = [
     Fault("stage.cpp", "owed_mean[s] += scale * dbeta", "owed_mean[s] = scale * dbeta", BLOCK),
     Fault("stage.cpp", "sum_x[b.column + c] - lost[b.column + c] * dbeta", "sum_x[b.column + c]", LARGE_MEAN),
     Fault("stage.cpp", "to.in_pitch = gradient_pitch(s.place), to.in = gradient(s.place);", "to.in_pitch = gradient_pitch(s.place);", GRAPHS),
-    Fault("stage.cpp", "mark({place.buffer, c, end}, OWN);", "", GRAPHS),
     Fault("stage.cpp", "!sum.g || sum.last_g != now || ", "!sum.g || ", GRAPHS),
     Fault("stage.cpp", "return t.place.buffer == s.place.buffer; }) == 1) return &s;", "return t.place.buffer == s.place.buffer; }) >= 1) return &s;", GRAPHS),
     Fault("stage.cpp", "s.column >= 0 || s.act != Activation::Identity || s.sums) continue;", "s.sums) continue;", GRAPHS),
