@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,14 +21,23 @@ class NaiveStage(csp.Stage):
             (item.kind, item.index): self.get_submodule(item.name) for item in self.graph.order
         }
         values, known = list(inputs), dict[tuple[object, ...], Tensor]()
+        pieces: dict[tuple[object, ...], dict[int, Tensor]] = {}  # by first channel; cut once, as chunk() does
+        ends: dict[tuple[object, ...], list[int]] = {}
+        for r in (r for _, user in self.graph.users() for r in user.reads):
+            here = {*ends.get((r.value, r.norm, r.act, r.slope), ()), r.start, r.stop, 0, self.graph.channels[r.value]}
+            ends[r.value, r.norm, r.act, r.slope] = sorted(here)
+
+        def widths(channels: list[int]) -> list[int]:
+            return [b - a for a, b in pairwise(channels)]
 
         def read(r: Read) -> Tensor:
             key = r.value, r.norm, r.act, r.slope
             if key not in known:
                 y = values[r.value] if r.norm is None else modules["norm", r.norm](values[r.value])
                 known[key] = activated(y, r.act, r.slope, r.norm is not None)
-            y = known[key]
-            return y if r.channels == y.shape[1] else y[:, r.start : r.stop]
+                pieces[key] = dict(zip(ends[key], known[key].split(widths(ends[key]), 1), strict=False))
+            inside = [piece for start, piece in pieces[key].items() if r.start <= start < r.stop]
+            return inside[0] if len(inside) == 1 else torch.cat(inside, 1)
 
         for i, node in enumerate(self.graph.nodes):
             found = [read(r) for r in node.reads]

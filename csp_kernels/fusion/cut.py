@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from csp_kernels.fusion.trace import Operation, Trace, Value
 from csp_kernels.ops.stage import unsupported
+from csp_kernels.stage.activated import activated_once
 from csp_kernels.stage.build import Builder
 from csp_kernels.stage.graph import Graph, Read
 from csp_kernels.stage.residual_block import part
@@ -46,8 +47,9 @@ def cut(trace: Trace) -> tuple[list[Region], list[str]]:
         operations = [trace.operations[i] for i in numbers]
         if not any(op.kind == "conv" for op in operations):
             continue
-        if len(operations) == 1:
-            reasons.append(f"{operations[0].path}: a convolution alone")
+        if not _pays(operations, trace):
+            (conv,) = (op for op in operations if op.kind == "conv")
+            reasons.append(f"{conv.path}: one convolution, which is as fast as it is")
             continue
         try:
             regions.append(_Region(trace, uses, numbers).made())
@@ -58,6 +60,18 @@ def cut(trace: Trace) -> tuple[list[Region], list[str]]:
         except ValueError as error:
             reasons.append(f"{operations[0].path or operations[0].frame}: {error}")
     return regions, reasons
+
+
+def _pays(operations: Sequence[Operation], trace: Trace) -> bool:
+    """Whether a stage of them is faster than they are (docs/fusion.md): not one convolution alone, but for a 3x3 with
+    stride 1 of enough channels, and a 1x1 with a join or an average."""
+    convs = [op for op in operations if op.kind == "conv"]
+    if len(convs) > 1 or len(operations) == 1:
+        return len(convs) > 1
+    options = convs[0].options
+    if options["kernel"] == 1:
+        return any(op.kind in ("cat", "avg_pool", "add") for op in operations)
+    return bool(options["stride"] == options["groups"] == 1) and trace.shapes[convs[0].inputs[0]][1] >= 16
 
 
 class _Sizes(ValueError):
@@ -95,6 +109,8 @@ class _Uses:
             maker = self.maker.get(op.inputs[0])
             conv = None if maker is None else self.trace.operations[maker]
             return conv is not None and _drops(conv) and self.only_reader(op.inputs[0]) is not None
+        if op.kind == "max_pool":
+            return bool(op.options["size"] <= 3)  # larger ones are faster as they are
         if op.kind == "avg_pool":
             (value,) = op.outputs
             readers = [i for i in self.readers.get(value, []) if self.fits[i]]
@@ -173,7 +189,7 @@ class _Region:
                 self.reads[op.outputs[0]] = getattr(self, f"_{op.kind}")(op)
         for value in self.outputs:
             self.build.write(self.reads[value], value in self.averaged)
-        graph = self.build.graph()
+        graph = activated_once(self.build.graph())
         if reason := unsupported(graph, "cpu"):
             raise ValueError(reason)
         return Region(tuple(self.numbers), graph, tuple(self.holders), self.inputs, self.outputs, self.flops)

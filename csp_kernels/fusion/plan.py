@@ -45,7 +45,7 @@ class Plan:
     inputs: tuple[Any, ...]
     result: Any
     guards: tuple[Guard, ...]
-    channels: tuple[int, ...]  # of the inputs, flat
+    given: tuple[int, ...]  # the values of the tensors among the inputs
 
     @property
     def regions(self) -> list[Region]:
@@ -57,16 +57,15 @@ def plan_of(root: nn.Module, trace: Trace, regions: Sequence[Region]) -> Plan:
     rest = [(i, op) for i, op in enumerate(trace.operations) if i not in inside]
     waiting: list[tuple[int, Region | Operation]] = [*((min(r.operations), r) for r in regions), *rest]
     waiting.sort(key=lambda pair: pair[0])
-    flat = [leaf.number for leaf in tree_flatten(trace.inputs)[0]]
+    flat = [leaf.number for leaf in tree_flatten(trace.inputs)[0] if isinstance(leaf, Value)]
     there, steps = set(flat), list[Region | Operation]()
     while waiting:  # the first whose inputs are there
         pair = next(pair for pair in waiting if there.issuperset(pair[1].inputs))
         waiting.remove(pair)
         steps.append(pair[1])
         there.update(pair[1].outputs)
-    channels = tuple(trace.shapes[v][1] for v in flat)
     guards = tuple(_guards(root, trace))
-    return Plan(tuple(_useful(trace, steps)), len(trace.shapes), trace.inputs, trace.result, guards, channels)
+    return Plan(tuple(_useful(trace, steps)), len(trace.shapes), trace.inputs, trace.result, guards, tuple(flat))
 
 
 def _useful(trace: Trace, steps: Sequence[Region | Operation]) -> list[Region | Operation]:
@@ -160,22 +159,10 @@ class Bound:
                     return f"{path or 'it'} has other children than when it was fused"
         return ""
 
-    def inputs(self, args: Sequence[Any]) -> list[Tensor] | None:
-        """The tensors among the arguments; None if they are not such as were traced."""
-        if len(args) != len(self.plan.inputs):
-            return None
-        found: list[Tensor] = []
-        for arg, known in zip(args, self.plan.inputs, strict=True):
-            each, values = (list(arg), known) if isinstance(arg, (list, tuple)) else ([arg], [known])
-            if not isinstance(values, list) or len(each) != len(values):
-                return None
-            found += each
-        return found
-
     def run(self, inputs: Sequence[Tensor]) -> Any:
         values: list[Any] = [None] * self.plan.values
-        for leaf, x in zip(tree_flatten(self.plan.inputs)[0], inputs, strict=True):
-            values[leaf.number] = x
+        for number, x in zip(self.plan.given, inputs, strict=True):
+            values[number] = x
         for step in self.steps:
             step.run(values)
         return _filled(self.plan.result, values)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from csp_kernels.fusion.leaves import activation_of, is_conv, is_norm, is_norm_a
 from csp_kernels.fusion.plan import Bound, Plan, plan_of
 from csp_kernels.fusion.report import Left, Report, Row
 from csp_kernels.fusion.symbols import Untraceable
-from csp_kernels.fusion.trace import STATE, Trace, trace
+from csp_kernels.fusion.trace import STATE, Channels, Several, Trace, trace
 from csp_kernels.layers._children import Fused as CspLayer
 from csp_kernels.layers._children import recorded
 from csp_kernels.ops._checks import ACCUMULATE
@@ -92,24 +93,23 @@ def _visit(module: nn.Module, path: str, rows: list[Row], left: list[Left], seen
         return
     known = _original(module)
     if known is not None:
-        found = _bound(module)
-        if isinstance(found, Bound):
-            rows.append(Row(path, known.__name__, tuple(found.plan.regions)))
+        plans = [plan for plan in type(module)._csp_plans.values() if isinstance(plan, Plan)]  # type: ignore[attr-defined]
+        rows.append(Row(path, known.__name__, tuple(plans[0].regions)))
         return
     reason = _why_not_here(module, convs)
     if not reason:
         made = _traced(module)
         if isinstance(made, str):
             reason = made
-        elif made[1]:
-            _swap(module, made[0])
-            rows.append(Row(path, type(module).__mro__[1].__name__, tuple(made[1])))
-            left += [Left(path, why) for why in made[2]]
-            for inner in _not_traced(module, made[3]):
+        elif made.regions:
+            _swap(module, made)
+            rows.append(Row(path, type(module).__mro__[1].__name__, tuple(made.regions)))
+            left += [Left(path, why) for why in made.reasons]
+            for inner in _not_traced(module, made.trace):
                 _visit(inner[1], f"{path}.{inner[0]}" if path else inner[0], rows, left, seen)
             return
         else:
-            reason = "; ".join(made[2]) or "nothing in it is a stage"
+            reason = "; ".join(made.reasons) or "nothing in it is a stage"
     before = len(rows)
     for name, child in module.named_children():
         _visit(child, f"{path}.{name}" if path else name, rows, left, seen)
@@ -148,45 +148,57 @@ def _joins(module: nn.Module) -> bool:
     found = _traced(module, regions=False)
     if isinstance(found, str):
         return False
-    frames = {op.frame for op in found[3].operations if op.kind in ("cat", "add", "slice")}
+    frames = {op.frame for op in found.trace.operations if op.kind in ("cat", "add", "slice")}
     children = [frame for frame in frames if frame and "." not in frame]
     return "" in frames or any(isinstance(_traced(module.get_submodule(f), regions=False), str) for f in children)
 
 
-def _channels(module: nn.Module) -> list[Any]:
-    """What to trace it with: the channels that its first convolution or norm takes."""
+def _channels(module: nn.Module) -> int:
+    """Those that its first convolution or norm takes; 0: it has none."""
     for m in module.modules():
         if is_conv(m):
-            return [m.in_channels]
+            return int(m.in_channels)  # type: ignore[arg-type]
         if is_norm(m):
-            return [m.num_features]
-    return []
+            return int(m.num_features)  # type: ignore[arg-type]
+    return 0
 
 
-def _traced(module: nn.Module, regions: bool = True) -> str | tuple[Plan, list[Region], list[str], Trace]:
-    """The plan with its regions, what else there is to say, and the trace; or why there is none."""
+class _Traced(NamedTuple):
+    """reasons: why other convolutions are in no region. spec: what it was traced with."""
+
+    plan: Plan
+    regions: list[Region]
+    reasons: list[str]
+    trace: Trace
+    spec: tuple[Any, ...]
+
+
+def _traced(module: nn.Module, regions: bool = True, given: Any = None) -> str | _Traced:
+    """The plan with its regions, what else there is to say, and the trace; or why there is none. given: what to trace
+    it with; None: what it might take."""
     reasons = []
-    for inputs in _guesses(module):
+    for inputs in _guesses(module) if given is None else [given]:
         try:
             found = trace(module, inputs)
         except Untraceable as error:
             reasons.append(str(error))
             continue
         made, why = cut(found) if regions else ([], [])
-        return plan_of(module, found, made), made, why, found
+        return _Traced(plan_of(module, found, made), made, why, found, inputs)
     return reasons[0] if reasons else "it has no convolution to begin with"
 
 
-def _guesses(module: nn.Module) -> Iterator[list[Any]]:
-    """Inputs that it might take: an image, a list of one, or lists and several images whose channels add up."""
+def _guesses(module: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """Inputs that it might take: an image, or lists and several images whose channels add up."""
     first = _channels(module)
     if not first:
         return
-    yield first
+    yield (Channels(first),)
     for count in (2, 3, 4, 5, 6):
-        if first[0] % count == 0:
-            yield [[first[0] // count] * count]
-            yield [first[0] // count] * count
+        if first % count == 0:
+            several = (Channels(first // count),) * count
+            yield (Several(list, several),)
+            yield several
 
 
 def _not_traced(module: nn.Module, found: Trace) -> list[tuple[str, nn.Module]]:
@@ -211,7 +223,7 @@ class _State:
 
     def __init__(self, module: nn.Module) -> None:
         self.switched = [m for m in module.modules() if not is_norm(m) and not is_conv(m)]
-        self.bound: dict[tuple[bool, ...], Bound | str] = {}
+        self.bound: dict[Any, Bound | str] = {}  # by flags and arguments
         self.said: set[str] = set()
 
     def flags(self) -> tuple[bool, ...]:
@@ -224,13 +236,13 @@ def _original(module: nn.Module) -> type[nn.Module] | None:
     return found
 
 
-def _swap(module: nn.Module, plan: Plan) -> None:
+def _swap(module: nn.Module, made: _Traced) -> None:
     original: Any = type(module)
     members = {
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
         "forward": _like(original), "train": _train, "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy,
         "__class__": property(lambda self: original), "_csp_original": original,
-        "_csp_plans": {_State(module).flags(): plan},
+        "_csp_plans": {(_State(module).flags(), made.spec): made.plan},
     }  # fmt: skip
     _SET(module, type(original.__name__, (original,), members))
 
@@ -264,19 +276,22 @@ def _train(self: Any, mode: bool = True) -> Any:
     return type(self)._csp_original.train(self, mode)
 
 
-def _bound(module: nn.Module) -> Bound | str:
-    """The plan for the present training flags, with the modules."""
+MOST_CALLS = 16  # kinds of arguments for which one module has plans
+
+
+def _bound(module: nn.Module, spec: Any) -> Bound | str:
+    """The plan for the present training flags and such arguments, with the modules."""
     state: _State = module.__dict__.get(STATE) or module.__dict__.setdefault(STATE, _State(module))
-    flags = state.flags()
-    found = state.bound.get(flags)
+    key = state.flags(), spec
+    found = state.bound.get(key)
     if found is None:
         plans: dict[Any, Plan | str] = type(module)._csp_plans  # type: ignore[attr-defined]
         with _LOCK:
-            if flags not in plans:
-                made = _traced(module)
-                plans[flags] = made if isinstance(made, str) else made[0]
-        plan = plans[flags]
-        found = state.bound[flags] = plan if isinstance(plan, str) else Bound(module, plan)
+            if key not in plans:
+                made = "" if len(plans) >= MOST_CALLS else _traced(module, given=spec)
+                plans[key] = made if isinstance(made, str) else made.plan
+        plan = plans[key]
+        found = state.bound[key] = plan if isinstance(plan, str) else Bound(module, plan)
     return found
 
 
@@ -353,30 +368,60 @@ def _ready(self: Any, args: Any, kwargs: Any) -> tuple[Bound, list[Tensor]] | st
         args = args[:-1]
     if not args:
         return ""
-    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
-    if type(first) not in (Tensor, nn.Parameter) or recorded(first):
+    inputs: list[Any] = []
+    _collect(args, inputs)
+    if not inputs or not _fit(inputs) or recorded(inputs[0]):
         return ""
-    bound = _bound(self)
+    spec = _spec(args, max(x.shape[2] for x in inputs))
+    if spec is None:
+        return ""
+    bound = _bound(self, spec.items)
     if isinstance(bound, str):
         return bound
-    inputs = bound.inputs(args)
-    if inputs is None or not _fit(inputs, bound.plan.channels):
-        return ""
-    reason = bound.differs()
-    return reason or (bound, inputs)
+    return bound.differs() or (bound, inputs)
 
 
-def _fit(inputs: Sequence[Any], channels: Sequence[int]) -> bool:
+_PLAIN = (Tensor, nn.Parameter)
+_CONSTANTS = (bool, int, float, str, type(None))
+
+
+def _collect(arg: Any, inputs: list[Any]) -> None:
+    """The tensors among arguments."""
+    if isinstance(arg, Tensor):
+        inputs.append(arg)
+    elif isinstance(arg, (list, tuple)):
+        for item in arg:
+            _collect(item, inputs)
+
+
+def _fit(inputs: Sequence[Any]) -> bool:
     """Whether these are what kernels run; whatever else is wrong the forward itself says."""
-    if not inputs or any(type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 for x in inputs):
+    if any(type(x) not in _PLAIN or x.dim() != 4 for x in inputs):
         return False
     first = inputs[0]
     if first.dtype not in ACCUMULATE or first.numel() == 0 or not (first.is_cpu or selected() != "auto"):
         return False
     return all(
-        x.dtype == first.dtype and x.device == first.device and x.shape[1] == c and x.layout == torch.strided
-        for x, c in zip(inputs, channels, strict=True)
+        x.dtype == first.dtype
+        and x.device == first.device
+        and x.layout == torch.strided
+        and x.shape[0] == first.shape[0]
+        for x in inputs
     )
+
+
+def _spec(arg: Any, height: int) -> Any:
+    """What a trace is to be made with for such an argument; height: of the largest image. None: that is not known."""
+    if isinstance(arg, Tensor):
+        halved = round(math.log2(height / arg.shape[2]))
+        return Channels(arg.shape[1], halved) if abs(height / 2**halved - arg.shape[2]) < 1 and halved < 7 else None
+    if type(arg) in (list, tuple):
+        items = tuple(_spec(item, height) if item is not None else _NOTHING for item in arg)
+        return None if None in items else Several(type(arg), tuple(None if i is _NOTHING else i for i in items))
+    return arg if type(arg) in _CONSTANTS else None
+
+
+_NOTHING = object()
 
 
 @constant_when_traced

@@ -26,6 +26,22 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Channels:
+    """An image among the arguments of a forward: its channels, and how often it is halved as against the largest."""
+
+    count: int
+    halved: int = 0
+
+
+@dataclass(frozen=True)
+class Several:
+    """A list or a tuple among the arguments of a forward."""
+
+    kind: type
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Value:
     """Stands for a symbol among the arguments of an operation."""
 
@@ -76,7 +92,7 @@ _NEW = (
 
 
 def trace(module: nn.Module, channels: Sequence[Any]) -> Trace:
-    """Of module(*inputs); channels: of each input, or a sequence of them for an input that is a list of tensors.
+    """Of module(*inputs); channels: for each, a `Channels`, or `Several`; anything else is passed on as it is.
 
     Raises Untraceable.
     """
@@ -101,11 +117,13 @@ class Tracer:
         self.root, self.aside = root, False  # aside: what is called now belongs to no trace
 
     def arguments(self, channels: Any) -> Any:
-        if isinstance(channels, int):
-            symbol = self.symbol((2, channels, *SIZE))
+        if isinstance(channels, Channels):
+            symbol = self.symbol((2, channels.count, *(n >> channels.halved for n in SIZE)))
             self.given.add(symbol.number)
             return symbol
-        return [self.arguments(c) for c in channels]
+        if isinstance(channels, Several):
+            return channels.kind([self.arguments(c) for c in channels.items])
+        return channels
 
     def symbol(self, shape: Sequence[int]) -> Symbol:
         self.trace.shapes.append(tuple(shape))

@@ -106,7 +106,8 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = ConvNorm(8, 12), ConvNorm(12, 8)
+        self.a = nn.Sequential(ConvNorm(8, 6), ConvNorm(6, 12))
+        self.b = nn.Sequential(ConvNorm(12, 12, 1), ConvNorm(12, 8))
         self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 12, 1), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.last = ConvNorm(8, 8)
+        self.last = nn.Sequential(ConvNorm(8, 8), ConvNorm(8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.relu(self.bn(self.conv(torch.relu(self.conv(x)))) + x))
