@@ -370,7 +370,7 @@ def _ready(self: Any, args: Any, kwargs: Any) -> tuple[Bound, list[Tensor]] | st
         return ""
     inputs: list[Any] = []
     _collect(args, inputs)
-    if not inputs or not _fit(inputs) or recorded(inputs[0]):
+    if not inputs or recorded(inputs[0]) or not _fit(inputs):
         return ""
     spec = _spec(args, max(x.shape[2] for x in inputs))
     if spec is None:
