@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ class Guard:
     children: tuple[str, ...] | None
     called: bool
     bias: bool | None  # of a convolution
+    public: int | None = (
+        None  # how many attributes it had whose names begin with no underscore; None: that is no matter
+    )
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def _guard(path: str, module: nn.Module, trace: Trace) -> Guard:
     return Guard(
         path, type(module), numbers, tuple(module._modules) if inner else None, called and path in _known(trace),
         module._parameters.get("bias") is not None if isinstance(module, nn.Conv2d) else None,
+        _public(module) if descended else None,
     )  # fmt: skip
 
 
@@ -110,12 +115,19 @@ def _known(trace: Trace) -> set[str]:
     return trace.descended | own | {f"{path}.act" for path in own}  # of a norm that applies an activation
 
 
-def _simple(value: Any) -> Any:
-    """Lists and dictionaries may change and stay the same."""
-    if isinstance(value, list):
-        return ("list", *map(_simple, value))
-    if isinstance(value, dict):
-        return ("dict", *((k, _simple(v)) for k, v in value.items()))
+class _Content(tuple[Any, ...]):
+    """What an attribute holds that may change and stay the same object."""
+
+
+def _simple(value: Any, depth: int = 3) -> Any:
+    """Lists, dictionaries and objects by what they hold, others as they are."""
+    if depth and isinstance(value, (list, tuple, set)):
+        return _Content((type(value), *(_simple(item, depth - 1) for item in value)))
+    if depth and isinstance(value, dict):
+        return _Content((dict, *((key, _simple(item, depth - 1)) for key, item in value.items())))
+    known = (nn.Module, Tensor, type, FunctionType, BuiltinFunctionType, MethodType, *_SIMPLE)
+    if depth and hasattr(value, "__dict__") and not isinstance(value, known):
+        return _Content((type(value), *((key, _simple(item, depth - 1)) for key, item in vars(value).items())))
     return value
 
 
@@ -151,6 +163,8 @@ class Bound:
                 now = own.get(name, _MISSING)
                 if now is not number and not _equal(now, number):
                     return f"{path or 'it'} has another {name} than when it was fused"
+            if guard.public is not None and _public(module) != guard.public:
+                return f"{path or 'it'} has other attributes than when it was fused"
             if guard.bias is not None and (module._parameters.get("bias") is not None) != guard.bias:
                 return f"{path} has {'no' if guard.bias else 'a'} bias now"
             if guard.children is not None:
@@ -168,11 +182,16 @@ class Bound:
         return _filled(self.plan.result, values)
 
 
+def _public(module: nn.Module) -> int:
+    """Attributes of the instance alone: one more may hide one of its class."""
+    return sum([name[0] != "_" for name in module.__dict__])
+
+
 _MISSING = object()
 
 
 def _equal(now: Any, number: Any) -> bool:
-    if type(now) in (list, dict):
+    if isinstance(number, _Content):
         return bool(_simple(now) == number)
     return type(now) is type(number) and isinstance(now, (*_SIMPLE, tuple)) and bool(now == number)
 

@@ -222,6 +222,7 @@ class _State:
     """Of one fused module: its modules that may be in training mode or not, and the plan for each such case."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module  # a shallow copy has the state of another one
         self.switched = [m for m in module.modules() if not is_norm(m) and not is_conv(m)]
         self.bound: dict[Any, Bound | str] = {}  # by flags and arguments
         self.said: set[str] = set()
@@ -281,7 +282,9 @@ MOST_CALLS = 16  # kinds of arguments for which one module has plans
 
 def _bound(module: nn.Module, spec: Any) -> Bound | str:
     """The plan for the present training flags and such arguments, with the modules."""
-    state: _State = module.__dict__.get(STATE) or module.__dict__.setdefault(STATE, _State(module))
+    state: _State | None = module.__dict__.get(STATE)
+    if state is None or state.module is not module:
+        state = module.__dict__[STATE] = _State(module)
     key = state.flags(), spec
     found = state.bound.get(key)
     if found is None:

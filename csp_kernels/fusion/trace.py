@@ -7,6 +7,8 @@ cannot be traced, since it might do something else with another input. Children 
 from __future__ import annotations
 
 import copy
+import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,12 +101,26 @@ def trace(module: nn.Module, channels: Sequence[Any]) -> Trace:
     with _LOCK, torch.no_grad():
         tracer = Tracer(module)
         inputs = [tracer.arguments(c) for c in channels]
+        before = _random_states()
         with tracer.patched():
             result = tracer.descend(module, "", tuple(inputs), {})
+        if _random_states() != before:
+            raise Untraceable("it draws random numbers")
         found = tracer.trace
         found.inputs = tuple(tracer.as_values(x) for x in inputs)
         found.result = tracer.as_values(result)
         return found
+
+
+def _random_states() -> tuple[object, ...]:
+    """Of the generators that a forward might ask: what it does would differ from call to call."""
+    numpy = sys.modules.get("numpy")
+    drawn = () if numpy is None else numpy.random.get_state()
+    return (
+        random.getstate(),
+        *(item.tobytes() if hasattr(item, "tobytes") else item for item in drawn),
+        (torch.get_rng_state().numpy().tobytes()),
+    )
 
 
 class Tracer:

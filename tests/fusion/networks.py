@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -170,8 +171,36 @@ class Counts(nn.Module):
         return torch.relu(self.b(self.a(x)))
 
 
+class Draws(nn.Module):
+    """It leaves a layer out by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(self.a(x))) if torch.rand(()) < 2 else x
+
+
+class Configured(nn.Module):
+    """What it does is said by an object, and by an attribute of its class."""
+
+    slope = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = ConvNorm(8, 8), ConvNorm(8, 8, 1)
+        self.config = SimpleNamespace(shortcut=True, order=["a", "b"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for name in self.config.order:
+            y = getattr(self, name)(y)
+        return F.leaky_relu(y + x if self.config.shortcut else y, self.slope)
+
+
 FUSED: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__: kind for kind in (Functional, Lists, Lambdas, Depth, Pools, Attention, Twice)
+    kind.__name__: kind for kind in (Functional, Lists, Lambdas, Depth, Pools, Attention, Twice, Configured)
 }
 FUSED["Sequential"] = lambda: nn.Sequential(
     nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(True), nn.Conv2d(12, 8, 1), nn.LeakyReLU(0.3, True)
@@ -181,6 +210,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "OnSize": (OnSize, "it depends on the width of its input"),
     "OnValue": (OnValue, "it looks at a tensor: __gt__|__bool__|sum"),
     "ChangesItsInput": (ChangesItsInput, "it changes its input in place"),
+    "Draws": (Draws, "it draws random numbers"),
     "Counts": (Counts, "it changes attributes of its own"),
 }
 

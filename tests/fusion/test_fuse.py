@@ -255,6 +255,40 @@ def test_attributes_that_forward_reads() -> None:
     assert calls(lambda: model(x)) == 1
 
 
+CONFIGURED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "an object": (lambda m: setattr(m.config, "shortcut", False), "has another config"),
+    "a list in it": (lambda m: m.config.order.append("b"), "has another config"),
+    "over the class": (lambda m: setattr(m, "slope", 0.5), "has other attributes"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_objects_that_forward_reads(name: str) -> None:
+    change, reason = CONFIGURED[name]
+    model, twin = networks.Configured().eval(), networks.Configured().eval()
+    twin.load_state_dict(model.state_dict())
+    csp.fuse(model)
+    x = image().float()
+    assert calls(lambda: model(x)) == 1
+    for m in (model, twin):
+        change(m)
+    with pytest.warns(RuntimeWarning, match=reason):
+        torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-5)
+
+
+def test_shallow_copies() -> None:
+    model = networks.Depth()
+    csp.fuse(model)
+    x = image().float()
+    model(x)
+    assert type(copy.copy(model)) is networks.Depth  # as pickles
+    copied = model._replicate_for_data_parallel()  # has its own attributes, and the class
+    copied.drop_rate = 0.5
+    assert calls(lambda: model(x)) == 1
+    with pytest.warns(RuntimeWarning, match="has another drop_rate"):
+        assert calls(lambda: copied(x)) == 0
+
+
 def test_dropout() -> None:
     """In training it drops, as often as it says; evaluation is exact."""
     plain = networks.Depth()
