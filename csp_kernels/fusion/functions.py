@@ -109,7 +109,7 @@ def _cat(tracer: Any, function: Any, tensors: Any, dim: int = 0, **kwargs: Any) 
 def _add(tracer: Any, function: Any, x: Any, y: Any, *, alpha: float = 1, **kwargs: Any) -> Any:
     inplace = function.__name__ in ("add_", "__iadd__")
     if not inplace and not kwargs and alpha == 1 and any(isinstance(t, (int, float)) and t == 0 for t in (x, y)):
-        return y if isinstance(y, Symbol) else x  # of sum()
+        return _clone(tracer, function, y if isinstance(y, Symbol) else x)  # of sum()
     if kwargs or alpha != 1 or not _image(tracer, x, y) or tracer.shape(x) != tracer.shape(y):
         return NotImplemented
     (made,) = tracer.record("add", [x, y], [tracer.shape(x)], (torch.add, (x, y), {}))

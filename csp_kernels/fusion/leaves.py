@@ -12,6 +12,7 @@ from csp_kernels.fusion import functions
 from csp_kernels.fusion.symbols import Symbol
 from csp_kernels.layers._children import _behaves as behaves
 from csp_kernels.layers._children import _untouched as untouched
+from csp_kernels.reference.activations import FUNCTIONS
 
 NARROWEST = 4  # channels of a group: kernels run groups as dense products, of zeros for the most part
 
@@ -33,7 +34,8 @@ def operation(tracer: Any, module: nn.Module, path: str, args: Any, kwargs: Any)
         tracer.trace.modules[f"{path}.act"] = module.act
         return tracer.record("norm", [x], [tracer.shape(x)], call, path, act=act[0], slope=act[1])[0]
     known = activation_of(module)
-    if known is not None:
+    if known is not None:  # never in place: somebody else may read what it is given
+        call = FUNCTIONS[known[0]], (x, known[1]), {}
         return functions.activation(tracer, x, *known, bool(getattr(module, "inplace", False)), call, path)
     kind = _KINDS.get(type(module))
     return NotImplemented if kind is None else kind(tracer, module, path, x, call)

@@ -31,13 +31,12 @@ class Guard:
 
     path: str
     kind: type
+    forward: Any  # of its class
     numbers: tuple[tuple[str, Any], ...]
     children: tuple[str, ...] | None
     called: bool
     bias: bool | None  # of a convolution
-    public: int | None = (
-        None  # how many attributes it had whose names begin with no underscore; None: that is no matter
-    )
+    public: int | None = None  # attributes whose names begin with no underscore, how many; None: that is no matter
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,18 @@ def _guard(path: str, module: nn.Module, trace: Trace) -> Guard:
         names = [name for name in NUMBERS if name in own]
     numbers = tuple((name, _simple(own[name])) for name in names)
     inner = descended or not called
+    children = tuple(module._modules) if inner else None
     return Guard(
-        path, type(module), numbers, tuple(module._modules) if inner else None, called and path in _known(trace),
+        path, type(module), _forward_of(module), numbers, children, called and path in _known(trace),
         module._parameters.get("bias") is not None if isinstance(module, nn.Conv2d) else None,
         _public(module) if descended else None,
     )  # fmt: skip
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """Of its class; of a fused module that which it had."""
+    cls = type(module)
+    return getattr(cls, "_csp_original", cls).forward
 
 
 def _known(trace: Trace) -> set[str]:
@@ -154,11 +160,12 @@ class Bound:
             return reason
         for guard, module, children in self.guarded:
             own, path = module.__dict__, guard.path
-            if path:
-                if type(module) is not guard.kind:
-                    return f"{path} is a {type(module).__name__} now"
-                if guard.called and (why := why_touched(module)):
-                    return f"{path} {why}"
+            if path and type(module) is not guard.kind:
+                return f"{path} is a {type(module).__name__} now"
+            if _forward_of(module) is not guard.forward:
+                return f"the forward of {type(module).__name__} is another one now"
+            if path and guard.called and (why := why_touched(module)):
+                return f"{path} {why}"
             for name, number in guard.numbers:
                 now = own.get(name, _MISSING)
                 if now is not number and not _equal(now, number):

@@ -113,7 +113,8 @@ def _visit(module: nn.Module, path: str, rows: list[Row], left: list[Left], seen
     before = len(rows)
     for name, child in module.named_children():
         _visit(child, f"{path}.{name}" if path else name, rows, left, seen)
-    if len(rows) == before and not any(_convolutions(child) for child in module.children() if not is_conv(child)):
+    deeper = any(_convolutions(child) for child in module.children() if not is_conv(child))
+    if len(rows) == before and (not deeper or reason != "it only calls its children"):
         left.append(Left(path, reason))
 
 
@@ -130,8 +131,11 @@ def _why_not_here(module: nn.Module, convs: int) -> str:
             return "it only calls its children"
         if any(_convolutions(child) > OF_A_BLOCK for child in inner):
             return "it only calls its children"
-    elif any(_convolutions(child) and not _is_leaf(child) for child in module.children()) and not _joins(module):
-        return "it only calls its children"
+    elif any(_convolutions(child) and not _is_leaf(child) for child in module.children()):
+        found = _traced(module, regions=False)
+        if isinstance(found, str):
+            return found
+        return "" if _joins(module, found.trace) else "it only calls its children"
     return ""
 
 
@@ -143,12 +147,9 @@ def _convolutions(module: nn.Module) -> int:
     return sum(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
-def _joins(module: nn.Module) -> bool:
+def _joins(module: nn.Module, found: Trace) -> bool:
     """Whether its own forward concatenates, adds or cuts, or that of a child which cannot be fused by itself."""
-    found = _traced(module, regions=False)
-    if isinstance(found, str):
-        return False
-    frames = {op.frame for op in found.trace.operations if op.kind in ("cat", "add", "slice")}
+    frames = {op.frame for op in found.operations if op.kind in ("cat", "add", "slice")}
     children = [frame for frame in frames if frame and "." not in frame]
     return "" in frames or any(isinstance(_traced(module.get_submodule(f), regions=False), str) for f in children)
 

@@ -176,8 +176,13 @@ class Tracer:
     def opaque(self, target: Any, args: Any, kwargs: Any, run: Callable[..., Any], path: str = "") -> Any:
         """A call that is done as it is; run: on meta tensors, for the shapes of what it returns."""
 
+        made: list[Tensor] = []
+
         def meta(x: Any) -> Any:
-            return torch.empty(self.shape(x), device="meta") if isinstance(x, Symbol) else x
+            if not isinstance(x, Symbol):
+                return x
+            made.append(torch.empty(self.shape(x), device="meta"))
+            return made[-1]
 
         self.aside = True
         try:
@@ -188,6 +193,8 @@ class Tracer:
             raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
         finally:
             self.aside = False
+        if any(t._version for t in made):
+            raise Untraceable(f"{path or getattr(target, '__name__', target)} changes its input in place")
         leaves_, spec = tree_flatten(found)
         if not leaves_ or not all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves_):
             raise Untraceable(f"{path or getattr(target, '__name__', target)} returns something else than tensors")
@@ -326,7 +333,7 @@ def on_meta(module: nn.Module) -> nn.Module:
     """A copy without memory."""
     memo: dict[int, Any] = {}
     for t in (*module.parameters(), *module.buffers()):
-        made = torch.empty_like(t, device="meta")
+        made = torch.empty_like(t, device="meta", dtype=torch.float32 if t.is_floating_point() else t.dtype)
         memo[id(t)] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
     try:
         return copy.deepcopy(module, memo)

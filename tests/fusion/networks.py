@@ -199,8 +199,40 @@ class Configured(nn.Module):
         return F.leaky_relu(y + x if self.config.shortcut else y, self.slope)
 
 
+class Copies(nn.Module):
+    """Changes copies in place and reads the originals again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = ConvNorm(8, 8), ConvNorm(8, 8, 1)
+        self.act, self.last = nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        z = self.last(self.act(y.clone()))
+        w = sum([y, z])
+        return self.act(w + 0) + w + y
+
+
+class InPlaceInside(nn.Module):
+    """A child that cannot be traced changes what it is given, which is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = ConvNorm(8, 8), ConvNorm(8, 8, 1), OnSizeInPlace()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return self.c(y) + y
+
+
+class OnSizeInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu_() * (2 if x.shape[0] > 0 else 3)
+
+
 FUSED: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__: kind for kind in (Functional, Lists, Lambdas, Depth, Pools, Attention, Twice, Configured)
+    kind.__name__: kind for kind in (Functional, Lists, Lambdas, Depth, Pools, Attention, Twice, Configured, Copies)
 }
 FUSED["Sequential"] = lambda: nn.Sequential(
     nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(True), nn.Conv2d(12, 8, 1), nn.LeakyReLU(0.3, True)
@@ -210,6 +242,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "OnSize": (OnSize, "it depends on the width of its input"),
     "OnValue": (OnValue, "it looks at a tensor: __gt__|__bool__|sum"),
     "ChangesItsInput": (ChangesItsInput, "it changes its input in place"),
+    "InPlaceInside": (InPlaceInside, "c changes its input in place"),
     "Draws": (Draws, "it draws random numbers"),
     "Counts": (Counts, "it changes attributes of its own"),
 }

@@ -276,6 +276,16 @@ def test_objects_that_forward_reads(name: str) -> None:
         torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-5)
 
 
+def test_another_forward_of_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = networks.Lists()
+    csp.fuse(model)
+    x = image().float()
+    model(x)
+    monkeypatch.setattr(networks.ConvNorm, "forward", lambda self, x: self.conv(x))
+    with pytest.warns(RuntimeWarning, match="the forward of ConvNorm is another one now"):
+        assert calls(lambda: model(x)) == 0
+
+
 def test_shallow_copies() -> None:
     model = networks.Depth()
     csp.fuse(model)
