@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csp_kernels.fusion.symbols import Symbol, Untraceable, sizes
+from csp_kernels.fusion.symbols import Symbol, Untraceable, is_image, sizes
 
 _KNOWN: dict[str, Callable[..., Any]] = {}
 Call = tuple[Any, Any, Any]  # function, positional arguments, named arguments
@@ -19,10 +20,20 @@ def operation(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(function, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         return _attribute(tracer, name, function.__self__.__name__, args)
-    known = _KNOWN.get(name)
+    known = _KNOWN.get(name) if isinstance(function, _TORCHS) and _is_torchs(function) else None
+    if name == "squeeze" and len(args) + len(kwargs) == 1:
+        raise Untraceable("which dimensions squeeze leaves depends on the batch size of its input")
     if known is None:
         return NotImplemented
     return known(tracer, function, *args, **kwargs)
+
+
+_TORCHS = (FunctionType, BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
+
+
+def _is_torchs(function: Any) -> bool:
+    """Not somebody else's of the same name."""
+    return not isinstance(function, FunctionType) or function.__module__.startswith("torch.")
 
 
 def changes(name: str, kwargs: dict[str, Any]) -> bool:
@@ -80,16 +91,20 @@ def _look(tracer: Any, function: Any, *_: Any, **__: Any) -> Any:
 
 @_known("contiguous")
 def _same(tracer: Any, function: Any, x: Symbol, **_: Any) -> Any:
-    return x
+    """A copy, unless it is contiguous."""
+    tracer.unsure.add(x.number)
+    return _clone(tracer, function, x)
 
 
 @_known("clone")
 def _clone(tracer: Any, function: Any, x: Symbol, **_: Any) -> Any:
-    return Symbol.of(tracer, x.number)
+    made = Symbol.of(tracer, x.number)
+    made.copied = True
+    return made
 
 
 def _image(tracer: Any, *symbols: Any) -> bool:
-    return all(isinstance(x, Symbol) and len(tracer.shape(x)) == 4 for x in symbols)
+    return all(isinstance(x, Symbol) and is_image(tracer.shape(x)) for x in symbols)
 
 
 @_known("cat", "concat", "concatenate")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from csp_kernels.fusion import functions
-from csp_kernels.fusion.symbols import Symbol
+from csp_kernels.fusion.symbols import Symbol, is_image
 from csp_kernels.layers._children import _behaves as behaves
 from csp_kernels.layers._children import _untouched as untouched
 from csp_kernels.reference.activations import FUNCTIONS
@@ -19,7 +19,7 @@ NARROWEST = 4  # channels of a group: kernels run groups as dense products, of z
 
 def operation(tracer: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
     """What a call of a known module gives; NotImplemented for another one."""
-    if kwargs or len(args) != 1 or not isinstance(args[0], Symbol) or len(tracer.shape(args[0])) != 4:
+    if kwargs or len(args) != 1 or not isinstance(args[0], Symbol) or not is_image(tracer.shape(args[0])):
         return NotImplemented
     x = args[0]
     call: functions.Call = path, (x,), {}

@@ -36,6 +36,7 @@ class Guard:
     children: tuple[str, ...] | None
     called: bool
     bias: bool | None  # of a convolution
+    weight: torch.Size | None  # of the known kinds, its shape
     public: int | None = None  # attributes whose names begin with no underscore, how many; None: that is no matter
 
 
@@ -84,7 +85,9 @@ def _useful(trace: Trace, steps: Sequence[Region | Operation]) -> list[Region | 
 
 def _guards(root: nn.Module, trace: Trace) -> list[Guard]:
     modules = dict(root.named_modules(remove_duplicate=False))
-    paths = set(trace.modules) | {""}
+    called = {op.path for op in trace.operations if op.kind == "call" and op.path}
+    apart = tuple(f"{path}." for path in called)  # what is in them is theirs
+    paths = {path for path in modules if not path.startswith(apart)} if apart else set(modules)
     for path in list(paths):
         while path:
             path = path.rpartition(".")[0]
@@ -93,7 +96,8 @@ def _guards(root: nn.Module, trace: Trace) -> list[Guard]:
 
 
 def _guard(path: str, module: nn.Module, trace: Trace) -> Guard:
-    descended, called = path in trace.descended, path in trace.modules
+    called = path in trace.modules
+    descended = path in trace.descended or not called  # or its forward may have been asked otherwise
     own = module.__dict__
     if descended:
         names = list(own_attributes(module))
@@ -101,10 +105,11 @@ def _guard(path: str, module: nn.Module, trace: Trace) -> Guard:
         names = [name for name in NUMBERS if name in own]
     numbers = tuple((name, _simple(own[name])) for name in names)
     inner = descended or not called
-    children = tuple(module._modules) if inner else None
+    children, weight = tuple(module._modules) if inner else None, module._parameters.get("weight")
     return Guard(
         path, type(module), _forward_of(module), numbers, children, called and path in _known(trace),
         module._parameters.get("bias") is not None if isinstance(module, nn.Conv2d) else None,
+        None if descended or weight is None else weight.shape,
         _public(module) if descended else None,
     )  # fmt: skip
 
@@ -172,6 +177,9 @@ class Bound:
                     return f"{path or 'it'} has another {name} than when it was fused"
             if guard.public is not None and _public(module) != guard.public:
                 return f"{path or 'it'} has other attributes than when it was fused"
+            weight = module._parameters.get("weight")
+            if guard.weight is not None and weight is not None and weight.shape != guard.weight:
+                return f"{path} has a weight of another shape"
             if guard.bias is not None and (module._parameters.get("bias") is not None) != guard.bias:
                 return f"{path} has {'no' if guard.bias else 'a'} bias now"
             if guard.children is not None:
@@ -191,7 +199,7 @@ class Bound:
 
 def _public(module: nn.Module) -> int:
     """Attributes of the instance alone: one more may hide one of its class."""
-    return sum([name[0] != "_" for name in module.__dict__])
+    return len(own_attributes(module))
 
 
 _MISSING = object()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from csp_kernels.fusion.leaves import activation_of, is_conv, is_norm, is_norm_a
 from csp_kernels.fusion.plan import Bound, Plan, plan_of
 from csp_kernels.fusion.report import Left, Report, Row
 from csp_kernels.fusion.symbols import Untraceable
-from csp_kernels.fusion.trace import STATE, Channels, Several, Trace, trace
+from csp_kernels.fusion.trace import STATE, Channels, Constant, Several, Trace, modes, trace
 from csp_kernels.layers._children import Fused as CspLayer
 from csp_kernels.layers._children import recorded
 from csp_kernels.ops._checks import ACCUMULATE
@@ -48,7 +47,7 @@ def fuse(model: nn.Module) -> Report:
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     rows: list[Row] = []
     left: list[Left] = []
-    with torch.no_grad():
+    with torch.enable_grad():
         _visit(model, "", rows, left, set())
     if rows:
         _to_channels_last(model)
@@ -224,7 +223,7 @@ class _State:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module  # a shallow copy has the state of another one
-        self.switched = [m for m in module.modules() if not is_norm(m) and not is_conv(m)]
+        self.switched = list(module.modules())
         self.bound: dict[Any, Bound | str] = {}  # by flags and arguments
         self.said: set[str] = set()
 
@@ -244,7 +243,7 @@ def _swap(module: nn.Module, made: _Traced) -> None:
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
         "forward": _like(original), "train": _train, "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy,
         "__class__": property(lambda self: original), "_csp_original": original,
-        "_csp_plans": {(_State(module).flags(), made.spec): made.plan},
+        "_csp_plans": {(_State(module).flags(), modes(), made.spec): made.plan},
     }  # fmt: skip
     _SET(module, type(original.__name__, (original,), members))
 
@@ -266,10 +265,13 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    cls = type(self)
-    made = cls.__new__(cls)
-    memo[id(self)] = made
-    made.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != STATE}, memo))
+    """By what the original says of copies; they are fused too."""
+    cls, original = type(self), _original(self)
+    own: Any = getattr(original, "__deepcopy__", None)
+    made: Any = own(self, memo) if own else copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # type: ignore[attr-defined]
+    if type(made) in (original, cls):
+        made.__dict__.pop(STATE, None)
+        _SET(made, cls)
     return made
 
 
@@ -286,7 +288,7 @@ def _bound(module: nn.Module, spec: Any) -> Bound | str:
     state: _State | None = module.__dict__.get(STATE)
     if state is None or state.module is not module:
         state = module.__dict__[STATE] = _State(module)
-    key = state.flags(), spec
+    key = state.flags(), modes(), spec
     found = state.bound.get(key)
     if found is None:
         plans: dict[Any, Plan | str] = type(module)._csp_plans  # type: ignore[attr-defined]
@@ -295,7 +297,10 @@ def _bound(module: nn.Module, spec: Any) -> Bound | str:
                 made = "" if len(plans) >= MOST_CALLS else _traced(module, given=spec)
                 plans[key] = made if isinstance(made, str) else made.plan
         plan = plans[key]
-        found = state.bound[key] = plan if isinstance(plan, str) else Bound(module, plan)
+        try:
+            found = state.bound[key] = plan if isinstance(plan, str) else Bound(module, plan)
+        except (KeyError, AttributeError):
+            return "it has other children than when it was fused"
     return found
 
 
@@ -376,7 +381,7 @@ def _ready(self: Any, args: Any, kwargs: Any) -> tuple[Bound, list[Tensor]] | st
     _collect(args, inputs)
     if not inputs or recorded(inputs[0]) or not _fit(inputs):
         return ""
-    spec = _spec(args, max(x.shape[2] for x in inputs))
+    spec = _spec(args, (max(x.shape[2] for x in inputs), max(x.shape[3] for x in inputs)))
     if spec is None:
         return ""
     bound = _bound(self, spec.items)
@@ -414,18 +419,18 @@ def _fit(inputs: Sequence[Any]) -> bool:
     )
 
 
-def _spec(arg: Any, height: int) -> Any:
-    """What a trace is to be made with for such an argument; height: of the largest image. None: that is not known."""
+def _spec(arg: Any, largest: tuple[int, int]) -> Any:
+    """What a trace is to be made with for such an argument; largest: height and width. None: that is not known."""
     if isinstance(arg, Tensor):
-        halved = round(math.log2(height / arg.shape[2]))
-        return Channels(arg.shape[1], halved) if abs(height / 2**halved - arg.shape[2]) < 1 and halved < 7 else None
+        for halved in range(7):
+            pairs = zip(largest, arg.shape[2:], strict=True)
+            if all(-(-n >> halved) >= m >= n >> halved and m > 0 for n, m in pairs):
+                return Channels(arg.shape[1], halved)
+        return None
     if type(arg) in (list, tuple):
-        items = tuple(_spec(item, height) if item is not None else _NOTHING for item in arg)
-        return None if None in items else Several(type(arg), tuple(None if i is _NOTHING else i for i in items))
-    return arg if type(arg) in _CONSTANTS else None
-
-
-_NOTHING = object()
+        items = tuple(_spec(item, largest) for item in arg)
+        return None if any(item is None for item in items) else Several(type(arg), items)
+    return Constant(type(arg), arg) if type(arg) in _CONSTANTS else None
 
 
 @constant_when_traced

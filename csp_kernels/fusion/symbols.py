@@ -18,12 +18,15 @@ class Symbol(torch.Tensor):
 
     tracer: Any
     number: int
+    copied: bool  # it was given the number of another symbol
 
     @staticmethod
     def of(tracer: Any, number: int) -> Symbol:
         shape = tracer.trace.shapes[number]
+        aside, tracer.aside = tracer.aside, True
         made: Any = torch.Tensor._make_wrapper_subclass(Symbol, shape, dtype=torch.float32, device=torch.device("meta"))
-        made.tracer, made.number = tracer, number
+        tracer.aside = aside
+        made.tracer, made.number, made.copied = tracer, number, False
         return made
 
     @classmethod
@@ -48,6 +51,16 @@ def _symbols(tree: Any) -> Sequence[Symbol]:
     if isinstance(tree, (list, tuple)):
         return [symbol for item in tree for symbol in _symbols(item)]
     return []
+
+
+def has_symbols(tree: Any) -> bool:
+    return bool(_symbols(tree))
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether these can only be images, channels in the second place: all other sizes are those of a trace."""
+    sizes = {(256 >> i, 320 >> i) for i in range(8)} | {(1, 1)}
+    return len(shape) == 4 and shape[0] == 2 and tuple(shape[2:]) in sizes
 
 
 def _unknown(name: str) -> Any:
@@ -75,6 +88,6 @@ for _name in (
 def sizes(tensor: Tensor, shape: Sequence[int]) -> tuple[Any, ...]:
     """What a forward sees as its shape."""
     names = ("batch size", "", "height", "width")
-    if len(shape) != 4:
+    if not is_image(shape):
         return tuple(Dim("size") for _ in shape)
     return tuple(n if i == 1 else Dim(names[i]) for i, n in enumerate(shape))

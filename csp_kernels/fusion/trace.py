@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from csp_kernels.fusion import functions, leaves
-from csp_kernels.fusion.symbols import Dim, Symbol, Untraceable
+from csp_kernels.fusion.symbols import Dim, Symbol, Untraceable, has_symbols
 from csp_kernels.layers._children import why_touched
 
 SIZE = 256, 320  # of the images that symbols stand for: no map of a network is 1 x 1 or square by chance
@@ -33,6 +34,14 @@ class Channels:
 
     count: int
     halved: int = 0
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An argument that is no tensor: True is not 1."""
+
+    kind: type
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -98,16 +107,18 @@ def trace(module: nn.Module, channels: Sequence[Any]) -> Trace:
 
     Raises Untraceable.
     """
-    with _LOCK, torch.no_grad():
+    with _LOCK:
         tracer = Tracer(module)
         inputs = [tracer.arguments(c) for c in channels]
+        given = tuple(tracer.as_values(x) for x in inputs)
         before = _random_states()
-        with tracer.patched():
+        with tracer.patched(), _Strangers(tracer):
             result = tracer.descend(module, "", tuple(inputs), {})
         if _random_states() != before:
             raise Untraceable("it draws random numbers")
         found = tracer.trace
-        found.inputs = tuple(tracer.as_values(x) for x in inputs)
+        tracer.check_result(result)
+        found.inputs = given
         found.result = tracer.as_values(result)
         return found
 
@@ -123,6 +134,35 @@ def _random_states() -> tuple[object, ...]:
     )
 
 
+class _Strangers(TorchFunctionMode):
+    """Refuses functions of tensors that a trace knows nothing of: values of parameters and buffers, new tensors."""
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.tracer.aside and not has_symbols((args, kwargs)):
+            name = getattr(func, "__self__", func) if getattr(func, "__name__", "") == "__get__" else func
+            raise Untraceable(f"it looks at tensors of its own, or makes some: {getattr(name, '__name__', name)}")
+        return func(*args, **(kwargs or {}))
+
+
+_CONTAINERS = (list, dict, set)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """The same items, in the same order."""
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(a[key] is b[key] for key in a)
+    return len(a) == len(b) and (isinstance(a, set) or all(x is y for x, y in zip(a, b, strict=True)))
+
+
+def modes() -> tuple[bool, ...]:
+    """What of PyTorch's state of a thread decides what operations do."""
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
 class Tracer:
     def __init__(self, root: nn.Module) -> None:
         self.trace = Trace()
@@ -131,12 +171,16 @@ class Tracer:
         self.undo: list[tuple[Symbol, int]] = []
         self.given: set[int] = set()  # values that forward was given: not its own to change
         self.root, self.aside = root, False  # aside: what is called now belongs to no trace
+        self.modes = modes()
+        self.unsure: set[int] = set()  # values of which a symbol may be a copy, or may not
 
     def arguments(self, channels: Any) -> Any:
         if isinstance(channels, Channels):
             symbol = self.symbol((2, channels.count, *(n >> channels.halved for n in SIZE)))
             self.given.add(symbol.number)
             return symbol
+        if isinstance(channels, Constant):
+            return channels.value
         if isinstance(channels, Several):
             return channels.kind([self.arguments(c) for c in channels.items])
         return channels
@@ -166,6 +210,8 @@ class Tracer:
         **options: Any,
     ) -> list[Symbol]:  # fmt: skip
         """One more operation; a symbol for each shape that it gives."""
+        if modes() != self.modes:
+            raise Untraceable("it switches gradients or autocast on or off")
         outputs = [self.symbol(shape) for shape in shapes]
         target, args, kwargs = call
         known = target, self.as_values(args), self.as_values(kwargs)
@@ -187,19 +233,23 @@ class Tracer:
         self.aside = True
         try:
             found = run(*tree_map(meta, args), **tree_map(meta, kwargs))
+            changed = any(t._version for t in made)
+            tensors = tree_flatten(found)[0]
+            known = bool(tensors) and all(isinstance(t, Tensor) and t.is_meta for t in tensors)
+            shapes = [tuple(t.shape) for t in tensors] if known else []
         except Untraceable:
             raise
         except Exception as error:
             raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
         finally:
             self.aside = False
-        if any(t._version for t in made):
+        if changed:
             raise Untraceable(f"{path or getattr(target, '__name__', target)} changes its input in place")
-        leaves_, spec = tree_flatten(found)
-        if not leaves_ or not all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves_):
+        spec = tree_flatten(found)[1]
+        if not known:
             raise Untraceable(f"{path or getattr(target, '__name__', target)} returns something else than tensors")
         inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Symbol)]
-        symbols = self.record("call", inputs, [tuple(leaf.shape) for leaf in leaves_], (target, args, kwargs), path)
+        symbols = self.record("call", inputs, shapes, (target, args, kwargs), path)
         result = tree_unflatten(symbols, spec)
         last = self.trace.operations[-1]
         fresh = getattr(target, "__name__", "") in _FRESH or isinstance(self.trace.modules.get(path), _NEW)
@@ -209,6 +259,8 @@ class Tracer:
     def in_place(self, symbol: Symbol, result: Symbol) -> Symbol:
         """From now on the symbol is what the operation made of it."""
         old = symbol.number
+        if old in self.unsure:
+            raise Untraceable("it changes in place what may be a copy, or may not")
         if old in self.given:
             raise Untraceable("it changes its input in place")
         if any(old in op.inputs or (old in op.outputs and not _is_fresh(op)) for op in self.trace.operations[:-1]):
@@ -229,11 +281,20 @@ class Tracer:
                 return original(module, *args, **kwargs)
             return self.call(module, args, kwargs)
 
+        apply = torch.autograd.Function.__dict__["apply"]
+
+        def refuse(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.aside or threading.get_ident() != thread:
+                return apply.__get__(None, cls)(*args, **kwargs)
+            raise Untraceable(f"it applies {cls.__name__}, which has a backward of its own")
+
         nn.Module.__call__ = call  # type: ignore[method-assign]
+        torch.autograd.Function.apply = classmethod(refuse)
         try:
             yield
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
+            torch.autograd.Function.apply = apply
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         path = self.paths.get(id(module))
@@ -241,6 +302,8 @@ class Tracer:
             raise Untraceable(f"it calls a {type(module).__name__} that is none of its children")
         if not any(isinstance(x, Symbol) for x in tree_flatten((args, kwargs))[0]):
             raise Untraceable(f"{path} is called with no tensor of the input")
+        if type(module).__call__ is not nn.Module.__call__:
+            raise Untraceable(f"{path} has a __call__ of its own")
         self.trace.modules[path] = module
         if why := why_touched(module):
             self.trace.left[path] = why
@@ -251,7 +314,11 @@ class Tracer:
             found = self.try_to_descend(module, path, args, kwargs)
             if found is not NotImplemented:
                 return found
-        twin = on_meta(module)
+        self.aside = True
+        try:
+            twin = on_meta(module)
+        finally:
+            self.aside = False
         return self.opaque(path, args, kwargs, twin.forward, path)
 
     def try_to_descend(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
@@ -275,6 +342,7 @@ class Tracer:
 
     def descend(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         before = own_attributes(module)
+        held = {name: value.copy() for name, value in before.items() if isinstance(value, _CONTAINERS)}
         forward = getattr(type(module), "_csp_original", type(module)).forward
         if "forward" in module.__dict__:
             raise Untraceable("it has a forward of its own")
@@ -290,12 +358,24 @@ class Tracer:
             for name in after.keys() - before.keys():
                 del module.__dict__[name]
             module.__dict__.update(before)
-        if after.keys() != before.keys() or any(after[name] is not value for name, value in before.items()):
+            changed = [name for name, content in held.items() if not _same(before[name], content)]
+            for name in changed:
+                before[name].clear()
+                getattr(before[name], "extend" if isinstance(before[name], list) else "update")(held[name])
+        if changed or after.keys() != before.keys() or any(after[name] is not value for name, value in before.items()):
             raise Untraceable("it changes attributes of its own")
         self.frames.pop()
         self.trace.modules[path] = module
         self.trace.descended.add(path)
         return result
+
+    def check_result(self, result: Any) -> None:
+        """What is returned shares memory with nothing else that is, as far as whoever called may know."""
+        symbols = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Symbol)]
+        numbers = {symbol.number for symbol in symbols}
+        views = {op.outputs[0]: op.inputs[0] for op in self.trace.operations if not _is_fresh(op) and op.kind != "call"}
+        if any(symbol.copied for symbol in symbols) or any(views.get(n) in numbers for n in numbers):
+            raise Untraceable("it returns a copy of a tensor, or a tensor and a part of it")
 
     # --- functions ---
 
@@ -325,7 +405,7 @@ _FRESH = ("mul", "__mul__", "sub", "div", "sigmoid", "interpolate", "conv2d", "l
 def _is_fresh(op: Operation) -> bool:
     """Whether what it gives shares no memory with what it was given."""
     if op.kind != "call":
-        return op.kind != "slice"
+        return op.kind != "slice" and not (op.kind == "max_pool" and op.options["size"] == 1)
     return op.fresh
 
 

@@ -243,7 +243,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "OnValue": (OnValue, "it looks at a tensor: __gt__|__bool__|sum"),
     "ChangesItsInput": (ChangesItsInput, "it changes its input in place"),
     "InPlaceInside": (InPlaceInside, "c changes its input in place"),
-    "Draws": (Draws, "it draws random numbers"),
+    "Draws": (Draws, "it looks at tensors of its own, or makes some: rand"),
     "Counts": (Counts, "it changes attributes of its own"),
 }
 

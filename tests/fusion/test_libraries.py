@@ -31,7 +31,7 @@ MORE = [
 ]  # fmt: skip
 
 
-def check(name: str, coverage: float) -> None:
+def check(name: str, coverage: float, bound: float = 1e-10) -> None:
     torch.manual_seed(0)
     model = build(name)
     if hasattr(model, "aux_logits"):
@@ -44,7 +44,7 @@ def check(name: str, coverage: float) -> None:
     after = copy.deepcopy(model)
     report = csp.fuse(after)
     assert report.coverage >= coverage, str(report)
-    assert difference(model, after, 3) < 1e-10, str(report)
+    assert difference(model, after, 3) < bound, str(report)
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -57,7 +57,7 @@ def test_core(name: str) -> None:
 @pytest.mark.parametrize("name", MORE)
 def test_more(name: str) -> None:
     pytest.importorskip(name.partition("/")[0])
-    check(name, 0.0)
+    check(name, 0.0, 1e-9)  # of deep networks on small images, norms over few pixels magnify what rounding does
 
 
 def test_memory_efficient_densenet() -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import cases
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import BlockCase, ConcatConvCase, StageCase, TransitionCase
 from tolerances import error
 from torch import Tensor
 
 import csp_kernels as csp
 from csp_kernels.kernels import activate, launch, mix
+from csp_kernels.reference.activations import FUNCTIONS
 from csp_kernels.vocabulary import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("native", "operators")
@@ -148,8 +148,13 @@ def test_in_training(name: str, value: float) -> None:
 def test_activations(act: str) -> None:
     """Values and gradients at every kind of number, as PyTorch's."""
     x = torch.tensor([-math.inf, -1e30, -4.0, -3.0, -0.0, 0.0, 1.0, 3.0, 4.0, 1e30, math.inf, math.nan])
+    if act.startswith("gelu"):
+        x = x[~x.isinf()]  # there PyTorch's kernels differ among each other
     code = activate.Activation(ACTIVATIONS.index(act), 0.1)
-    function = {"leaky_relu": lambda t: F.leaky_relu(t, 0.1), "identity": lambda t: t * 1}.get(act) or getattr(F, act)
+
+    def function(t: torch.Tensor) -> torch.Tensor:
+        return FUNCTIONS[act](t * 1, 0.1)
+
     z, geometry = x.repeat(16, 1).t().contiguous(), launch.Geometry(1, 1, len(x))
     y, dz = torch.empty_like(z), torch.empty_like(z)
     activate.forward(z, None, y, geometry, code)
@@ -161,7 +166,7 @@ def test_activations(act: str) -> None:
         torch.testing.assert_close(dz, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("code", [-1, 6])
+@pytest.mark.parametrize("code", [-1, len(ACTIVATIONS)])
 def test_unknown_activations_are_refused(code: int) -> None:
     """Not run as another one; by the kernels that store it and by those that apply it on load."""
     z, geometry, act = torch.ones(4, 4), launch.Geometry(1, 2, 2), activate.Activation(code)
