@@ -117,6 +117,8 @@ def trace(module: nn.Module, channels: Sequence[Any]) -> Trace:
         if _random_states() != before:
             raise Untraceable("it draws random numbers")
         found = tracer.trace
+        if tuple(tracer.as_values(x) for x in inputs) != given:
+            raise Untraceable("it changes a list that it is given")
         tracer.check_result(result)
         found.inputs = given
         found.result = tracer.as_values(result)

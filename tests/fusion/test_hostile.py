@@ -201,6 +201,24 @@ def test_images_that_broadcast() -> None:
         same(ours, plain, x, torch.randn(2, 8, *size, dtype=torch.float64))
 
 
+def test_a_list_that_grows() -> None:
+    class Grows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = ConvNorm(8, 8), ConvNorm(8, 8, 1)
+
+        def forward(self, features: list[Tensor]) -> Tensor:
+            z = self.b(self.a(features[-1])) + features[0]
+            features.append(z)
+            return z
+
+    ours = Grows()
+    csp.fuse(ours)
+    features = [torch.randn(2, 8, 6, 5) for _ in range(2)]
+    z = ours(features)
+    assert len(features) == 3 and features[-1] is z
+
+
 def test_a_call_of_its_own() -> None:
     class Doubled(nn.BatchNorm2d):
         def __call__(self, x: Tensor) -> Tensor:
