@@ -194,7 +194,9 @@ class _Placing:
     def _commutes(self, read: Read) -> bool:
         index = read.value - len(self.graph.inputs)
         node = self.graph.nodes[index]
-        plain = isinstance(node, Conv) and node.kernel == 1 and not (node.bias or node.pool or node.drop_rate)
+        if not isinstance(node, Conv) or node.bias or node.pool or node.drop_rate:
+            return False
+        plain = node.kernel == node.stride == node.groups == 1
         return plain and index not in self.folded and read == Read(read.value, 0, self.graph.channels[read.value])
 
     def _holds(self, write: Write) -> bool:

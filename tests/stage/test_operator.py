@@ -372,6 +372,14 @@ def test_no_strips_of_another_3x3(how: dict[str, int]) -> None:
     Case(graph, (True, True)).compare(compile_stage(graph, (True, True), target="cpu"))
 
 
+def test_averages_behind_a_stride() -> None:
+    """They stay behind it: a 1x1 can average in front, or skip pixels."""
+    build = Builder(8)
+    build.write([build.read(build.conv([build.read(0)], 6, stride=2))], pool=True)
+    graph = build.graph()
+    Case(graph, ()).compare(compile_stage(graph, (), Wanted.all(graph)))
+
+
 def test_what_the_kernels_cannot_run() -> None:
     build = Builder(4)
     build.write([build.read(build.conv([build.read(0)], 6, groups=2))])
