@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from csp_kernels import ops
 from csp_kernels.fusion.cut import Region
 from csp_kernels.fusion.leaves import NUMBERS
-from csp_kernels.fusion.trace import Operation, Trace, Value, own_attributes
+from csp_kernels.fusion.trace import STATE, Operation, Trace, Value, own_attributes
 from csp_kernels.layers._children import hooked_globally, why_touched
 from csp_kernels.layers._norms import consecutive, frozen_norms, update_running
 from csp_kernels.ops.stage import stage_sizes
@@ -37,7 +37,7 @@ class Guard:
     called: bool
     bias: bool | None  # of a convolution
     weight: torch.Size | None  # of the known kinds, its shape
-    public: int | None = None  # attributes whose names begin with no underscore, how many; None: that is no matter
+    attributes: int | None = None  # how many it had; None: that is no matter
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _guard(path: str, module: nn.Module, trace: Trace) -> Guard:
         path, type(module), _forward_of(module), numbers, children, called and path in _known(trace),
         module._parameters.get("bias") is not None if isinstance(module, nn.Conv2d) else None,
         None if descended or weight is None else weight.shape,
-        _public(module) if descended else None,
+        _attributes(module) if descended else None,
     )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ class Bound:
                 now = own.get(name, _MISSING)
                 if now is not number and not _equal(now, number):
                     return f"{path or 'it'} has another {name} than when it was fused"
-            if guard.public is not None and _public(module) != guard.public:
+            if guard.attributes is not None and _attributes(module) != guard.attributes:
                 return f"{path or 'it'} has other attributes than when it was fused"
             weight = module._parameters.get("weight")
             if guard.weight is not None and weight is not None and weight.shape != guard.weight:
@@ -197,9 +197,10 @@ class Bound:
         return _filled(self.plan.result, values)
 
 
-def _public(module: nn.Module) -> int:
-    """Attributes of the instance alone: one more may hide one of its class."""
-    return len(own_attributes(module))
+def _attributes(module: nn.Module) -> int:
+    """How many the instance has: one more may hide one of its class."""
+    own = module.__dict__
+    return len(own) - (STATE in own)
 
 
 _MISSING = object()
