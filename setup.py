@@ -55,12 +55,15 @@ X86_ISAS: dict[str, list[str]] = {
     "v3": ["-march=x86-64-v3"],
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "v4bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
+    "v4amx": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mprefer-vector-width=512"],
 }
+NEEDS = {"v4amx": "v4bf16"}  # has kernels for bfloat16 alone, and the other's for the rest
 # What a machine must have to run one, as csrc/cpu/isa.h asks.
 X86_FEATURES: dict[str, str] = {
     "v3": "avx2 fma bmi2 f16c",
     "v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
     "v4bf16": "avx512f avx512bw avx512cd avx512dq avx512vl avx512bf16",
+    "v4amx": "avx512f avx512bw avx512cd avx512dq avx512vl avx512bf16 amx-tile amx-bf16",
 }
 CXX_FLAGS = [
     "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
@@ -163,7 +166,8 @@ def instruction_sets(compiler: Sequence[str]) -> dict[str, list[str]]:
             f"csp_kernels: CSP_KERNELS_ISAS: got {', '.join(missing)}, expected some of {', '.join(usable)}, "
             "which this compiler can build here, or native. Name these, or leave it empty for all."
         )
-    return {name: flags for name, flags in usable.items() if not named or name in named}
+    wanted = {*(named or usable), *(NEEDS[name] for name in named if name in NEEDS)}
+    return {name: flags for name, flags in usable.items() if name in wanted}
 
 
 def native_instruction_set(compiler: Sequence[str], usable: Iterable[str]) -> str:
@@ -186,10 +190,12 @@ def native_instruction_set(compiler: Sequence[str], usable: Iterable[str]) -> st
 def usable_instruction_sets(compiler: Sequence[str]) -> dict[str, list[str]]:
     """Name -> flags of the instruction sets this compiler can target on this machine."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        say(f"skips instruction sets v3, v4, v4bf16: x86 only, this machine is {platform.machine()}")
+        say(f"skips instruction sets v3, v4, v4bf16, v4amx: x86 only, this machine is {platform.machine()}")
         return {"baseline": []}
     usable = {}
     for name, flags in X86_ISAS.items():
+        if name == "v4amx" and not sys.platform.startswith("linux"):
+            continue  # a process has to ask the kernel for tiles
         complaint = probe(compiler, flags)
         if complaint is None:
             usable[name] = flags

@@ -59,9 +59,11 @@ def measure(name: str, batch: int, args: argparse.Namespace) -> str:
         if own.train(train).training:
             with csp.use_backend(backend):
                 saved[key] = saved_bytes(partial(own, images), [images, *own.parameters(), *own.buffers()])
-    tolerance = 0.05 if args.dtype == "bfloat16" else 1e-2 if args.precision == "high" else 1e-3
+    tolerance = 0.03 if args.dtype == "bfloat16" else 1e-2 if args.precision == "high" else 1e-4
     for key in LAYOUTS:
-        torch.testing.assert_close(results["csp"], results[key], rtol=tolerance, atol=tolerance)
+        error = (results["csp"] - results[key]).norm() / results[key].norm()
+        if not error <= tolerance:
+            raise RuntimeError(f"{name}: fused and plain outputs differ by {error:.1e} of their size ({key})")
     times = interleave(runs, args.rounds)
     eager = min(times[key].median for key in LAYOUTS)
     t = times["csp"]

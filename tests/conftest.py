@@ -55,6 +55,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    """More than one task."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def native() -> None:
     """Force the compiled operators; fails with the fix if they are missing."""
     csp.use_backend("native")

@@ -49,7 +49,7 @@ def run(isa: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", CHECK], env=env, text=True, capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "v3", "v4", "v4bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "v3", "v4", "v4bf16", "v4amx"])
 def test_instruction_set(isa: str) -> None:
     done = run(isa)
     if f"CSP_KERNELS_ISA: got {isa}, expected" in done.stderr and (isa not in native.isas() or isa != "baseline"):

@@ -3,6 +3,11 @@
 #include <cstdlib>
 #include <cstring>
 #include "stage.h"
+#if defined(CSP_HAVE_V4AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace csp {
 
@@ -22,6 +27,17 @@ CSP_KERNELS_OF(v4)
 #if defined(CSP_HAVE_V4BF16)
 CSP_KERNELS_OF(v4bf16)
 #endif
+#if defined(CSP_HAVE_V4AMX)
+CSP_KERNELS_OF(v4amx)
+
+// Has the processor tiles for bfloat16, and does the system let this process use them? Asking it also is the request.
+inline bool has_tiles() {
+  constexpr unsigned BFLOAT16 = 1u << 22, TILE = 1u << 24;  // of leaf 7, edx
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;          // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & BFLOAT16) && (edx & TILE) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+#endif
 #undef CSP_KERNELS_OF
 
 struct Isa {
@@ -38,6 +54,9 @@ inline const Isa* isas(int* count) {
                              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
   static const Isa all[] = {
+#if defined(CSP_HAVE_V4AMX)
+      {"v4amx", &v4amx::stage_kernels, avx512 && __builtin_cpu_supports("avx512bf16") && has_tiles()},
+#endif
 #if defined(CSP_HAVE_V4BF16)
       {"v4bf16", &v4bf16::stage_kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
 #endif
@@ -69,6 +88,9 @@ inline const Isa* chosen_isa() {
 }
 inline const char* isas_compiled() {  // "v3,baseline"
   static const char all[] = ""
+#if defined(CSP_HAVE_V4AMX)
+                            ",v4amx"
+#endif
 #if defined(CSP_HAVE_V4BF16)
                             ",v4bf16"
 #endif

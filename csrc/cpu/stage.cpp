@@ -8,10 +8,17 @@
 
 #include "tile/activate.h"
 #include "tile/conv3x3.h"
+#include "tile/direct3x3.h"
 #include "tile/elementwise.h"
 #include "tile/fused_layer.h"
 #include "tile/norm.h"
 #include "tile/storage.h"
+
+#if defined(__AMX_BF16__)
+namespace csp::v4bf16 {
+extern const StageKernels stage_kernels;
+}
+#endif
 
 namespace csp::CSP_ISA {
 namespace {
@@ -468,19 +475,22 @@ template <class S> struct Stage {
     const int64_t K = s.place.channels(), b = i.reduce.conv.out_channels, g = i.conv.conv.out_channels;
     Memory &from = of(s.place), &between = of(i.reduce.to), &to = of(i.conv.to);
     const Grid& grid = to.grid;
-    Tiling<M> tiling(grid.N, grid.H, grid.W);
-    int tasks = choose_tasks(a.parallel, tiling.rows, 2.0 * double(grid.pixels()) * double(b) * double(K + 9 * g));
-    // Strip by strip, each task computes the bottleneck at its edges once more: too much where it has but a few rows.
-    if (tasks > 1 && tiling.rows < 4 * tasks) {
+    auto one_by_one = [&] {
       between.x = inner.take<S>(between.pixels() * between.pitch);
       (*this)(i.reduce, inner), (*this)(i.conv, inner);
       between.x = nullptr;
-      return;
+    };
+    if constexpr (M == DIRECT) one_by_one();
+    else {
+      Tiling<M> tiling(grid.N, grid.H, grid.W);
+      int tasks = choose_tasks(a.parallel, tiling.rows, 2.0 * double(grid.pixels()) * double(b) * double(K + 9 * g));
+      // Strip by strip, each task computes the bottleneck at its edges once more: too much where it has but a few rows.
+      if (tasks > 1 && tiling.rows < 4 * tasks) return one_by_one();
+      Affine<T> before = norm(inner, s);
+      const Unit<U>* w1 = packed_1x1(inner, i.reduce, K, tasks);
+      const T* w2 = packed_3x3<M>(inner, i.conv, b, Dense{a.weights[i.conv.nodes[0]]});
+      FusedLayer<M, U, S>{a.parallel, tasks, grid.N, grid.H, grid.W, K, b, g, from.pitch, to.pitch, before, w1, bias(inner, i.reduce.column, b), w2}.run(value(s.place), value(i.conv.to));
     }
-    Affine<T> before = norm(inner, s);
-    const Unit<U>* w1 = packed_1x1(inner, i.reduce, K, tasks);
-    const T* w2 = packed_3x3<M>(inner, i.conv, b, Dense{a.weights[i.conv.nodes[0]]});
-    FusedLayer<M, U, S>{a.parallel, tasks, grid.N, grid.H, grid.W, K, b, g, from.pitch, to.pitch, before, w1, bias(inner, i.reduce.column, b), w2}.run(value(s.place), value(i.conv.to));
   }
   // One segment through norm and ReLU: the loops of pointwise.h.
   static bool plain(const std::vector<stage::Segment>& s, const stage::Conv& conv) { return s.size() == 1 && s[0].column >= 0 && s[0].act == Activation::Relu && !conv.pool && conv.stride == 1; }
@@ -495,11 +505,16 @@ template <class S> struct Stage {
   // --- the 3x3
   template <class F> void with_tiles(const stage::Place& place, F f) {
     const Grid& grid = of(place).grid;
-    if constexpr (sizeof(S) < 8) if (large_tiles(grid.H, grid.W, a.winograd)) return f(std::integral_constant<int, 4>{});
-    f(std::integral_constant<int, 2>{});
+    if constexpr (TILES<U>) return f(std::integral_constant<int, DIRECT>{});
+    else {
+      if constexpr (sizeof(S) < 8) if (large_tiles(grid.H, grid.W, a.winograd)) return f(std::integral_constant<int, 4>{});
+      f(std::integral_constant<int, 2>{});
+    }
   }
   template <int M> int tasks3(const Grid& g, int64_t b, int64_t out) {
-    return choose_tasks(a.parallel, Tiling<M>(g.N, g.H, g.W).rows, 18.0 * double(g.pixels()) * double(b) * double(out));
+    const double flops = 18.0 * double(g.pixels()) * double(b) * double(out);
+    if constexpr (M == DIRECT) return choose_tasks(a.parallel, Tall{g.N, g.H, g.W}.rows(), flops);
+    else return choose_tasks(a.parallel, Tiling<M>(g.N, g.H, g.W).rows, flops);
   }
   // The weights of a 3x3: how they lie, and those of a gradient.
   struct Dense {
@@ -738,12 +753,23 @@ template <class S> struct Stage {
     for_tasks(a.parallel, tasks, [&](int task) { pack_winograd<T, M, TRANSPOSED>(to, w, place, scale, share(blocks, task, tasks)); });
     return to;
   }
-  template <int M, class Weights> const T* packed_3x3(Frame& inner, const stage::Product& i, int64_t depth, const Weights& weights) {
+  template <int M, class Weights> auto packed_3x3(Frame& inner, const stage::Product& i, int64_t depth, const Weights& weights) {
     const int64_t out = i.conv.out_channels;
-    return packed<T>(inner, winograd_size<T, M>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](T* to) {
+    if constexpr (M == DIRECT) return packed<Unit<U>>(inner, direct_size<U>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](Unit<U>* to) {
+      Frame frame;
+      return pack_direct3x3<false>(to, by_tap(frame, weights, out, depth), out, depth, scale_of(i));
+    });
+    else return packed<T>(inner, winograd_size<T, M>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](T* to) {
       Frame frame;
       return pack3x3<M, false>(to, weights.weights(frame), {out, depth, weights.channels_last()}, scale_of(i));
     });
+  }
+  // w: [out][9][in]
+  template <bool TRANSPOSED> Unit<U>* pack_direct3x3(Unit<U>* to, const T* w, int64_t out, int64_t in, const T* scale = nullptr) {
+    const int64_t panels = csp::CSP_ISA::panels<T>(TRANSPOSED ? in : out);
+    int tasks = choose_tasks(a.parallel, panels, 60.0 * double(9 * out * in));
+    for_tasks(a.parallel, tasks, [&](int task) { pack_direct<U, TRANSPOSED>(to, w, out, in, scale, share(panels, task, tasks)); });
+    return to;
   }
   // The one segment that a 3x3 reads; several are laid side by side in scratch memory.
   struct Input3x3 {
@@ -775,10 +801,14 @@ template <class S> struct Stage {
     int tasks = tasks3<M>(g, in.channels, out);
     Dropout<T> dropout(i.conv.drop_rate, a.seed, i.drop);
     Statistics<T>* stats = statistics(inner, i.statistics, tasks, out);
-    const T* w = packed_3x3<M>(inner, i, in.channels, weights);
+    const auto* w = packed_3x3<M>(inner, i, in.channels, weights);
     Conv3x3<S> conv{a.parallel, tasks, g.N, g.H, g.W, in.channels, in.pitch, out, of(i.to).pitch, in.norm, dropout, in.act};
-    if (!has_after(i)) conv3x3_forward<M>(conv, in.z, w, value(i.to), stats, dropout);
-    else with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { conv3x3_forward<M>(conv, in.z, w, value(i.to), nullptr, after); });
+    auto run = [&](Statistics<T>* stats, const auto& after) {
+      if constexpr (M == DIRECT) direct3x3_forward<U>(conv, in.z, w, value(i.to), stats, after);
+      else conv3x3_forward<M>(conv, in.z, w, value(i.to), stats, after);
+    };
+    if (!has_after(i)) run(stats, dropout);
+    else with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { run(nullptr, after); });
     merge_statistics(stats, tasks, i.to, i.statistics);
   }
 
@@ -1015,15 +1045,24 @@ template <class S> struct Stage {
     for (const stage::Segment& s : i.segments) targets.push_back(spread(s)), wants_dgrad = wants_dgrad || targets.back().g || s.sums;
     Spread<S> to = targets[0];
     if (!in.gathered.empty()) to = {wants_dgrad ? inner.take<S>(grid.pixels() * in.pitch) : nullptr, in.pitch, nullptr, 0};
-    PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, E * round_up(in.channels, L) * gp, round_up(in.channels, L) + 2 * L);
-    Weights3x3<T> lie{out, in.channels, weights.channels_last()};
+    const int64_t sums = M == DIRECT ? Direct3x3Backward<U, S>::weights(out, in.channels) : E * round_up(in.channels, L) * gp;
+    PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, sums, round_up(in.channels, L) + 2 * L);
     Conv3x3<S> conv{a.parallel, tasks, grid.N, grid.H, grid.W, in.channels, in.pitch, out, of(i.of).pitch, in.norm, dropout, in.act};
-    Conv3x3Backward<M, S> back_product{conv, value(i.of), g, {o.correction.mean, o.correction.scale, o.correction.shift, o.any}, in.z, pack3x3<M, true>(inner.take<T>(winograd_size<T, M>(out, in.channels)), weights.weights(inner), lie),
-                                       {to.g, to.pitch, to.in, to.in_pitch}, gp, parts, wants_dgrad, !i.wanted.empty(), g_pitch};
-    back_product.run();
-    if (!i.wanted.empty()) {
+    const SliceGradient<T> correction{o.correction.mean, o.correction.scale, o.correction.shift, o.any};
+    const ReadGradient<S> dz{to.g, to.pitch, to.in, to.in_pitch};
+    auto run = [&](const auto& back_product, const auto& lie) {
+      back_product.run();
+      if (i.wanted.empty()) return;
       T* dweight = weights.gradient(inner);
       back_product.finish(dweight, lie), weights.finish(dweight);
+    };
+    if constexpr (M == DIRECT) {
+      Unit<U>* w = pack_direct3x3<true>(inner.take<Unit<U>>(direct_size<U>(out, in.channels)), by_tap(inner, weights, out, in.channels), out, in.channels);
+      run(Direct3x3Backward<U, S>{conv, value(i.of), g, correction, in.z, w, dz, parts, wants_dgrad, !i.wanted.empty(), g_pitch}, weights.channels_last());
+    } else {
+      Weights3x3<T> lie{out, in.channels, weights.channels_last()};
+      const T* w = pack3x3<M, true>(inner.take<T>(winograd_size<T, M>(out, in.channels)), weights.weights(inner), lie);
+      run(Conv3x3Backward<M, S>{conv, value(i.of), g, correction, in.z, w, dz, gp, parts, wants_dgrad, !i.wanted.empty(), g_pitch}, lie);
     }
     if (in.gathered.empty()) return add_sums(i.segments[0], parts, tasks, 0);
     const S* from = to.g;
@@ -1047,7 +1086,12 @@ template <class S> struct Stage {
 };
 
 template <class F> void run(const StageCall& a, bool backwards, F f) {
+#if defined(__AMX_BF16__)  // tiles multiply nothing else
+  Stage<BFloat16> stage(a, backwards);
+  f(stage);
+#else
   with_storage(a.storage, [&](auto s) { Stage<decltype(s)> stage(a, backwards); f(stage); });
+#endif
 }
 
 }  // namespace
@@ -1055,12 +1099,20 @@ template <class F> void run(const StageCall& a, bool backwards, F f) {
 extern const StageKernels stage_kernels;
 const StageKernels stage_kernels = {
     [](const StageCall& a) {
+#if defined(__AMX_BF16__)
+      if (a.storage != Storage::BFloat16) return v4bf16::stage_kernels.forward(a);
+#endif
       run(a, false, [&](auto& s) {
         s.run(a.program->forward);
         if (a.packed && s.shared != size_t(a.packed_count)) throw std::runtime_error("stage_inference: packed: got " + std::to_string(a.packed_count) + " tensors, expected " + std::to_string(s.shared));
       });
     },
-    [](const StageCall& a) { run(a, true, [&](auto& s) { s.run(a.program->backward); }); },
+    [](const StageCall& a) {
+#if defined(__AMX_BF16__)
+      if (a.storage != Storage::BFloat16) return v4bf16::stage_kernels.backward(a);
+#endif
+      run(a, true, [&](auto& s) { s.run(a.program->backward); });
+    },
 };
 
 }  // namespace csp::CSP_ISA

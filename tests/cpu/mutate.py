@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from csp_kernels import native
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -43,6 +45,11 @@ class Fault:
             raise SystemExit(f"{self.file}: {self.old!r} is there {text.count(self.old)} times, expected once")
         return text.replace(self.old, self.new)
 
+    def isa(self) -> str:
+        """The instruction set whose unit gets the fault; the tests run with it."""
+        others = [name for name in native.isas() if name != "v4amx"]
+        return "v4amx" if self.file in TILES else others[0]
+
     def __str__(self) -> str:
         old, new = (" ".join(t.split()) for t in (self.old, self.new))
         return f"{self.file:16}  {old} -> {new or '(nothing)'}"
@@ -53,8 +60,11 @@ def test(name: str, select: str) -> tuple[str, ...]:
 
 
 UNIT = "stage"
+TILES = ("direct3x3.h", "tiles.h")  # files of instruction set v4amx alone
 DENSE, TRANSITION, CONCAT = "dense_block", "partial_transition", "concat_conv"
 GRAPHS = ("tests/stage/test_operator.py", "-k", "test_random_graphs and not channels_last")
+GRAPHS_16 = ("tests/stage/test_operator.py", "-k", "bfloat16")
+EXACT = ("tests/stage/test_exact.py", "-k", "bfloat16")
 BLOCK = test(DENSE, "test_training and float32 and (basic or odd) or without_kinks and float32 and train")
 DROPOUT = test(DENSE, "dropout")
 INFERENCE = test(DENSE, "test_inference and float32")
@@ -73,6 +83,22 @@ FAULTS = [
     Fault("statistics.h", "(q0 + q1) + d * d * (n * k / (n + k))", "(q0 + q1)", BLOCK),
     Fault("statistics.h", "+ d * d * n * part", "", MERGED),
     Fault("statistics.h", "mean[c] += d * part", "mean[c] = d * part", MERGED),
+    # direct3x3.h, tiles.h
+    Fault("direct3x3.h", "row % (H + 1) == H;", "false;", EXACT),
+    Fault("direct3x3.h", "memmove(static_cast<void*>(row(0)), row(count)", "memmove(static_cast<void*>(row(0)), row(count - 1)", EXACT),
+    Fault("direct3x3.h", "(o * 9 + 8 - tap) * b + n", "(o * 9 + tap) * b + n", EXACT),
+    Fault("direct3x3.h", "odd = tap % 3 == 1, shift", "odd = 0, shift", EXACT),
+    Fault("direct3x3.h", "2 * (q + i) < real ?", "true ?", EXACT),
+    Fault("direct3x3.h", "memset(static_cast<void*>(to + used * depth), 0,", "memset(static_cast<void*>(to + used * depth), 1,", EXACT),
+    Fault("direct3x3.h", "for (int t = 1; t < c.tasks; t++) sum", "for (int t = 1; t < 1; t++) sum", EXACT),
+    Fault("direct3x3.h", "value(x + i) + lost[i];", "value(x + i);", test(DENSE, "without_kinks and bfloat16")),
+    Fault("direct3x3.h", "if (stats && pixels) add_rows(stats[task], ch, seen,", "if (stats && pixels) add_rows(stats[task], ch, 0,", GRAPHS_16),
+    Fault("direct3x3.h", "correction.owes) return put", "true) return put", GRAPHS_16),
+    Fault("direct3x3.h", "sum += d, sum_z += d * centred;", "sum += d, sum_z += d;", GRAPHS_16),
+    Fault("direct3x3.h", "load_masked(dz.in + pixel * dz.in_pitch + ch, n) + d * scale", "d * scale", GRAPHS_16),
+    Fault("tiles.h", "CSP_TILE_LOAD(5, a + 16 * depth + k,", "CSP_TILE_LOAD(5, a + 15 * depth + k,", EXACT),
+    Fault("tiles.h", "CSP_TILE_LOAD(4, B + L, PITCH);\n    CSP_TILE_PRODUCT(1, 2, 4);", "CSP_TILE_LOAD(4, B, PITCH);\n    CSP_TILE_PRODUCT(1, 2, 4);", EXACT),
+    Fault("tiles.h", "CSP_TILE_LOAD(7, dW + L, ldw * 4);\n  for", "CSP_TILE_ZERO(7);\n  for", EXACT),
     # mix.h
     Fault("mix.h", "int64_t n = s.channels - c;\n      auto at", "int64_t n = s.channels - c - 1;\n      auto at", CONCATS),
     Fault("mix.h", "(p / (r * c) * H + p / c % r * apart) * W", "(p / (r * c) * H + p / c % r * apart) * c", JOINS),
@@ -170,8 +196,9 @@ class Copy:
         subprocess.run(command, check=True)
         fresh.replace(library)
 
-    def test(self, arguments: tuple[str, ...]) -> str:
-        """The last line of pytest; "" if all passed."""
+    def test(self, arguments: tuple[str, ...], isa: str) -> str:
+        """The last line of pytest with this instruction set; "" if all passed."""
+        os.environ["CSP_KERNELS_ISA"] = isa
         done = self.command("-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *arguments)
         if done.returncode in (2, 3, 4, 5):  # nothing selected, or an error of pytest itself
             raise SystemExit(f"{arguments}: {done.stdout}")
@@ -180,7 +207,7 @@ class Copy:
     def attempt(self, fault: Fault) -> bool:
         """Whether it is caught. Headers keep their time, so that no other unit looks stale."""
         path, start = fault.path(self.root), time.monotonic()
-        stamps = (self.root / "build" / "native").glob(f"{UNIT}.*.cmd")
+        stamps = (self.root / "build" / "native").glob(f"{UNIT}.{fault.isa()}.cmd")
         (unit,) = (stamp.with_suffix(".o") for stamp in stamps if f"cpu/{UNIT}.cpp" in stamp.read_text())
         text, times, kept = path.read_text(), path.stat(), unit.read_bytes()
         path.write_text(fault.applied(text))
@@ -193,7 +220,7 @@ class Copy:
         if done.returncode:
             raise SystemExit(f"{fault}: does not compile\n{done.stdout}")
         self.link(command[0], unit)
-        outcome = self.test(fault.tests)
+        outcome = self.test(fault.tests, fault.isa())
         unit.write_bytes(kept)
         self.link(command[0], unit)  # without the fault: other tests must pass before it counts
         print(f"{'caught' if outcome else 'SURVIVED':8} {time.monotonic() - start:4.0f}s  {fault}", flush=True)
@@ -211,7 +238,7 @@ def main() -> int:
     given = parser.parse_args()
     for fault in FAULTS:  # all strings before anything is built
         fault.applied(fault.path(ROOT).read_text())
-    faults = [fault for fault in FAULTS if fault.file.startswith(given.only)]
+    faults = [fault for fault in FAULTS if fault.file.startswith(given.only) and fault.isa() in native.isas()]
     if given.sample is not None:
         faults = random.Random(given.seed).sample(faults, min(given.sample, len(faults)))
     if given.list:

@@ -166,6 +166,7 @@ template <class S> struct Mix {
     int64_t chunks = ceil_div(blocks, FORWARD_CHUNK<U>), step = ceil_div(blocks, chunks), np = panels<T>(O);
     for_tasks(parallel, tasks, [&](int task) {
       Frame frame;
+      TileRegisters<U> registers(LOW_REGISTERS);
       Unit<U>* A = frame.take<Unit<U>>(nt * step * MR * L);
       T* C = frame.take<T>(nt * np * MR * 2 * L);
       int64_t* source = frame.take<int64_t>(nt * MR);
@@ -324,6 +325,7 @@ template <class S> struct MixBackward {
 
   template <int NV>
   CSP_NOINLINE void dgrad(const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks, Vec<T>* da) const {
+    if constexpr (TILES<U>) return tile_product<U, NV>(reinterpret_cast<T*>(da), A, a_step, B, blocks, true);
     Vec<T> acc[MR][NV];
     clear(acc);
     product<U>(acc, A, a_step, B, blocks);
@@ -335,16 +337,17 @@ template <class S> struct MixBackward {
     int64_t chunk = round_up(ceil_div(Kp, ceil_div(Kp, CHUNK)), 2 * L), nt = group();
     for_tasks(mix.parallel, mix.tasks, [&](int task) {
       Frame frame;
+      TileRegisters<U> registers(LOW_REGISTERS);
       const PartialSums<T>& part = parts[task];
       part.clear(weights(mix), ldw);
       Unit<U>* by_channel = frame.take<Unit<U>>(round_up(O, L * D) * nt * MR);
-      Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(round_up(O, L * D) * nt * MR);
-      Unit<U>* a = frame.take<Unit<U>>((chunk + 2 * L) * nt * MR);
+      Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(round_up(O, L * D) * pixel_room<U>(nt * MR));
+      Unit<U>* a = frame.take<Unit<U>>((chunk + 2 * L) * pixel_room<U>(nt * MR));
       int64_t* source = frame.take<int64_t>(nt * MR);
       Vec<T>* da = frame.zeroed<Vec<T>>(MR * 2);
       Range r = share(tiles, task, mix.tasks);
       for (int64_t t = r.begin; t < r.end; t += nt) {
-        int64_t n = min64(nt, r.end - t), M = n * MR, p0 = t * MR;
+        int64_t n = min64(nt, r.end - t), M = n * MR, p0 = t * MR, units = pixel_units<U>(M);
         for (int64_t i = 0; i < M; i++) source[i] = mix.grid.source(min64(p0 + i, P - 1));
         gradient.pack(O, p0, min64(M, P - p0), M, by_channel, by_pixel);
         for (int64_t k0 = 0; k0 < Kp; k0 += chunk) {
@@ -363,20 +366,22 @@ template <class S> struct MixBackward {
               else if (nv == 2) dgrad<2>(A, M * L, B, blocks, da);
               else dgrad<1>(A, M * L, B, blocks, da);
               for (int j = 0; j < nv; j++)
-                emit_vector(k + j * L, source + q * MR, mix.rows(t + q), da + j, nv, a + ((k - k0) / L + j) * (M / D) * L + q * MR / D * L, part);
+                emit_vector(k + j * L, source + q * MR, mix.rows(t + q), da + j, nv, a + ((k - k0) / L + j) * units * L + q * MR / D * L, part);
             }
+          if (wgrad) clear_tail<U>(a, ceil_div(k1 - k0, L), M);
           for (int64_t k = k0; wgrad && k < k1; k += 2 * L)
-            for (int64_t o = 0; o < round_up(O, L); o += WROWS<T>) {
+            for (int64_t o = 0; o < O; o += L) {
+              const Unit<U>*A = by_pixel + o * units, *ak = a + (k - k0) * units;
+              T* dW = part.weight + o * ldw + k;
               if constexpr (D == 1 && sizeof(S) == sizeof(T)) {
                 if (const Segment<S>* s = plain(k)) {
                   const S* x = s->x + p0 * s->pitch + (k - s->column);
-                  outer_product<U, WROWS<T>, 2>(by_pixel + o / L * M * L + o % L, x, x + L, min64(M, P - p0), part.weight + o * ldw + k, ldw, s->pitch);
+                  for (int row = 0; row < L; row += WROWS<T>) outer_product<U, WROWS<T>, 2>(A + row, x, x + L, min64(M, P - p0), dW + row * ldw, ldw, s->pitch);
                   continue;
                 }
               }
-              const Unit<U>*A = by_pixel + o / L * (M / D) * L + o % L, *ak = a + (k - k0) * (M / D);
-              if (Kp - k > L) outer_product<U, WROWS<T>, 2>(A, ak, ak + M / D * L, M / D, part.weight + o * ldw + k, ldw);
-              else outer_product<U, WROWS<T>, 1>(A, ak, ak, M / D, part.weight + o * ldw + k, ldw);
+              if (Kp - k > L) wgrad_panel<U, 2>(A, ak, units, dW, ldw);
+              else wgrad_panel<U, 1>(A, ak, units, dW, ldw);
             }
         }
       }

@@ -4,6 +4,7 @@
 #include "pack.h"
 #include "scratch.h"
 #include "statistics.h"
+#include "tiles.h"
 
 namespace csp::CSP_ISA {
 
@@ -33,6 +34,13 @@ CSP_NOINLINE void pointwise_panel(const Unit<U>* A, const Unit<U>* B, int64_t bl
   using T = Acc<U>;
   constexpr int MR = TILE_ROWS, L = LANES<T>;
   Vec<T> acc[MR][NV];
+  if constexpr (TILES<U>) {
+    T* sums = last && first ? reinterpret_cast<T*>(acc) : C;
+    tile_product<U, NV>(sums, A, MR * L, B, blocks, first);
+    if (!last) return;
+    if (!first) CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) acc[i][j] = load(C + (i * NV + j) * L);
+    return emit(acc);
+  }
   if (first) clear(acc);
   else CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) acc[i][j] = load(C + (i * NV + j) * L);
   product<U>(acc, A, MR * L, B, blocks);
@@ -88,6 +96,7 @@ void pointwise_forward(const Parallel& parallel, int tasks, int64_t P, const S* 
   int64_t tiles = ceil_div(P, MR);
   for_tasks(parallel, tasks, [&](int task) {
     Frame frame;
+    TileRegisters<U> registers(LOW_REGISTERS);
     PointwiseScratch<U> scratch(frame, b);
     Range r = share(tiles, task, tasks);
     int64_t seen = 0;
@@ -124,6 +133,7 @@ void pointwise_activated(const Parallel& parallel, int tasks, int64_t P, const S
   int64_t tiles = ceil_div(P, MR);
   for_tasks(parallel, tasks, [&](int task) {
     Frame frame;
+    TileRegisters<U> registers(LOW_REGISTERS);
     PointwiseScratch<U> scratch(frame, b);
     Range r = share(tiles, task, tasks);
     for (int64_t t = r.begin; t < r.end; t++) {
@@ -141,12 +151,32 @@ void pointwise_activated(const Parallel& parallel, int tasks, int64_t P, const S
   });
 }
 
+// Units of M pixels in the order of wgrad: on tiles, whole ones.
+template <class U> CSP_INLINE int64_t pixel_units(int64_t M) { return TILES<U> ? round_up(M / U::DEPTH, 16) : M / U::DEPTH; }
+// Of a buffer of M pixels that is read in either order.
+template <class U> CSP_INLINE int64_t pixel_room(int64_t M) { return max64(M, pixel_units<U>(M)); }
+// dW rows n .. of L channels += by_pixel^T a for NV vectors of columns; a: [vector][units][L].
+template <class U, int NV> CSP_INLINE void wgrad_panel(const Unit<U>* by_pixel, const Unit<U>* a, int64_t units, Acc<U>* dW, int64_t ldw) {
+  constexpr int L = LANES<Acc<U>>;
+  const Unit<U>* a1 = NV > 1 ? a + units * L : a;
+  if constexpr (TILES<U>) tile_outer_product<U, NV>(by_pixel, a, a1, units, dW, ldw);
+  else for (int row = 0; row < L; row += WROWS<Acc<U>>) outer_product<U, WROWS<Acc<U>>, NV>(by_pixel + row, a, a1, units, dW + row * ldw, ldw);
+}
+// On tiles: nothing is where M pixels fill no whole tile.
+template <class U> CSP_INLINE void clear_tail(Unit<U>* rows, int64_t vectors, int64_t M) {
+  constexpr int L = LANES<Acc<U>>;
+  const int64_t units = pixel_units<U>(M), used = M / U::DEPTH;
+  for (int64_t v = 0; units > used && v < vectors; v++) memset(rows + (v * units + used) * L, 0, size_t((units - used) * L) * sizeof(Unit<U>));
+}
+
 // Rows of a gradient, value(pixel, column), m pixels from p0 on, M with padding: by_channel for dgrad, by_pixel for wgrad
-// (the same where a unit is one value). Few rows at a time, so that each is read once.
+// (the same where a unit is one value), each [vector of channels][unit of pixels][LANES] and on tiles its blocks transposed. Few
+// rows at a time, so that each is read once.
 template <class U, class Value>
 CSP_INLINE void pack_gradient(const Value& value, int64_t columns, int64_t p0, int64_t m, int64_t M, Unit<U>* by_channel, Unit<U>* by_pixel) {
   using T = Acc<U>;
   constexpr int MR = TILE_ROWS, L = LANES<T>, D = U::DEPTH;
+  const int64_t units = pixel_units<U>(M);
   auto at = [&](int64_t i, int64_t n) __attribute__((always_inline)) { return i < m && n < columns ? value(p0 + i, n) : Vec<T>{}; };
   for (int64_t row = 0; row < M; row += MR)
     for (int64_t c = 0; c < columns; c += L * D) {
@@ -155,10 +185,15 @@ CSP_INLINE void pack_gradient(const Value& value, int64_t columns, int64_t p0, i
         if constexpr (D == 1) { store(to + i * L, at(i, c)); continue; }
         Vec<T> v[2][2] = {{at(i, c), at(i, c + L)}, {at(i + 1, c), at(i + 1, c + L)}};
         store(to + i * L, U::join(v[0][0], v[0][1])), store(to + (i + 1) * L, U::join(v[1][0], v[1][1]));
-        store(by_pixel + (c / L * (M / 2) + i / 2) * L, U::join(v[0][0], v[1][0]));
-        if (c + L < columns) store(by_pixel + ((c / L + 1) * (M / 2) + i / 2) * L, U::join(v[0][1], v[1][1]));
+        store(by_pixel + (c / L * units + i / 2) * L, U::join(v[0][0], v[1][0]));
+        if (c + L < columns) store(by_pixel + ((c / L + 1) * units + i / 2) * L, U::join(v[0][1], v[1][1]));
       }
     }
+  if constexpr (TILES<U>) {
+    const int64_t vectors = ceil_div(columns, L);
+    clear_tail<U>(by_pixel, vectors, M);
+    for (int64_t block = 0; block < vectors * units * L; block += L * L) transpose_units<U>(by_pixel + block);
+  }
 }
 
 // dz = dn + (z - mean) * slope + offset, the gradient before the second normalisation; dn: times its scale. owes: else dz = dn.
@@ -204,8 +239,9 @@ template <class U, class S> struct PointwiseBackward {
       __builtin_prefetch(f0 + i * pitch), __builtin_prefetch(g0 + i * pitch, 1);
       if (NV > 1 && sizeof(S) > 2) __builtin_prefetch(f0 + i * pitch + L), __builtin_prefetch(g0 + i * pitch + L, 1);
     }
-    clear(acc);
-    product<U>(acc, A, a_step, Wt + (k / (2 * L)) * blocks * L * 2 * L, blocks);
+    const Unit<U>* B = Wt + (k / (2 * L)) * blocks * L * 2 * L;
+    if constexpr (TILES<U>) tile_product<U, NV>(reinterpret_cast<T*>(acc), A, a_step, B, blocks, true);
+    else clear(acc), product<U>(acc, A, a_step, B, blocks);
     CSP_UNROLL(2) for (int j = 0; j < NV; j++) {
       int64_t c = k + j * L, n = K - c;
       Vec<T> mean = load(norm.mean + c), scale = load(norm.scale + c), shift = load(norm.shift + c);
@@ -244,31 +280,32 @@ template <class U, class S> struct PointwiseBackward {
     int64_t tiles = ceil_div(P, MR), blocks = ceil_div(b, depth_block<U>());
     for_tasks(parallel, tasks, [&](int task) {
       Frame frame;
+      TileRegisters<U> registers(LOW_REGISTERS);
       const PartialSums<T>& part = parts[task];
       part.clear(rows * Kp, Kp);
       Range r = share(tiles, task, tasks);
       int64_t chunks = ceil_div(K, CHUNK), chunk = round_up(ceil_div(K, chunks), 2 * L);
       Unit<U>* by_channel = frame.take<Unit<U>>(round_up(rows, L * D) * ROWS);
-      Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(round_up(rows, L * D) * ROWS);
-      Unit<U>* a = frame.take<Unit<U>>((chunk + 2 * L) * ROWS);
+      Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(round_up(rows, L * D) * pixel_room<U>(ROWS));
+      Unit<U>* a = frame.take<Unit<U>>((chunk + 2 * L) * pixel_room<U>(ROWS));
       for (int64_t k0 = 0; k0 < K; k0 += chunk) {
         int64_t k1 = min64(K, k0 + chunk);
         for (int64_t t = r.begin; t < r.end; t += 8) {
-          int64_t nt = min64(8, r.end - t), M = nt * MR, p0 = t * MR;
+          int64_t nt = min64(8, r.end - t), M = nt * MR, p0 = t * MR, units = pixel_units<U>(M);
           pack_dz(p0, min64(M, P - p0), M, by_channel, by_pixel);
           for (int64_t q = 0; q < nt; q++)
             for (int64_t k = k0; k < k1; k += 2 * L) {
               int m = int(min64(MR, P - p0 - q * MR));
-              Unit<U>* aq = a + (k - k0) * (M / D) + q * MR / D * L;
-              if (K - k > L) dgrad_panel<2>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, m, k, aq, M / D * L, part);
-              else dgrad_panel<1>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, m, k, aq, M / D * L, part);
+              Unit<U>* aq = a + (k - k0) * units + q * MR / D * L;
+              if (K - k > L) dgrad_panel<2>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, m, k, aq, units * L, part);
+              else dgrad_panel<1>(by_channel + q * MR * L, M * L, blocks, p0 + q * MR, m, k, aq, units * L, part);
             }
+          if (wgrad) clear_tail<U>(a, ceil_div(k1 - k0, L), M);
           for (int64_t k = k0; wgrad && k < k1; k += 2 * L)
-            for (int64_t n = 0; n < round_up(b, L); n += WROWS<T>) {
-              const Unit<U>* A = by_pixel + (n / L) * (M / D) * L + n % L;
-              const Unit<U>* ak = a + (k - k0) * (M / D);
-              if (K - k > L) outer_product<U, WROWS<T>, 2>(A, ak, ak + M / D * L, M / D, part.weight + n * Kp + k, Kp);
-              else outer_product<U, WROWS<T>, 1>(A, ak, ak, M / D, part.weight + n * Kp + k, Kp);
+            for (int64_t n = 0; n < b; n += L) {
+              const Unit<U>*A = by_pixel + n * units, *ak = a + (k - k0) * units;
+              if (K - k > L) wgrad_panel<U, 2>(A, ak, units, part.weight + n * Kp + k, Kp);
+              else wgrad_panel<U, 1>(A, ak, units, part.weight + n * Kp + k, Kp);
             }
         }
       }

@@ -32,8 +32,20 @@ struct Bf16Pair {
 
 // Storage -> accumulation type and unit of its products.
 template <class S> struct Types { using T = decltype(widen(S{})); using Product = Plain<T>; };
+#if defined(__AMX_BF16__)
+struct Bf16Tile : Bf16Pair {  // in the same order, multiplied by tiles.h
+  // [first | second] rounded, each value beside the next.
+  static CSP_INLINE Vec<uint32_t> neighbours(Vec<float> first, Vec<float> second) {
+    return Vec<uint32_t>((__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+  }
+};
+template <> struct Types<BFloat16> { using T = float; using Product = Bf16Tile; };
+template <class U> constexpr bool TILES = std::is_same_v<U, Bf16Tile>;
+#else
+template <class U> constexpr bool TILES = false;
 #if defined(__AVX512BF16__)
 template <> struct Types<BFloat16> { using T = float; using Product = Bf16Pair; };
+#endif
 #endif
 
 template <class U> using Acc = typename U::Acc;

@@ -1,0 +1,63 @@
+"""Products of small whole numbers are exact in every number format and order: one wrong pixel, channel or tap shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import csp_kernels as csp
+from csp_kernels import native
+from csp_kernels.stage.build import Builder
+
+# batch, height, width: one pixel, odd ones, several strips of rows, several images in one, more than one task
+SIZES = [(1, 1, 1), (2, 1, 9), (3, 9, 1), (2, 7, 7), (5, 3, 5), (1, 40, 41), (2, 33, 18), (1, 3, 530)]
+CHANNELS = [(5, 3), (16, 16), (33, 17), (32, 64), (70, 96)]
+CONVS = {"3x3": {}, "3x3 with stride 2": {"stride": 2}, "1x1": {}, "1x1 with stride 2": {"stride": 2}}
+
+
+def whole(*shape: int) -> Tensor:
+    """Small whole numbers, many of them zero, so that no sum is rounded."""
+    return torch.randint(-2, 3, shape).double()
+
+
+def bounds(dtype: torch.dtype, conv: str) -> dict[str, float]:
+    """Winograd's larger tiles, which 16 bits take where there is no form of their own, have thirds in them."""
+    exact = dtype == torch.float32 or conv != "3x3" or native.isa() == "v4amx"
+    return {"rtol": 0, "atol": 0} if exact else {"rtol": 2**-7, "atol": 0.05}
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("conv", CONVS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_whole_numbers(size: tuple[int, int, int], conv: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    kernel = int(conv[0])
+    for channels, out in CHANNELS:
+        build = Builder(channels)
+        build.write([build.read(build.conv([build.read(0)], out, kernel, **CONVS[conv]))])
+        stage = csp.Stage(build.graph())
+        (weight,) = stage.parameters()
+        weight.data.copy_(whole(*weight.shape))
+        n, h, w = size
+        x = whole(n, channels, h, w).requires_grad_()
+        exact_weight = weight.detach().double().requires_grad_()
+        stride = CONVS[conv].get("stride", 1)
+        exact = torch.nn.functional.conv2d(x, exact_weight, padding=kernel // 2, stride=stride)
+        grad = whole(*exact.shape)
+        exact.backward(grad)
+        own = x.detach().to(dtype).requires_grad_()
+        y = stage(own)
+        y.backward(grad.to(dtype))
+        assert x.grad is not None and exact_weight.grad is not None and weight.grad is not None and own.grad is not None
+        pairs = {
+            "output": (y, exact),
+            "gradient of x": (own.grad, x.grad),
+            "gradient of the weight": (weight.grad, exact_weight.grad),
+        }
+        for name, (found, want) in pairs.items():
+            label = f"{name}, {channels} -> {out} channels"
+            torch.testing.assert_close(
+                found, want.detach().to(found.dtype), **bounds(dtype, conv), msg=lambda m, label=label: f"{label}: {m}"
+            )
