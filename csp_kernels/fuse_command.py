@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", type=positive, default=3, help="of the images (default 3)")
     parser.add_argument("--train", action="store_true", help="a step of training (default: inference)")
     parser.add_argument("--bench", action="store_true", help="time it before and after, and count what is kept")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of --bench; bfloat16: autocast"
+    )
     parser.add_argument("--rounds", type=positive, default=9, help="of --bench (default 9)")
 
 
@@ -47,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     differs = difference(model, after, args.channels)
     print(f"results in float64, training and inference: they differ by {differs:.1e} of the largest gradient or output")
     if args.bench:
-        print(bench(model, after, x, args.train, args.rounds))
+        print(bench(model, after, x, args.train, args.rounds, args.dtype == "bfloat16"))
     return 0 if differs < 1e-9 else 1
 
 
@@ -107,27 +110,29 @@ def difference(plain: nn.Module, after: nn.Module, channels: int) -> float:
     return worst
 
 
-def run(model: nn.Module, x: Tensor, train: bool) -> Callable[[], None]:
-    """A step without its optimizer, or inference."""
+def run(model: nn.Module, x: Tensor, train: bool, bf16: bool = False) -> Callable[[], None]:
+    """A step without its optimizer, or inference. bf16: under autocast."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        loss(model(x)).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            total = loss(model(x))
+        total.backward()
 
     def infer() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             model(x)
 
     return step if train else infer
 
 
-def bench(plain: nn.Module, after: nn.Module, x: Tensor, train: bool, rounds: int) -> str:
+def bench(plain: nn.Module, after: nn.Module, x: Tensor, train: bool, rounds: int, bf16: bool = False) -> str:
     """Medians of interleaved rounds: eager in both memory formats, fused; and what autograd keeps."""
     last = torch.channels_last
     models = {"eager, NCHW": copy.deepcopy(plain), "eager, channels_last": copy.deepcopy(plain).to(memory_format=last)}
     models |= {"fused, NCHW images": after, "fused": copy.deepcopy(after)}
     images = {name: x if "NCHW" in name else x.contiguous(memory_format=last) for name in models}
-    runs = {name: run(m.train(train), images[name], train) for name, m in models.items()}
+    runs = {name: run(m.train(train), images[name], train, bf16) for name, m in models.items()}
     for each in (*runs.values(), *runs.values()):
         each()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -138,7 +143,7 @@ def bench(plain: nn.Module, after: nn.Module, x: Tensor, train: bool, rounds: in
             times[name].append((time.perf_counter() - start) * 1e3)
     medians = {name: statistics.median(values) for name, values in times.items()}
     best = min(medians["eager, NCHW"], medians["eager, channels_last"])
-    what = "a step of training" if train else "inference"
+    what = ("a step of training" if train else "inference") + (" under bfloat16 autocast" if bf16 else "")
     lines = [
         f"{what}, batch {len(x)}, {x.shape[2]} x {x.shape[3]}, {torch.get_num_threads()} threads, {rounds} rounds:"
     ]
@@ -148,7 +153,8 @@ def bench(plain: nn.Module, after: nn.Module, x: Tensor, train: bool, rounds: in
         kept = ""
         if train:
             m = models[name]
-            saved = saved_bytes(lambda m=m, n=name: m(images[n]), [images[name], *m.parameters(), *m.buffers()])  # type: ignore[misc]
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                saved = saved_bytes(lambda m=m, n=name: m(images[n]), [images[name], *m.parameters(), *m.buffers()])  # type: ignore[misc]
             kept = f", keeps {saved / 1e6:.1f} MB for backward"
         lines.append(f"  {name:<20} {medians[name]:8.1f} ms [{low:.1f}, {high:.1f}]{kept}{gain}")
     return "\n".join(lines)
