@@ -55,7 +55,7 @@ def test_finetune_timm(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(losses) == 20 and falls(losses), losses
     assert "CspNet: 32 of 32 convolutions in 5 fused modules" in printed and "step   20: loss" in printed
     assert "20 steps in" in printed and "of 256 digits that it has not seen are right" in printed
-    assert main(5, fuse=False) == pytest.approx(losses[:5], rel=1e-3)
+    assert main(3, fuse=False) == pytest.approx(losses[:3], rel=2e-5)
     assert "fused" not in capsys.readouterr().out
 
 
