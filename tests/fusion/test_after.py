@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from comparing import calls, compare, image, pair, step
-from networks import ConvNorm, Net
+from networks import ConvNorm, Lists, Net
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim import swa_utils
@@ -114,6 +115,16 @@ def sparse_norm(m: Net) -> None:
     prune.random_unstructured(m.stage.first.bn, "weight", amount=0.0)
 
 
+def frozen_norms_of_torchvision(m: Net) -> None:
+    kind = pytest.importorskip("torchvision").ops.FrozenBatchNorm2d
+    for parent in [*m.modules()]:
+        for name, norm in parent.named_children():
+            if isinstance(norm, nn.BatchNorm2d):
+                frozen = kind(norm.num_features).double()
+                frozen.load_state_dict(norm.state_dict())
+                setattr(parent, name, frozen)
+
+
 def half_frozen(m: Net) -> None:
     for i, p in enumerate(m.parameters()):
         p.requires_grad_(i % 2 == 0)
@@ -140,6 +151,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], tuple[int, int, int]]] = {
     "pruned": (pruned, (0, 0, 1)),
     "pruned for good": (pruned_for_good, (2, 2, 2)),
     "a norm with a hook": (sparse_norm, (1, 1, 2)),
+    "frozen norms of torchvision": (frozen_norms_of_torchvision, (0, 0, 1)),
     "half of the parameters frozen": (half_frozen, (2, 2, 2)),
     "a frozen backbone": (frozen_backbone, (2, 2, 2)),
     "other parameters assigned": (assigned, (2, 2, 2)),
@@ -381,6 +393,22 @@ def test_checkpoint_around(reentrant: bool) -> None:
     assert ran == 4
 
 
+def test_checkpoint_that_ends_with_a_stage() -> None:
+    """PyTorch stops recomputing there: gradients are the same, running statistics advance once, not twice."""
+    plain, ours, _ = pair(Lists)
+    found = []
+    for m in (plain, ours):
+        leaf = image().requires_grad_()
+        y = checkpoint(m, leaf, use_reentrant=False)
+        y.square().sum().backward()
+        gradients = {f"{n} gradient": p.grad for n, p in m.named_parameters()}
+        found.append({"output": y.detach(), "input": leaf.grad} | gradients)
+    compare(found[1], found[0])
+    once = pair(Lists)[0]
+    once(image())
+    torch.testing.assert_close(ours.state_dict(), once.state_dict(), rtol=1e-9, atol=1e-10)
+
+
 def test_accumulated_gradients() -> None:
     """Of three batches of other sizes, and those of a batch in parts."""
     found = []
@@ -418,17 +446,21 @@ def test_made_without_memory() -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.verify)])
 def test_compiled(backend: str) -> None:
-    """A whole network, in training too; a fused module of it; an inner one."""
+    """A whole network, in training too."""
     plain, ours, _ = pair(Net)
     ran = same(torch.compile(ours, backend=backend), plain, image(3), "_orig_mod.")
     assert ran == 0
-    for name, stages in (("stage", 1), ("stage.first", 1)):
-        plain, ours, _ = pair(Net)
-        ours(image(3))
-        plain(image(3))
-        ours.get_submodule(name).compile(backend=backend)
-        ran = same(ours, plain, image(3))
-        assert ran == stages
+
+
+@pytest.mark.parametrize("name", ["stage", "stage.first"])
+def test_compiled_in_part(name: str) -> None:
+    """A fused module, and one inside of it."""
+    plain, ours, _ = pair(Net)
+    for m in (plain, ours):
+        m(image(3))
+    ours.get_submodule(name).compile(backend="aot_eager")
+    ran = same(ours, plain, image(3))
+    assert ran == 1
 
 
 def test_exported() -> None:
@@ -451,6 +483,104 @@ def test_onnx(dynamo: bool, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), plain.float().eval()(x), rtol=1e-4, atol=1e-5)
+
+
+# --- libraries ---
+
+
+def timm_pair(name: str, **options: Any) -> tuple[Any, Any]:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=10, **options).double()
+    ours = copy.deepcopy(plain)
+    assert csp.fuse(ours).coverage > 0.9
+    return plain, ours
+
+
+SMALL = "cs3darknet_focus_s"
+
+
+@pytest.mark.parametrize("kind", ["features_only", "FeatureGetterNet", "FeatureHookNet", "FeatureGraphNet"])
+def test_features_of_timm(kind: str) -> None:
+    """Extractors made by timm before csp.fuse, and others that wrap a fused network."""
+    plain, ours = timm_pair(SMALL, **({"features_only": True} if kind == "features_only" else {}))
+    if kind != "features_only":
+        wrap = {**vars(sys.modules["timm.models._features"]), **vars(sys.modules["timm.models._features_fx"])}[kind]
+        plain, ours = (wrap(m, out_indices=(1, 2, 3)) for m in (plain, ours))
+    ran = same(ours, plain, image(3, 48))
+    stages = {"features_only": 4, "FeatureGetterNet": 3, "FeatureHookNet": 4, "FeatureGraphNet": 0}
+    assert ran == stages[kind]  # the getter leaves the last stage out; torch.fx records what there was before csp.fuse
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("densenet121", marks=pytest.mark.verify)])
+def test_checkpoints_of_timm(name: str) -> None:
+    """set_grad_checkpointing calls the blocks of a layer one by one, or an attribute says so: plain layers run."""
+    plain, ours = timm_pair(name)
+    for m in (plain, ours):
+        m.set_grad_checkpointing(True)
+    ran = same(ours, plain, image(3, 64))  # the last norms see no single pixels
+    assert ran == {"resnet18": 0, "densenet121": 3}[name]
+
+
+def test_freezing_of_timm() -> None:
+    """timm's freeze puts other classes of norms into the stages that it freezes; a new classifier changes no stage."""
+    plain, ours = timm_pair(SMALL)
+    for m in (plain, ours):
+        sys.modules["timm.utils.model"].freeze(m, ["stages.0", "stages.1"])
+        torch.manual_seed(1)
+        m.reset_classifier(7)
+        m.double()
+    ran = same(ours, plain, image(3, 48))
+    assert ran == 2
+    for m in (plain, ours):
+        sys.modules["timm.utils.model"].unfreeze(m, ["stages.0", "stages.1"])
+    ran = same(ours, plain, image(3, 48))
+    assert ran == 2  # the norms are others than before; csp.fuse finds them
+    csp.unfuse(ours)
+    csp.fuse(ours)
+    ran = same(ours, plain, image(3, 48))
+    assert ran == 4
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("first", ["csp.fuse", "ultralytics"])
+def test_fuse_of_ultralytics(first: str, tmp_path: Path) -> None:
+    """model.fuse() of ultralytics gives its convolutions forwards of their own: they stay, and compute the same."""
+    if importlib.util.find_spec("ultralytics") is None:
+        pytest.skip('ultralytics is not installed: pip install "csp_kernels[examples]"')
+    script = """
+import copy, sys, torch, warnings
+import csp_kernels as csp
+from comparing import calls
+from ultralytics.nn.tasks import DetectionModel
+
+torch.manual_seed(0)
+plain = DetectionModel("yolov8n.yaml", verbose=False).double().eval()
+for m in plain.modules():
+    if isinstance(m, torch.nn.BatchNorm2d):
+        torch.nn.init.uniform_(m.running_var, 0.5, 1.5)
+        torch.nn.init.normal_(m.running_mean)
+ours, x = copy.deepcopy(plain), torch.rand(1, 3, 64, 64, dtype=torch.float64)
+with torch.no_grad():
+    expected = plain(x)[0]
+    if sys.argv[1] == "csp.fuse":
+        csp.fuse(ours)
+        assert calls(lambda: ours(x)) == 15
+        torch.testing.assert_close(ours(x)[0], expected, rtol=1e-9, atol=1e-9)
+    ours.fuse(verbose=False)
+    if sys.argv[1] == "ultralytics":
+        assert not csp.fuse(ours).fused
+    warnings.simplefilter("ignore")
+    assert calls(lambda: ours(x)) == 0
+    torch.testing.assert_close(ours(x)[0], expected, rtol=1e-9, atol=1e-9)
+    csp.unfuse(ours)
+    torch.testing.assert_close(ours(x)[0], expected, rtol=1e-9, atol=1e-9)
+print("same")
+"""
+    paths = [str(HERE), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script, first], text=True, capture_output=True, check=False, env=env)
+    assert done.stdout.splitlines()[-1:] == ["same"], done.stdout + done.stderr
 
 
 # --- several processes ---
