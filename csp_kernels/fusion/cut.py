@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
+from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from csp_kernels.fusion.trace import Operation, Trace, Value
@@ -49,7 +50,7 @@ def cut(trace: Trace) -> tuple[list[Region], list[str]]:
             continue
         if not _pays(operations, trace):
             (conv,) = (op for op in operations if op.kind == "conv")
-            reasons.append(f"{conv.path}: one convolution, which is as fast as it is")
+            reasons.append(f"{conv.path}: one convolution, which is as fast as it is{uses.synchronised(conv)}")
             continue
         try:
             regions.append(_Region(trace, uses, numbers).made())
@@ -101,6 +102,12 @@ class _Uses:
     def only_reader(self, value: int) -> int | None:
         readers = self.readers.get(value, [])
         return readers[0] if len(readers) == 1 and value not in self.returned else None
+
+    def synchronised(self, conv: Operation) -> str:
+        """Which norm that processes share follows it, in words; "" if none does."""
+        reader = self.only_reader(conv.outputs[0])
+        norm = None if reader is None else self.trace.modules.get(self.trace.operations[reader].path)
+        return f"; a {type(norm).__name__} follows, which is no stage's" if isinstance(norm, nn.SyncBatchNorm) else ""
 
     def _fits(self, op: Operation) -> bool:
         if op.kind == "call" or (op.kind in ("conv", "norm") and op.path in self.repeated):

@@ -93,7 +93,7 @@ def _visit(module: nn.Module, path: str, rows: list[Row], left: list[Left], seen
     known = _original(module)
     if known is not None:
         plans = [plan for plan in type(module)._csp_plans.values() if isinstance(plan, Plan)]  # type: ignore[attr-defined]
-        rows.append(Row(path, known.__name__, tuple(plans[0].regions)))
+        rows.append(Row(path, known.__name__, tuple(plans[0].regions) if plans else ()))
         return
     reason = _why_not_here(module, convs)
     if not reason:
@@ -101,7 +101,7 @@ def _visit(module: nn.Module, path: str, rows: list[Row], left: list[Left], seen
         if isinstance(made, str):
             reason = made
         elif made.regions:
-            _swap(module, made)
+            _swap(module, {(_State(module).flags(), modes(), made.spec): made.plan})
             rows.append(Row(path, type(module).__mro__[1].__name__, tuple(made.regions)))
             left += [Left(path, why) for why in made.reasons]
             for inner in _not_traced(module, made.trace):
@@ -121,6 +121,8 @@ def _why_not_here(module: nn.Module, convs: int) -> str:
     """Why a module is not to be fused as a whole, though its children may be; "" if it may be."""
     if "forward" in module.__dict__:
         return "it has a forward of its own"
+    if type(module).forward is nn.Module.forward:  # a list of modules
+        return "it only calls its children"
     if convs > MOST:
         return f"it has {convs} convolutions"
     if type(module).forward is nn.Sequential.forward:
@@ -214,7 +216,7 @@ def _flops(regions: Sequence[Region]) -> int:
 # --- the class ---
 
 _SET = object.__dict__["__class__"].__set__
-_CONVERTED: Any = WeakIdKeyDictionary()  # weights that were contiguous before they were channels_last
+_CONVERTED: Any = WeakIdKeyDictionary()  # convolutions whose weights were contiguous before they were channels_last
 _LOCK = threading.RLock()
 
 
@@ -237,15 +239,23 @@ def _original(module: nn.Module) -> type[nn.Module] | None:
     return found
 
 
-def _swap(module: nn.Module, made: _Traced) -> None:
+def _swap(module: nn.Module, plans: dict[Any, Plan | str]) -> None:
     original: Any = type(module)
     members = {
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
-        "forward": _like(original), "train": _train, "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy,
-        "__class__": property(lambda self: original), "_csp_original": original,
-        "_csp_plans": {(_State(module).flags(), modes(), made.spec): made.plan},
+        "forward": _like(original), "train": _train, "_apply": _apply,
+        "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy,
+        "__class__": property(lambda self: original, _become), "_csp_original": original, "_csp_plans": plans,
     }  # fmt: skip
     _SET(module, type(original.__name__, (original,), members))
+
+
+def _become(self: nn.Module, cls: Any) -> None:
+    """Somebody gives it another class, as parametrizations and FSDP do: its next call fuses it as one of that."""
+    original: Any = _original(self)
+    _restore(self, cls)
+    if cls.forward is original.forward:
+        _swap(self, {})
 
 
 def _restore(module: nn.Module, original: type[nn.Module]) -> None:
@@ -280,6 +290,12 @@ def _train(self: Any, mode: bool = True) -> Any:
     return type(self)._csp_original.train(self, mode)
 
 
+def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+    """Of .to() and its kind, which may swap weights: nothing that is kept of them may refer to them."""
+    forget(self.parameters())
+    return type(self)._csp_original._apply(self, fn, recurse)
+
+
 MOST_CALLS = 16  # kinds of arguments for which one module has plans
 
 
@@ -304,19 +320,27 @@ def _bound(module: nn.Module, spec: Any) -> Bound | str:
     return found
 
 
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
 def _to_channels_last(model: nn.Module) -> None:
-    """Weights of convolutions: what they give is channels_last then, whatever the images are."""
+    """Weights of convolutions: what they give is channels_last then, whatever the images are. Not where they, or their
+    gradients, lie in buffers that a wrapper has laid out already."""
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if classes & _WRAPPERS:
+        return
     for module in model.modules():
         weight = module._parameters.get("weight") if is_conv(module) else None
-        if weight is not None and not weight.is_contiguous(memory_format=torch.channels_last):
+        if type(weight) is nn.Parameter and not weight.is_contiguous(memory_format=torch.channels_last):
             if weight.is_contiguous():
-                _CONVERTED[weight] = True
+                _CONVERTED[module] = True  # not the weight, which could not be swapped if it had weak references
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _back_to_contiguous(model: nn.Module) -> None:
-    for weight in model.parameters():
-        if _CONVERTED.pop(weight, False):
+    for module in model.modules():
+        weight = module._parameters.get("weight") if _CONVERTED.pop(module, False) else None
+        if weight is not None:
             weight.data = weight.data.contiguous()
 
 

@@ -321,7 +321,9 @@ class Tracer:
             twin = on_meta(module)
         finally:
             self.aside = False
-        return self.opaque(path, args, kwargs, twin.forward, path)
+        # on meta tensors a SyncBatchNorm raises if processes are connected
+        run = torch.empty_like if isinstance(module, nn.SyncBatchNorm) else twin.forward
+        return self.opaque(path, args, kwargs, run, path)
 
     def try_to_descend(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         """NotImplemented, and nothing has happened, where that cannot be."""
@@ -394,11 +396,13 @@ class Tracer:
 
 STATE = "_csp_state"  # of a fused module: an attribute that copies, pickles and comparisons leave out
 _OF_EVERY_MODULE = frozenset({*nn.Module().__dict__, STATE})
+_OF_WRAPPERS = "__composable_api_state_key"  # what fully_shard and the like keep of a module
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Those that nn.Module does not have itself."""
-    return {name: value for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE}
+    own = {name: value for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE}
+    return {name: value for name, value in own.items() if not name.startswith(_OF_WRAPPERS)}
 
 
 _FRESH = ("mul", "__mul__", "sub", "div", "sigmoid", "interpolate", "conv2d", "linear", "adaptive_avg_pool2d")
@@ -417,6 +421,8 @@ def on_meta(module: nn.Module) -> nn.Module:
     for t in (*module.parameters(), *module.buffers()):
         made = torch.empty_like(t, device="meta", dtype=torch.float32 if t.is_floating_point() else t.dtype)
         memo[id(t)] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+    for m in module.modules():  # weights that hooks compute are attributes, and cannot be copied
+        memo.update({id(v): v.detach().to("meta") for v in m.__dict__.values() if isinstance(v, Tensor)})
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:

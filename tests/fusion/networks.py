@@ -128,6 +128,17 @@ class Twice(nn.Module):
         return self.last(torch.relu(self.bn(self.conv(torch.relu(self.conv(x)))) + x))
 
 
+class Net(nn.Module):
+    """A whole network: two stages behind a convolution, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.stage, self.head = ConvNorm(3, 8), Functional(), Lists(), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stage(self.body(self.stem(x))).mean((2, 3)))
+
+
 class OnSize(nn.Module):
     """What it does depends on the size of its input: nothing can be known from one run."""
 
