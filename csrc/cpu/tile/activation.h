@@ -37,7 +37,18 @@ template <class T> struct Relu {
   CSP_INLINE Vec<T> value(Vec<T> x) const { return act<T>(x); }
   CSP_INLINE Vec<T> gradient(Vec<T> x, Vec<T> g) const { return act_gradient<T>(x, g); }
 };
-template <class T> CSP_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exponential(-x)); }
+CSP_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+// 1 / x of x >= 1: an estimate of 14 bits and a step of Newton's method, within 2 units in the last place, where division takes three
+// times as long. 0 from 2^126 on.
+CSP_INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  const Vec<float> largest = Vec<float>{} + 1e38f, d = x > largest ? largest : x, r = Vec<float>(_mm512_maskz_rcp14_ps(0xffff, (__m512)d));
+  return r * (2.0f - d * r);
+#else
+  return 1.0f / x;
+#endif
+}
+template <class T> CSP_INLINE Vec<T> sigmoid(Vec<T> x) { return reciprocal(T(1) + exponential(-x)); }
 template <class T> struct Silu {
   CSP_INLINE Vec<T> value(Vec<T> x) const { return x * sigmoid<T>(x); }
   CSP_INLINE Vec<T> gradient(Vec<T> x, Vec<T> g) const { Vec<T> s = sigmoid<T>(x); return g * (s * (T(1) + x * (T(1) - s))); }

@@ -311,28 +311,37 @@ template <int M, class S> struct Conv3x3Backward {
       }
   }
 
-  void wgrad(int64_t begin, int64_t end, Vec<T>* columns, T* V, T* dM, const PartialSums<T>& part) const {
+  // Of tile rows begin..end and vectors `of` of input channels. FIRST: the part's sums begin here.
+  template <bool FIRST> void wgrad(int64_t begin, int64_t end, Range of, Vec<T>* columns, T* V, T* dM, const PartialSums<T>& part) const {
     int64_t nr = end - begin, tiles = nr * tl.TW, blocks = gp / L;
     transform_gradient(begin, nr, dM);
-    for (int64_t k = 0; k < ceil_div(c.b, L); k++) {
+    for (int64_t k = of.begin; k < of.end; k++) {
       for (int64_t q = 0; q < nr; q++) c.transform_input(tl, z, begin + q, k, columns, V + q * tl.TW * L, tiles * L);
       for (int e = 0; e < E; e++)
         for (int i = 0; i < L; i += WROWS<T>)
           for (int64_t o = 0; o < blocks; o += 2) {
             const T *A = V + e * tiles * L + i, *b0 = dM + (e * blocks + o) * tiles * L;
             T* dU = part.weight + (e * bp + k * L + i) * gp + o * L;
-            if (o + 1 < blocks) outer_product<Plain<T>, WROWS<T>, 2>(A, b0, b0 + tiles * L, tiles, dU, gp);
-            else outer_product<Plain<T>, WROWS<T>, 1>(A, b0, b0, tiles, dU, gp);
+            if (o + 1 < blocks) outer_product<Plain<T>, WROWS<T>, 2, FIRST>(A, b0, b0 + tiles * L, tiles, dU, gp);
+            else outer_product<Plain<T>, WROWS<T>, 1, FIRST>(A, b0, b0, tiles, dU, gp);
           }
     }
   }
 
+  // Where its sums are larger than what the convolution reads (wide ones of few pixels), the tasks of wgrad share the input's channels
+  // and not the pixels: then there is one set of sums, which each writes once, instead of one for each task.
+  bool shares_channels() const {
+    const int64_t sums = E * bp * gp * int64_t(sizeof(T)) * c.tasks, reads = c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S));
+    return c.tasks > 1 && sums > reads;
+  }
+  int sets() const { return shares_channels() ? 1 : c.tasks; }  // of sums
   void run() const {
-    int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS);
+    int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS), vectors = ceil_div(c.b, L);
     int64_t group = max64(1, ceil_div(M == 2 ? 98 : 56, tl.TW * batch)) * batch, tiles = group * tl.TW;
+    const bool apart = shares_channels();
     for_tasks(c.parallel, c.tasks, [&](int task) {
       Frame frame;
-      parts[task].clear(E * bp * gp, bp);
+      parts[task].clear(apart ? 0 : E * bp * gp, bp);
       T* V = frame.take<T>(max64(E * (gp / L) * Tp, E * tiles) * L);
       T* Mb = frame.take<T>(E * Tp * 2 * L);
       T* dM = frame.take<T>(E * tiles * gp);
@@ -341,7 +350,20 @@ template <int M, class S> struct Conv3x3Backward {
       for (int64_t row = r.begin; row < r.end; row += group) {
         int64_t end = min64(row + group, r.end);
         if (wants_dgrad) dgrad(row, end, batch, Tp, columns, V, Mb, parts[task]);
-        if (wants_wgrad) wgrad(row, end, columns, V, dM, parts[task]);
+        if (wants_wgrad && !apart) wgrad<false>(row, end, {0, vectors}, columns, V, dM, parts[task]);
+      }
+    });
+    if (!apart || !wants_wgrad) return;
+    for_tasks(c.parallel, c.tasks, [&](int task) {
+      Frame frame;
+      T* V = frame.take<T>(E * tiles * L);
+      T* dM = frame.take<T>(E * tiles * gp);
+      Vec<T>* columns = frame.take<Vec<T>>((tl.TW * M + 2) * IN);
+      const Range of = share(vectors, task, c.tasks);
+      for (int64_t row = 0; of.begin < of.end && row < tl.rows; row += group) {
+        const int64_t end = min64(row + group, tl.rows);
+        if (row == 0) wgrad<true>(row, end, of, columns, V, dM, parts[0]);
+        else wgrad<false>(row, end, of, columns, V, dM, parts[0]);
       }
     });
   }
@@ -365,7 +387,7 @@ template <int M, class S> struct Conv3x3Backward {
       CSP_UNROLL(6) for (int i = 0; i < IN; i++) {
         int64_t at = ((i * IN + j) * bp + ch) * gp + o;
         u[i] = load(parts[0].weight + at);
-        for (int t = 1; t < c.tasks; t++) u[i] += load(parts[t].weight + at);
+        for (int t = 1; t < sets(); t++) u[i] += load(parts[t].weight + at);
       }
       weight_gradient_transform<T, M>(u, w);
       CSP_UNROLL(3) for (int y = 0; y < 3; y++) half[y][j] = w[y];

@@ -127,10 +127,11 @@ CSP_INLINE void multiply(const Strip<S>& strip, const Unit<U>* W, int64_t panel,
   else tile_product3x3<U, 1>(strip.positions, strip.depth, strip.tall.pitch, strip.results(), w, sums);
 }
 
-// Moves a strip of act(norm(z)).
-template <class S> void move_input(const Conv3x3<S>& c, const S* z, Strip<S>& strip, int64_t begin, int64_t rows) {
+// Moves a strip of channels `of` of act(norm(z)).
+template <class S> void move_input(const Conv3x3<S>& c, const S* z, Strip<S>& strip, int64_t begin, int64_t rows, Range of) {
   using T = decltype(widen(S{}));
-  strip.move(begin, rows, c.b, [&](int64_t k, auto put) {
+  strip.move(begin, rows, of.end - of.begin, [&](int64_t at, auto put) {
+    const int64_t k = of.begin + at;
     const Vec<T> mean = load(c.norm.mean + k), scale = load(c.norm.scale + k), shift = load(c.norm.shift + k), number = Vec<T>{} + c.act.number;
     auto with = [&](auto leaky) __attribute__((always_inline)) {
       put([&](int64_t pixel) __attribute__((always_inline)) {
@@ -157,7 +158,7 @@ void direct3x3_forward(const Conv3x3<S>& c, const S* z, const Unit<U>* W, S* sli
     const Range r = share(tall.rows(), task, c.tasks);
     int64_t seen = 0;
     for (int64_t row = r.begin; row < r.end; row += tall.strip()) {
-      move_input(c, z, strip, row, min64(tall.strip(), r.end - row));
+      move_input(c, z, strip, row, min64(tall.strip(), r.end - row), {0, c.b});
       int64_t pixels = 0;
       for (int64_t p = 0; p < panels<T>(c.g); p++) {
         const int nv = panel_vectors<T>(c.g, p);
@@ -248,8 +249,8 @@ template <class U, class S> struct Direct3x3Backward {
     auto wide = [](const S* p) __attribute__((always_inline)) { return __builtin_convertvector(*reinterpret_cast<const U16*>(p), Vec<uint32_t>); };
     return wide(position) | wide(position + depth) << 16;
   }
-  // dW[tap][o][c] += sum over positions of dY[position][o] * X[position of the tap][c]
-  void wgrad(Strip<S>& gradient, Strip<S>& input, Unit<U>* dY, Unit<U>* X, const PartialSums<T>& part) const {
+  // dW[tap][o][first + c] += sum over positions of dY[position][o] * X[position of the tap][c]
+  void wgrad(Strip<S>& gradient, Strip<S>& input, int64_t first, Unit<U>* dY, Unit<U>* X, const PartialSums<T>& part) const {
     const int64_t Q = gradient.results(), units = Q / 2, room = Strip<S>::size(tall) / 2 * L, real = gradient.count * tall.pitch;
     for (int64_t o = 0; o < rows; o += L)
       for (int64_t q = 0; q < units; q += L) {
@@ -258,38 +259,55 @@ template <class U, class S> struct Direct3x3Backward {
         transpose_units<U>(block);
       }
     const int64_t read = (Q + 2 * tall.pitch + 2) / 2;  // pairs of the input
-    for (int64_t ch = 0; ch < ldw; ch += 2 * L) {
+    for (int64_t ch = 0; ch < input.depth; ch += 2 * L) {
       for (int64_t j = 0; j < 2; j++)
         for (int64_t odd = 0; odd < 2; odd++)
           for (int64_t q = 0; q < read; q++) store(X + (odd * 2 + j) * room + q * L, pairs(input.positions + (2 * q + odd) * input.depth + ch + j * L, input.depth));
       for (int64_t o = 0; o < rows; o += 2 * L)
         for (int64_t tap = 0; tap < 9; tap++) {
           const int64_t odd = tap % 3 == 1, shift = (tap / 3 * tall.pitch + tap % 3 - odd) / 2;
-          tile_outer_product3x3<U>(dY + o * units, L * units, X + odd * 2 * room + shift * L, room, units, part.weight + (tap * rows + o) * ldw + ch, ldw);
+          tile_outer_product3x3<U>(dY + o * units, L * units, X + odd * 2 * room + shift * L, room, units, part.weight + (tap * rows + o) * ldw + first + ch, ldw);
         }
     }
   }
 
+  // As Conv3x3Backward's: the tasks of wgrad share the input's channels where the sums are larger than what is read.
+  bool shares_channels() const {
+    const int64_t sums = weights(c.g, c.b) * int64_t(sizeof(T)) * c.tasks, reads = c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S));
+    return c.tasks > 1 && sums > reads;
+  }
+  int sets() const { return shares_channels() ? 1 : c.tasks; }
+  // The gradients of tall rows r that are wanted; wgrad of channels `of`.
+  void run(Range r, bool dgrad_too, bool wgrad_too, Range of, const PartialSums<T>& sums_of_channels, const PartialSums<T>& sums_of_weights) const {
+    Frame frame;
+    TileRegisters<U> registers(0);
+    Strip<S> gradient(frame, tall, c.g), input(frame, tall, of.end - of.begin);
+    const int64_t Q = Strip<S>::results(tall, tall.strip());
+    T* sums = frame.take<T>(Q * 2 * L);
+    Unit<U>* dY = frame.take<Unit<U>>(rows * Q / 2);
+    Unit<U>* X = frame.take<Unit<U>>(4 * (Strip<S>::size(tall) / 2 * L));
+    for (int64_t row = r.begin; row < r.end; row += tall.strip()) {
+      const int64_t count = min64(tall.strip(), r.end - row);
+      move_gradient(gradient, row, count);
+      if (dgrad_too) dgrad(gradient, sums, sums_of_channels);
+      if (!wgrad_too) continue;
+      move_input(c, z, input, row, count, of);
+      wgrad(gradient, input, of.begin, dY, X, sums_of_weights);
+    }
+  }
   void run() const {
+    const bool apart = shares_channels();
+    if (!apart || wants_dgrad) for_tasks(c.parallel, c.tasks, [&](int task) {
+      parts[task].clear(apart ? 0 : weights(c.g, c.b), round_up(c.b, L));
+      run(share(tall.rows(), task, c.tasks), wants_dgrad, wants_wgrad && !apart, {0, c.b}, parts[task], parts[task]);
+    });
+    if (!apart || !wants_wgrad) return;
+    const int64_t blocks = ldw / (2 * L);
     for_tasks(c.parallel, c.tasks, [&](int task) {
-      Frame frame;
-      TileRegisters<U> registers(0);
-      const PartialSums<T>& part = parts[task];
-      part.clear(weights(c.g, c.b), round_up(c.b, L));
-      Strip<S> gradient(frame, tall, c.g), input(frame, tall, c.b);
-      const int64_t Q = Strip<S>::results(tall, tall.strip());
-      T* sums = frame.take<T>(Q * 2 * L);
-      Unit<U>* dY = frame.take<Unit<U>>(rows * Q / 2);
-      Unit<U>* X = frame.take<Unit<U>>(4 * (Strip<S>::size(tall) / 2 * L));
-      const Range r = share(tall.rows(), task, c.tasks);
-      for (int64_t row = r.begin; row < r.end; row += tall.strip()) {
-        const int64_t count = min64(tall.strip(), r.end - row);
-        move_gradient(gradient, row, count);
-        if (wants_dgrad) dgrad(gradient, sums, part);
-        if (!wants_wgrad) continue;
-        move_input(c, z, input, row, count);
-        wgrad(gradient, input, dY, X, part);
-      }
+      const Range block = share(blocks, task, c.tasks), of{block.begin * 2 * L, min64(c.b, block.end * 2 * L)};
+      if (of.begin >= of.end) return;
+      for (int64_t row = 0; row < 9 * rows; row++) memset(parts[0].weight + row * ldw + of.begin, 0, size_t((block.end - block.begin) * 2 * L) * sizeof(T));
+      run({0, tall.rows()}, false, true, of, parts[0], parts[0]);
     });
   }
 
@@ -302,7 +320,7 @@ template <class U, class S> struct Direct3x3Backward {
           for (int64_t ch = 0; ch < c.b; ch += L) {
             const int64_t at = (tap * rows + o) * ldw + ch, n = min64(L, c.b - ch);
             Vec<T> sum = load(parts[0].weight + at);
-            for (int t = 1; t < c.tasks; t++) sum += load(parts[t].weight + at);
+            for (int t = 1; t < sets(); t++) sum += load(parts[t].weight + at);
             if (channels_last) store(dW + (o * 9 + tap) * c.b + ch, sum, n);
             else for (int64_t i = 0; i < n; i++) dW[(o * c.b + ch + i) * 9 + tap] = sum[i];
           }

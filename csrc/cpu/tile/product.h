@@ -51,6 +51,10 @@ template <> struct Types<BFloat16> { using T = float; using Product = Bf16Pair; 
 template <class U> using Acc = typename U::Acc;
 template <class U> using Unit = typename U::unit;
 
+template <class V, int MR, int NV> CSP_INLINE void clear(V (&acc)[MR][NV]) {
+  CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(4) for (int j = 0; j < NV; j++) acc[i][j] = V{};
+}
+
 // acc[MR][NV] += A * B over `blocks` blocks of LANES units.
 // A: [block][pixel][LANES], blocks a_step units apart. B: [block][LANES][NV * LANES].
 template <class U, int MR, int NV>
@@ -69,18 +73,15 @@ CSP_INLINE void product(Vec<Acc<U>> (&acc)[MR][NV], const Unit<U>* A, int64_t a_
   }
 }
 
-template <class V, int MR, int NV> CSP_INLINE void clear(V (&acc)[MR][NV]) {
-  CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(4) for (int j = 0; j < NV; j++) acc[i][j] = V{};
-}
-
 // dW[MR][NV * LANES] += A^T B over n units of pixels. A: [pixel][LANES], its first MR lanes are rows of dW;
-// b0, b1: LANES of each pixel, pixels b_step apart. dW rows lie ldw apart.
-template <class U, int MR, int NV>
+// b0, b1: LANES of each pixel, pixels b_step apart. dW rows lie ldw apart. FIRST: dW begins here.
+template <class U, int MR, int NV, bool FIRST = false>
 CSP_NOINLINE void outer_product(const Unit<U>* A, const Unit<U>* b0, const Unit<U>* b1, int64_t n, Acc<U>* dW, int64_t ldw,
                                 int64_t b_step = LANES<Unit<U>>) {
   constexpr int L = LANES<Unit<U>>;
   Vec<Acc<U>> acc[MR][NV];
-  CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(4) for (int j = 0; j < NV; j++) acc[i][j] = load(dW + i * ldw + j * L);
+  if constexpr (FIRST) clear(acc);
+  else CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(4) for (int j = 0; j < NV; j++) acc[i][j] = load(dW + i * ldw + j * L);
   CSP_UNROLL(2) for (int64_t p = 0; p < n; p++) {
     Vec<Unit<U>> b[2] = {load(b0 + p * b_step), NV > 1 ? load(b1 + p * b_step) : load(b0 + p * b_step)};
     CSP_UNROLL(16) for (int i = 0; i < MR; i++) {
