@@ -19,13 +19,14 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
@@ -35,6 +36,9 @@ from cases import BlockCase, Case, ConcatConvCase, StageCase, TransitionCase
 from gpu_cases import DenseCase
 
 import csp_kernels as csp
+from csp_kernels.ops.stage import parameter_shapes
+from csp_kernels.stage.build import Builder, conv_norm
+from csp_kernels.stage.graph import Graph
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 TESTED = tuple(os.environ.get("CSP_KERNELS_TARGETS", "sm_90").split(","))  # by test_compile.py
@@ -77,6 +81,40 @@ _DENSE = DenseCase(size=LARGE, layers=1, channels=64, growth=32, width=128)
 _TRANSITION = TransitionCase(size=LARGE, part=64, dense=128, mid=128, out=128)
 _CONCAT = ConcatConvCase(size=LARGE, channels=(64, 128), out=128, options={"act": "silu"})
 _POST = BlockCase(size=LARGE, layers=1, channels=64, growth=32, width=128)
+
+
+def downsampling(channels: int, width: int, groups: int) -> Graph:
+    """A 3x3 and a 1x1 with stride 2, groups with and without one, maxima; in inference a residual behind each."""
+    build = Builder(channels)
+    x = build.read(0)
+    down = conv_norm(build, [build.read(build.conv([x], width, 3, stride=2), build.norm(width), "relu")], width, 3)
+    pooled = build.max_pool(build.read(0), 3, stride=2)
+    shortcut = build.read(build.conv([build.read(pooled)], width), build.norm(width))
+    a = build.read(build.sum([conv_norm(build, [down], width, 3, groups=groups), shortcut]))
+    b = build.read(build.sum([conv_norm(build, [a], width), a]))
+    halved = build.conv([down], width, 3, stride=2, groups=groups), build.conv([b], width, stride=2)
+    build.write([build.read(build.sum([build.read(v) for v in halved]), build.norm(width), "relu")])
+    return build.graph()
+
+
+@dataclass(frozen=True)
+class GraphCase(Case):
+    """Any stage."""
+
+    graph: Graph = field(default_factory=lambda: downsampling(64, 64, 2))
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        return {f"inputs.{i}": c for i, c in enumerate(self.graph.inputs)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(zip(*parameter_shapes(self.graph), strict=True))
+
+    def call(self, where: Any, inputs: list[Tensor], params: list[Tensor], running: list[Tensor]) -> Any:
+        return where.stage(self.graph, inputs, params, running, frozen=self.flags, **self.options)
+
+
 _STAGE = StageCase(size=LARGE, layers=1, channels=128, part=64, growth=32, width=128, mid=128, out=128)
 HALF, BF16 = torch.float16, torch.bfloat16
 EVERY = ("dense_block", "partial_transition")  # operators whose kernels are compiled in every configuration
@@ -94,6 +132,11 @@ CASES: dict[str, list[tuple[str, Case]]] = {  # (float32's precision, case)
     "csp_stage": [
         ("ieee", replace(_STAGE, dtype=HALF, layer="two_way")),
         ("ieee", replace(_STAGE, dtype=BF16, layer="pre")),
+    ],
+    "stage": [
+        ("ieee", GraphCase(size=LARGE, dtype=HALF, graph=downsampling(64, 128, 32))),
+        ("tf32", GraphCase(size=LARGE, graph=downsampling(64, 128, 32))),
+        ("ieee", GraphCase(size=LARGE, graph=downsampling(64, 128, 32))),
     ],
 }
 
@@ -134,7 +177,7 @@ def on_triton() -> Iterator[None]:
 
     csp.use_backend("native")
     with (
-        patch.object(_program, "CPU_TARGET", "any"),
+        patch.object(_program, "SHARES", False),
         torch.library._scoped_library("csp_kernels", "IMPL") as library,
     ):
         library.impl("stage", stage.forward, "CPU", allow_override=True)
