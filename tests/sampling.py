@@ -25,6 +25,7 @@ SAMPLES = {
     "test_gpu_tuning.py::test_stops": 0, "test_gpu_tuning.py::test_dry_run": 0, "test_gpu_speed.py::test_dry_run": 0,
     "_sanitizer": 0, "fuzz/test_compare": 3, "kernels/test_cuda": 0,
     "kernels/test_conv3x3.py::test_strides_and_groups": 9, "kernels/test_conv3x3.py::test_stride_adds": 2,
+    "kernels/test_conv3x3.py::test_programs": 2,
     "kernels/test_conv3x3.py::test_after": 5, "kernels/test_mix.py::test_stride": 4,
     "kernels/test_mix.py::test_residual": 3, "kernels/test_maximum.py::test_random_values": 8,
     "kernels/test_maximum.py": 5, "kernels/test_arguments.py::test_what_the": 3, "kernels/": 1,

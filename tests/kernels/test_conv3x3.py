@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import guard
+import numpy as np
 import pytest
 import torch
 import triton
@@ -178,6 +180,24 @@ OTHERS = [
 def test_strides_and_groups(buffers, b, g, groups, geometry, dtype):
     forward(buffers, b, g, geometry, dtype, groups)
     backward(buffers, b, g, geometry, dtype, None, groups)
+
+
+@pytest.mark.parametrize(("b", "g", "groups", "geometry"), OTHERS[:4], ids=str)
+def test_programs_write_their_own(buffers, b, g, groups, geometry):
+    """Nothing is stored twice: the interpreter runs programs one after the other, a GPU side by side."""
+    stores: dict[tuple[str, str], list[np.ndarray]] = {}
+
+    def observe(kind: str, argument: guard.Argument, elements: np.ndarray) -> None:
+        if kind == "store" and argument.kernel.startswith("conv3x3"):
+            stores.setdefault((argument.kernel, argument.name), []).append(elements.flatten())
+
+    with guard.observed(observe):
+        forward(buffers, b, g, geometry, torch.float32, groups)
+        backward(buffers, b, g, geometry, torch.float32, None, groups)
+    assert len(stores) == 5  # an output and partial statistics; a gradient and partial sums; those of the weight
+    for where, elements in stores.items():
+        _, counts = np.unique(np.concatenate(elements), return_counts=True)
+        assert counts.max() == 1, where
 
 
 @pytest.mark.parametrize("geometry", [Geometry(2, 7, 5, stride=2), Geometry(1, 4, 6, stride=2)], ids=str)

@@ -94,7 +94,7 @@ class Case:
 def random_case(seed: int) -> tuple[Case, Wanted, str]:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    graph = RandomGraph(rng, native=True, on_cpu=True).graph
+    graph = RandomGraph(rng, native=True).graph
     wanted = Wanted.all(graph)
     if rng.random() < 0.5:
         wanted = Wanted(some(rng, wanted.inputs), some(rng, wanted.nodes), some(rng, wanted.norms))
