@@ -79,10 +79,10 @@ def test_not_finite(channels: int, size: int, geometry: Geometry, dtype: torch.d
     compare(buffers.put(x.to(dtype)), size, geometry, buffers)
 
 
-def test_windows_of_many_pixels(buffers: Any) -> None:
-    """Positions beyond 16 bits."""
-    geometry = Geometry(1, 2, 3)
-    x = buffers.put(torch.randn(6, 4))
+def test_windows_of_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions beyond 16 bits have 32."""
+    geometry, x = Geometry(1, 2, 3), torch.randn(6, 4)
+    monkeypatch.setattr(maximum, "_run", lambda *_: None)
     assert maximum.positions_of(x, geometry, 1).dtype == torch.int16
     assert maximum.positions_of(x, geometry, 183).dtype == torch.int32
 
