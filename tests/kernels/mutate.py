@@ -323,7 +323,7 @@ FAULTS = [
     Fault("maximum", "_largest", "ok = (p < P)[:, None] & (n < N)", "ok = (p < P)[:, None] & (n < N + 1)", "random"),
     Fault("maximum", "_backward", "here == tap[:, None]", "here >= 0", "random"),
     Fault("maximum", "_backward", "half - half + STRIDE - 1", "half - half", "random"),
-    Fault("maximum", "_backward", " & (y * STRIDE <= h + half)", "", "random"),
+    Fault("maximum", "_backward", " & (x * STRIDE <= w + half)", "", "equal"),
     Fault("maximum", "_backward", "(p < P)[:, None] & (n < N)", "(p < P)[:, None] & (n < N + 1)", "random"),
     Fault("stage_plan", "_values", "(*step.segments, *step.residual)", "step.segments",
           "test_inference and strides", "stage"),
