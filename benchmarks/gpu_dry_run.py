@@ -26,11 +26,11 @@ class Triton(TorchDispatchMode):
     """Calls the operators' Triton functions, as for CUDA tensors, wherever the tensors are."""
 
     def __enter__(self) -> Any:
-        self.before, _program.CPU_TARGET = _program.CPU_TARGET, "any"  # of programs for the launchers
+        self.before, _program.SHARES = _program.SHARES, False
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _program.CPU_TARGET = self.before
+        _program.SHARES = self.before
         super().__exit__(*error)
 
     def __torch_dispatch__(

@@ -177,19 +177,19 @@ def _input(model: nn.Module, shape: Sequence[int]) -> Tensor:
 def _count(model: nn.Module, shape: Sequence[int]) -> list[Row]:
     naive = copy.deepcopy(model).to("meta").eval()
     x = _input(naive, shape)
-    found, device = calls(model, x), next((p.device.type for p in model.parameters()), "cpu")
-    counter = _Counter(naive, model.training, _moved(found, model.training, device), _beside(found))
+    found = calls(model, x)
+    counter = _Counter(naive, model.training, _moved(found, model.training), _beside(found))
     with use_backend("reference"), torch.no_grad(), counter:
         naive(x)
     return counter.finish()
 
 
-def _moved(found: Iterable[Call], training: bool, device: str) -> dict[str, int]:
-    """Bytes that the programs of all calls of each fused layer read and write on a device, by the layer's name."""
+def _moved(found: Iterable[Call], training: bool) -> dict[str, int]:
+    """Bytes that the programs of all calls of each fused layer read and write, by the layer's name."""
     moved: dict[str, int] = {}
     for name, layer, inputs in found:
         graph, images = graph_of(layer), images_of(layer, inputs)
-        program = program_of(layer, graph, Wanted.all(graph) if training else None, device)
+        program = program_of(layer, graph, Wanted.all(graph) if training else None)
         batch, _, height, width = images[0].shape
         steps = chain(*costs(program, batch, height, width))
         numbers = sum(cost.read + cost.written for cost in steps)

@@ -143,7 +143,7 @@ def explain(module: nn.Module, *inputs: Tensor | Sequence[Tensor] | None) -> Exp
         raise TypeError(f"module: got {type(module).__name__}, expected {', '.join(kinds)} or {last}")
     graph = graph_of(module)
     images = checked_inputs(graph, images_of(module, inputs))
-    program = program_of(module, graph, _wanted(module, graph, images), images[0].device.type)
+    program = program_of(module, graph, _wanted(module, graph, images))
     missing = module.holders()[1] or _elsewhere(module, images)
     names = {item.index: item.name for item in graph.order if item.kind == "conv"}
     table = _Table(program, images[0], names)

@@ -60,9 +60,9 @@ def recompute_of(layer: Layer) -> str:
     return choice
 
 
-def program_of(layer: Layer, graph: Graph, wanted: Wanted | None, device: str) -> Program:
+def program_of(layer: Layer, graph: Graph, wanted: Wanted | None) -> Program:
     """What a call compiles to, with the norms that are frozen now and the layer's `recompute`. wanted: of backward,
-    None: nothing. device: type of that which it runs on, "meta" for the CPU."""
+    None: nothing."""
     pairs = zip(graph.order, holders_of(layer, graph), strict=True)
     norms = {item.index: norm for item, norm in pairs if item.kind == "norm"}
     frozen = tuple(_frozen(norms[i]) for i in range(len(norms)))
@@ -73,7 +73,7 @@ def program_of(layer: Layer, graph: Graph, wanted: Wanted | None, device: str) -
             trained = {i for i in own if {piece.node for piece in lowered.pieces[i]} & {*wanted.nodes}}
             wanted = replace(wanted, norms=(*wanted.norms, *sorted(trained)))
         graph, frozen = lowered.graph, frozen + (True,) * len(own)
-    return compile_stage(graph, frozen, wanted, recompute_of(layer), "cpu" if device in ("cpu", "meta") else "any")
+    return compile_stage(graph, frozen, wanted, recompute_of(layer))
 
 
 def _frozen(norm: Any) -> bool:

@@ -15,4 +15,3 @@ STAGE_ORDERS = ("main_first", "part_first")  # in which a residual stage's last 
 SPLITS = ("conv", "slice")  # how a residual stage makes these parts
 RECOMPUTE = ("none", "bottleneck", "all")  # what backward computes again instead of keeping it
 DENSE_RECOMPUTE = RECOMPUTE[:2]  # of the layers that dense blocks are in
-TARGETS = ("any", "cpu")  # of a program: every executor, or the CPU's alone

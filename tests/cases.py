@@ -13,6 +13,10 @@ from tolerances import error, limit
 from torch import Tensor
 
 import csp_kernels as csp
+from csp_kernels.ops.stage import parameter_shapes
+from csp_kernels.reference.stage import stage as reference_stage
+from csp_kernels.stage.dense_block import dense_block
+from csp_kernels.stage.graph import Graph
 
 Shape = tuple[int, ...]
 Results = dict[str, Tensor]
@@ -404,3 +408,22 @@ class StageCase(BlockCase):
     def call(self, where: Any, inputs: list[Tensor], params: list[Tensor], running: list[Tensor]) -> Any:
         choices = {"part_channels": self.part, "layer": self.layer, "fusion": self.fusion, "pool": self.pool}
         return where.csp_stage(*inputs, params, running, **choices, frozen=self.flags, **self.options)
+
+
+@dataclass(frozen=True)
+class GraphCase(Case):
+    """Any stage."""
+
+    graph: Graph = field(default_factory=lambda: dense_block(1, 24, 12, 20))
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        return {f"inputs.{i}": c for i, c in enumerate(self.graph.inputs)}
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return dict(zip(*parameter_shapes(self.graph), strict=True))
+
+    def call(self, where: Any, inputs: list[Tensor], params: list[Tensor], running: list[Tensor]) -> Any:
+        function = csp.ops.stage if where is csp.ops else reference_stage
+        return function(self.graph, inputs, params, running, frozen=self.flags, **self.options)

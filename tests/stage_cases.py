@@ -79,6 +79,37 @@ def slices() -> Graph:
     return build.graph()
 
 
+def strides(channels: int = 10, width: int = 12, groups: int = 3) -> Graph:
+    """A downsampling block of ResNeXt: a 3x3 and a 1x1 with stride 2 of several reads, groups with and without a
+    stride, and what only inference adds up: residuals through norms and activations, behind a 3x3 and a 1x1."""
+    build = Builder(channels, 6)
+    x, other = build.read(0), build.read(1)
+    down = conv_norm(build, [build.read(build.conv([x, other], width, 3, stride=2))], width)
+    a = build.conv([x, build.read(1, build.norm(6), "silu")], width, stride=2)
+    shortcut = build.read(a, build.norm(width), "leaky_relu", 0.1)
+    first = build.sum([conv_norm(build, [down], width, 3, "silu", groups=groups), shortcut])
+    second = build.sum([conv_norm(build, [build.read(first)], width, 1, "relu"), build.read(first)])
+    wide = conv_norm(build, [build.read(0, build.norm(channels), "relu"), x], width)
+    b = build.conv([wide, build.read(0, act="silu", stop=2 * groups)], 2 * groups, 3, stride=2, groups=groups)
+    c = build.conv([build.read(b, build.norm(2 * groups), "relu")], width, 3, stride=2)
+    d = build.conv([build.read(second, act="relu")], width, 1, stride=2)
+    build.write([build.read(second), build.read(b)])
+    build.write([build.read(build.sum([build.read(c), build.read(d)]), build.norm(width), "relu")])
+    return build.graph()
+
+
+def maxima(channels: int = 10, size: int = 5) -> Graph:
+    """Of what is normalised and activated, of maxima, of what is read elsewhere; normalised themselves; strides."""
+    build = Builder(channels)
+    pooled = build.max_pool(conv_norm(build, [build.read(0)], channels, 1, "silu"), size)
+    again = build.max_pool(build.read(pooled), size)
+    small = build.max_pool(build.read(0), 3, stride=2)
+    each = build.max_pool(build.read(again, act="relu", stop=4), 1, stride=2)
+    build.write([conv_norm(build, [build.read(pooled, build.norm(channels), "relu"), build.read(again)], channels)])
+    build.write([build.read(small, build.norm(channels)), build.read(each)])
+    return build.graph()
+
+
 def siblings() -> Graph:
     """Products of the same reads, side by side in an output through one norm."""
     build = Builder(12)
@@ -140,6 +171,8 @@ GRAPHS: dict[str, Graph] = {  # the first one, which is quick, is enough for som
     "joins": joins(),
     "slices": slices(),
     "siblings": siblings(),
+    "maxima": maxima(),
+    "strides": strides(),
 }
 
 
@@ -148,7 +181,7 @@ KINDS = [
     "dense, odd widths", "dropout", "csp stage of 3x3", "transition", "concat, three inputs, two outputs",
     "concat, unaligned outputs", "post", "two_way", "partial, csp, pre, pool", "partial, first, post",
     "partial, last, pre", "stage, pre, csp", "stage, post, last", "stage, two_way, first", "residual stage", "joins",
-    "slices", "siblings",
+    "slices", "siblings", "maxima", "strides",
 ]  # fmt: skip
 
 

@@ -197,7 +197,7 @@ class _Region:
         for value in self.outputs:
             self.build.write(self.reads[value], value in self.averaged)
         graph = activated_once(self.build.graph())
-        if reason := unsupported(graph, "cpu"):
+        if reason := unsupported(graph):
             raise ValueError(reason)
         return Region(tuple(self.numbers), graph, tuple(self.holders), self.inputs, self.outputs, self.flops)
 

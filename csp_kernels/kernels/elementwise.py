@@ -29,8 +29,17 @@ class Term:
     act: Activation = IDENTITY
 
 
+@dataclass(frozen=True)
+class After:
+    """What follows a product in inference: act(norm(product)) + residual. norm: without its relu."""
+
+    norm: Norm
+    act: Activation = IDENTITY
+    residual: Term | None = None
+
+
 @triton.jit
-def _plus(
+def plus(
     total, x, pitch, mean, scale, shift, row, n, N, ok,
     ACT: tl.constexpr, NEGATIVE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -55,9 +64,9 @@ def _sum(
     if before is not None:
         total = tl.load(before + row * N + n[None, :], ok, 0.0)
     if x0 is not None:
-        total = _plus(total, x0, pitch0 * UNIT, mean0, scale0, shift0, row, n, N, ok, ACT0, NEGATIVE0, ACC)
+        total = plus(total, x0, pitch0 * UNIT, mean0, scale0, shift0, row, n, N, ok, ACT0, NEGATIVE0, ACC)
     if x1 is not None:
-        total = _plus(total, x1, pitch1 * UNIT, mean1, scale1, shift1, row, n, N, ok, ACT1, NEGATIVE1, ACC)
+        total = plus(total, x1, pitch1 * UNIT, mean1, scale1, shift1, row, n, N, ok, ACT1, NEGATIVE1, ACC)
     return total
 
 
@@ -80,7 +89,7 @@ def _forward(
     y = activate.value(total, ACT, NEGATIVE).to(out.dtype.element_ty)
     tl.store(out + row * (out_pitch * UNIT) + n[None, :], y, ok)
     if partials is not None:  # of what was stored
-        store_tile_statistics(y, ok, tl.minimum(P - tile * BP, BP), partials, tile, tiles, n, N, 0, ACC)
+        store_tile_statistics(y, ok, tl.minimum(P - tile * BP, BP), partials, tile, tiles, n, N, N, 0, ACC)
 
 
 @triton.jit
@@ -110,7 +119,7 @@ def _backward(
     tl.store(out + row * (out_pitch * UNIT) + n[None, :], value.to(out.dtype.element_ty), ok)
 
 
-def _argument(term: Term | None, unit: int) -> tuple[Any, ...]:
+def argument(term: Term | None, unit: int) -> tuple[Any, ...]:
     if term is None:
         return None, 0, None, None, None
     norm = term.norm
@@ -124,6 +133,21 @@ def _acts(first: Term | None, second: Term | None, act: Activation) -> dict[str,
         own = IDENTITY if term is None else term.act
         made |= {f"ACT{i}": own.code, f"NEGATIVE{i}": own.negative_slope}
     return made
+
+
+def tensors_after(after: After | None, unit: int) -> tuple[Any, ...]:
+    """Arguments out_mean to residual_shift of a product."""
+    norm = after.norm if after else None
+    vectors = (norm.mean, norm.scale, norm.shift) if norm else (None, None, None)
+    return *vectors, *argument(after.residual if after else None, unit)
+
+
+def acts_after(after: After | None) -> dict[str, Any]:
+    """Arguments ACT to RESIDUAL_NEGATIVE of a product."""
+    act = after.act if after else IDENTITY
+    other = after.residual.act if after and after.residual else IDENTITY
+    made: dict[str, Any] = {"ACT": act.code, "NEGATIVE": act.negative_slope}
+    return made | {"RESIDUAL_ACT": other.code, "RESIDUAL_NEGATIVE": other.negative_slope}
 
 
 def _check(terms: Sequence[Term], out: Tensor) -> None:
@@ -171,11 +195,28 @@ def _add(
     u, tiles = _unit(out, *(term.x for term in terms)), blocks(pixels, bp)
     partials = None if statistics is None else out.new_empty((2, tiles, n), dtype=torch.float64)
     _forward[(tiles, blocks(n, bn))](
-        before, *_argument(first, u), *_argument(second, u), out, out.stride(0) // u, partials, pixels, n // u, tiles,
+        before, *argument(first, u), *argument(second, u), out, out.stride(0) // u, partials, pixels, n // u, tiles,
         UNIT=u, **_acts(first, second, act), ACC=launch.sum_type(dtype), BP=bp, BN=bn, num_warps=4,
     )  # fmt: skip
     if statistics is not None and partials is not None:
         merge(partials, pixels, bp, statistics)
+
+
+def check_after(after: After | None, out: Tensor, more: bool) -> None:
+    """more: statistics or dropout."""
+    if after is None:
+        return
+    if more:
+        raise ValueError("statistics and dropout are of a product that nothing follows")
+    if after.residual is not None:
+        _check([after.residual], out)
+
+
+def apply_after(out: Tensor, after: After | None) -> None:
+    """To the product that out [P, N] view holds."""
+    if after is not None:
+        more = [after.residual] if after.residual else []
+        add([Term(out, after.norm, after.act), *more], IDENTITY, out)
 
 
 def backward(
@@ -195,7 +236,7 @@ def backward(
     u = _unit(out, d, y, *(term.x for term in rest))
     vectors = (correction.mean, correction.slope, correction.offset) if correction else (None, None, None)
     _backward[(blocks(pixels, bp), blocks(n, bn))](
-        d, d.stride(0) // u, y, 0 if y is None else y.stride(0) // u, *vectors, before, *_argument(first, u),
-        *_argument(second, u), out, out.stride(0) // u, pixels, n // u,
+        d, d.stride(0) // u, y, 0 if y is None else y.stride(0) // u, *vectors, before, *argument(first, u),
+        *argument(second, u), out, out.stride(0) // u, pixels, n // u,
         UNIT=u, **_acts(first, second, act), ACC=launch.sum_type(d.dtype), BP=bp, BN=bn, num_warps=4,
     )  # fmt: skip

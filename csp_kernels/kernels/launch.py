@@ -35,12 +35,14 @@ class Correction:
 
 @dataclass(frozen=True)
 class Geometry:
-    """n images of h x w pixels; pool: the product reads their 2x2 averages."""
+    """n images of h x w pixels; pool: the product reads their 2x2 averages; stride 2: each second pixel of each second
+    row, a 3x3 what is around it."""
 
     n: int
     h: int
     w: int
     pool: bool = False
+    stride: int = 1
 
     @property
     def pixels(self) -> int:
@@ -50,7 +52,9 @@ class Geometry:
     @property
     def outputs(self) -> int:
         """P': rows of the output."""
-        return self.n * (self.h // 2) * (self.w // 2) if self.pool else self.pixels
+        if self.pool:
+            return self.n * (self.h // 2) * (self.w // 2)
+        return self.n * blocks(self.h, self.stride) * blocks(self.w, self.stride)
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,12 @@ class Case:
     few: bool = False
     activated: bool = False  # the gradient comes through an activation: registers
     unit: int = 8  # of the sizes: short vectors need more addresses
+    stride: int = 1
 
     @staticmethod
     def of(x: Tensor, precision: str, geometry: Geometry, activated: bool = False, unit: int = 8) -> Case:
         target, small = architecture(x.device), few(geometry.outputs)
-        return Case(x.dtype, precision, target, geometry.pool, small, activated, unit)
+        return Case(x.dtype, precision, target, geometry.pool, small, activated, unit, geometry.stride)
 
     @property
     def amd(self) -> bool:
@@ -149,7 +154,7 @@ def wgrad_tiles(case: Case, channels: int, outputs: int) -> list[Tile]:
     if case.dtype == torch.float64:
         return [Tile(16, min(o, 32), min(k, 32), 4, 2)]
     if case.dtype == torch.float32:
-        pixels = 16 if case.pool or (tight and not case.tf32) else 32
+        pixels = 16 if case.pool or (not case.tf32 and (tight or case.stride > 1)) else 32
         return [Tile(pixels, min(o, 64), k if case.tf32 and not case.pool else min(k, 64), 8, 2)]
     stages = 3 if case.target in (100, 103) else 2
     wide, narrow = Tile(64, o, k, 8, stages), Tile(32, min(o, 64) if case.target in (80, 86, 89) else o, k, 8, stages)
@@ -160,7 +165,7 @@ def wgrad_tiles(case: Case, channels: int, outputs: int) -> list[Tile]:
 
 def one_pass_tiles(case: Case, channels: int, outputs: int) -> list[Tile | None]:
     """Of both gradients at once; outputs: all of them, depth: channels of the input. None: two passes."""
-    if case.dtype.itemsize != 2 or outputs > 128 or case.pool:
+    if case.dtype.itemsize != 2 or outputs > 128 or case.pool or case.stride > 1:
         return [None]
     k, o = power(channels, 16, 128), power(outputs, 16, 128)
     if case.target in (80, 86, 89, 120, 121):

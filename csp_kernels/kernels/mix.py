@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csp_kernels.kernels import activate, launch, tune
+from csp_kernels.kernels import activate, elementwise, launch, tune
 from csp_kernels.kernels.activate import Activation
+from csp_kernels.kernels.elementwise import After, check_after
 from csp_kernels.kernels.launch import Case, Correction, Geometry, Norm, Tile, blocks
 from csp_kernels.kernels.statistics import check_statistics, merge, store_tile_statistics, total
 
@@ -42,14 +43,6 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class After:
-    """out = act(norm(product)), norm without its relu."""
-
-    norm: Norm
-    act: Activation
-
-
-@dataclass(frozen=True)
 class ActivationGradient:
     """dz = d * act'(norm(z)) * norm.scale + (z - norm.mean) * slope + offset on load, d being the gradient of the
     activated output; slope and offset None: zero, statistics were fixed."""
@@ -61,12 +54,12 @@ class ActivationGradient:
 
 
 @triton.jit
-def _source(p, H, W, POOL: tl.constexpr):
+def _source(p, H, W, POOL: tl.constexpr, STRIDE: tl.constexpr):
     """The first pixel of the map behind each output pixel."""
     q = p.to(tl.int64)
-    if POOL:
-        h = H // 2
-        w = W // 2
+    if POOL or STRIDE > 1:  # a stride also reads the last row and column of an odd map
+        h = (H + STRIDE - 1) // 2
+        w = (W + STRIDE - 1) // 2
         q = (q // (h * w) * H + q // w % h * 2) * W + q % w * 2
     return q
 
@@ -107,9 +100,10 @@ def _multiply(
 @triton.jit
 def _forward(
     x0, pitch0, K0, mean0, scale0, shift0, weight0, x1, pitch1, K1, mean1, scale1, shift1, weight1,
-    w_pitch, before, out, out_pitch, out_mean, out_scale, out_shift, partials, P, N, H, W, tiles,
-    UNIT: tl.constexpr, POOL: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    w_pitch, before, out, out_pitch, out_mean, out_scale, out_shift,
+    residual, residual_pitch, residual_mean, residual_scale, residual_shift, partials, P, N, H, W, tiles,
+    UNIT: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr,
+    RESIDUAL_ACT: tl.constexpr, RESIDUAL_NEGATIVE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(N, BN)
@@ -117,7 +111,7 @@ def _forward(
     n = tl.program_id(0) % columns * BN + tl.arange(0, BN)
     p = tile * BP + tl.arange(0, BP)
     row_ok = p < P
-    source = _source(p, H, W, POOL)
+    source = _source(p, H, W, POOL, STRIDE)
     ok = (n < N)[:, None] & row_ok[None, :]
     acc = tl.zeros((BN, BP), ACC)
     if before is not None:
@@ -136,10 +130,17 @@ def _forward(
         s = tl.load(out_scale + n, mask=n < N, other=0.0)[:, None]
         t = tl.load(out_shift + n, mask=n < N, other=0.0)[:, None]
         acc = activate.value((acc - m) * s + t, ACT, NEGATIVE)
+    if residual is not None:
+        acc = tl.trans(
+            elementwise.plus(
+                tl.trans(acc), residual, tl.cast(residual_pitch, tl.int64) * UNIT, residual_mean, residual_scale,
+                residual_shift, p.to(tl.int64)[:, None], n, N, tl.trans(ok), RESIDUAL_ACT, RESIDUAL_NEGATIVE, ACC,
+            )
+        )  # fmt: skip
     z = acc.to(out.dtype.element_ty)
     tl.store(out + p.to(tl.int64)[None, :] * (out_pitch * UNIT) + n[:, None], z, mask=ok)
     if partials is not None:  # of what was stored
-        store_tile_statistics(z, ok, tl.minimum(P - tile * BP, BP), partials, tile, tiles, n, N, 1, ACC)
+        store_tile_statistics(z, ok, tl.minimum(P - tile * BP, BP), partials, tile, tiles, n, N, N, 1, ACC)
 
 
 @triton.jit
@@ -170,7 +171,7 @@ def _output_gradient(
 def _dgrad(
     x, pitch, K, mean, scale, shift, g, g_pitch, source, source_pitch, weight, w_pitch,
     d, d_pitch, z, z_pitch, z_mean, z_scale, z_shift, slope, offset, sums, P, N, H, W,
-    UNIT: tl.constexpr, POOL: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr,
+    UNIT: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +195,7 @@ def _dgrad(
         da = tl.dot(tl.trans(w.to(element)), tl.trans(dz.to(element)), da, input_precision=PRECISION, out_dtype=ACC)
     if POOL:
         da = da * 0.25
-    row = _source(p, H, W, POOL)
+    row = _source(p, H, W, POOL, STRIDE)
     ok = (k < K)[:, None] & p_ok[None, :]
     dbeta = tl.zeros((BK,), ACC)
     dgamma = tl.zeros((BK,), ACC)
@@ -224,8 +225,8 @@ def _dgrad(
 def _wgrad(
     x, pitch, K, mean, scale, shift, d, d_pitch, z, z_pitch, z_mean, z_scale, z_shift, slope, offset, partials,
     P, N, H, W, chunk,
-    UNIT: tl.constexpr, POOL: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr, ACT: tl.constexpr, NEGATIVE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partials [splits, O, K] of dweight of one segment; a split has `chunk` pixels."""
@@ -244,7 +245,7 @@ def _wgrad(
             d, d_pitch * UNIT, z, z_pitch * UNIT, z_mean, z_scale, z_shift, slope, offset, p, p_ok, n, N,
             ACT, NEGATIVE, ACC,
         )  # fmt: skip
-        a = _read(x, pitch * UNIT, _source(p, H, W, POOL), p_ok, k, K, mean, scale, shift, W, POOL, ACC)
+        a = _read(x, pitch * UNIT, _source(p, H, W, POOL, STRIDE), p_ok, k, K, mean, scale, shift, W, POOL, ACC)
         acc = tl.dot(tl.trans(dz.to(element)), a.to(element), acc, input_precision=PRECISION, out_dtype=ACC)
     to = partials + (split.to(tl.int64) * N + n)[:, None] * K + k[None, :]
     tl.store(to, acc, mask=(n < N)[:, None] & (k < K)[None, :])
@@ -361,8 +362,7 @@ def forward(
         raise ValueError(f"out: expected {(pixels, outputs)}, got {tuple(out.shape)}")
     if statistics is not None:
         check_statistics(statistics, outputs)
-        if after is not None:
-            raise ValueError("statistics are of a product that nothing follows")
+    check_after(after, out, statistics is not None)
     case = Case.of(segments[0].x, precision, geometry)
 
     def run(tile: Tile) -> Tensor | None:
@@ -377,15 +377,18 @@ def forward(
             x0, k0, pitch0 = first.x, first.x.shape[1], first.x.stride(0)
             x1, k1, pitch1 = (second.x, second.x.shape[1], second.x.stride(0)) if second else (None, 0, 0)
             follows = after if last else None
-            u = launch.unit(pitch0, k0, pitch1, k1, weight.stride(0), to.stride(0))
+            residual = follows.residual if follows else None
+            u = launch.unit(
+                pitch0, k0, pitch1, k1, weight.stride(0), to.stride(0), residual.x.stride(0) if residual else 0
+            )
             _forward[(tiles * blocks(outputs, tile.outputs),)](
                 x0, pitch0 // u, k0 // u, *_norm(first.norm), weight[:, columns[i] :],
                 x1, pitch1 // u, k1 // u, *_norm(second.norm if second else None),
                 weight[:, columns[i + 1] :] if second else None, weight.stride(0) // u, before, to, to.stride(0) // u,
-                *_norm(follows.norm if follows else None), partials if last else None,
+                *elementwise.tensors_after(follows, u), partials if last else None,
                 pixels, outputs, geometry.h, geometry.w, tiles,
-                UNIT=u, POOL=geometry.pool, **_act(follows.act if follows else None), ACC=launch.sum_type(dtype),
-                PRECISION=precision,
+                UNIT=u, POOL=geometry.pool, STRIDE=geometry.stride, **elementwise.acts_after(follows),
+                ACC=launch.sum_type(dtype), PRECISION=precision,
                 BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
             before = to
@@ -400,7 +403,8 @@ def forward(
 
 def _key(case: Case, pixels: int) -> tuple[Any, ...]:
     """Of what a configuration is chosen for, with its channels."""
-    return str(case.dtype), case.precision, triton.next_power_of_2(pixels), case.pool, case.activated, case.unit
+    size = triton.next_power_of_2(pixels), case.pool, case.stride
+    return str(case.dtype), case.precision, *size, case.activated, case.unit
 
 
 def _added_to(s: Segment) -> Tensor | None:
@@ -417,6 +421,18 @@ def _clear_border(s: Segment, geometry: Geometry) -> None:
         if size % 2:
             g, *source = (t.select(axis, -1) for t in images)
             g.copy_(source[0]) if source else g.zero_()
+
+
+def _beside_stride(s: Segment, geometry: Geometry) -> Segment:
+    """The pixels that a stride leaves out have no gradient of it: made ready, what is read is then added."""
+    if geometry.stride == 1 or s.g is None:
+        return s
+    source = _added_to(s)
+    if source is None:
+        s.g.zero_()
+    elif source is not s.g:
+        s.g.copy_(source)
+    return replace(s, add=True, source=None)
 
 
 @dataclass(frozen=True)
@@ -527,6 +543,7 @@ def _segment_one_pass(s: Segment, gradient: _Gradient, weight: Tensor, tile: Til
 
 
 def _segment_dgrad(s: Segment, gradient: _Gradient, weight: Tensor, geometry: Geometry, case: Case) -> None:
+    s = _beside_stride(s, geometry)
     pixels, (outputs, k), source, u = geometry.outputs, weight.shape, _added_to(s), case.unit
 
     def run(tile: Tile, g: Tensor | None) -> Tensor | None:
@@ -537,7 +554,8 @@ def _segment_dgrad(s: Segment, gradient: _Gradient, weight: Tensor, geometry: Ge
             s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), g, _pitch(g) // u, source, _pitch(source) // u,
             weight, weight.stride(0) // u, *gradient.arguments(u), partials,
             pixels, outputs, geometry.h, geometry.w,
-            UNIT=u, POOL=geometry.pool, **_act(gradient.act), ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
+            UNIT=u, POOL=geometry.pool, STRIDE=geometry.stride, **_act(gradient.act),
+            ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
             BP=tile.pixels, BN=tile.depth, BK=tile.outputs, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         return partials
@@ -563,7 +581,8 @@ def _segment_wgrad(s: Segment, gradient: _Gradient, geometry: Geometry, case: Ca
         _wgrad[(programs * splits,)](
             s.x, s.x.stride(0) // u, k // u, *_norm(s.norm), *gradient.arguments(u),
             partials, pixels, outputs, geometry.h, geometry.w, chunk,
-            UNIT=u, POOL=geometry.pool, **_act(gradient.act), ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
+            UNIT=u, POOL=geometry.pool, STRIDE=geometry.stride, **_act(gradient.act),
+            ACC=launch.sum_type(case.dtype), PRECISION=case.precision,
             BP=tile.pixels, BN=tile.outputs, BK=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         return partials

@@ -10,7 +10,7 @@ from torch import Tensor
 from csp_kernels.kernels.launch import Argument, check, check_count, check_params, sum_dtype
 from csp_kernels.ops._node import padded
 from csp_kernels.stage.cost import side
-from csp_kernels.stage.program import Bottleneck, Maximum, MaximumBackward, Product, Program
+from csp_kernels.stage.program import Bottleneck, Product, ProductBackward, Program
 
 
 def check_call(
@@ -18,7 +18,7 @@ def check_call(
     seed: Tensor | None, eps: Sequence[float],
 ) -> None:  # fmt: skip
     """Of both operators. TypeError or ValueError, which names the argument, for what a program cannot run with."""
-    _check_instructions(program)
+    _check_products(program)
     buffers = [b for b in program.buffers if b.kind == "input"]
     check_count("inputs", inputs, len(buffers))
     x = inputs[0]
@@ -60,25 +60,15 @@ def check_backward(
     check(x, arguments)
 
 
-def _check_instructions(program: Program) -> None:
-    """None that the CPU alone runs."""
+def _check_products(program: Program) -> None:
+    """None that the reference alone runs (ops/stage.py: unsupported)."""
     for step in (*program.forward, *program.backward):
-        if isinstance(step, (Maximum, MaximumBackward)):
-            raise ValueError("program: got a maximum, expected none: they run on the CPU alone")
-        products = (step.reduce, step.conv) if isinstance(step, Bottleneck) else (step,)
-        for product in products:
-            conv = getattr(product, "conv", None)
-            if conv is not None and (conv.groups > 1 or conv.stride > 1):
-                raise ValueError("program: got groups or a stride, expected none: they run on the CPU alone")
-            if isinstance(product, Product) and (product.residual or (conv and conv.kernel == 3 and _through(product))):
-                raise ValueError(
-                    "program: got a product with a residual or a 3x3 with a norm or an activation, expected one that "
-                    'was compiled for target "any"'
-                )
-
-
-def _through(product: Product) -> bool:
-    return product.column is not None or product.act != "identity"
+        for product in (step.reduce, step.conv) if isinstance(step, Bottleneck) else (step,):
+            if not isinstance(product, (Product, ProductBackward)):
+                continue
+            conv, drops = product.conv, product.drop is not None
+            if (conv.groups > 1 and (conv.kernel == 1 or drops)) or (conv.stride > 1 and (conv.pool or drops)):
+                raise ValueError("program: got groups of a 1x1, or dropout behind groups or a stride, expected none")
 
 
 def _drops(step: Product | Bottleneck) -> bool:

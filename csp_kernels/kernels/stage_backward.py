@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from csp_kernels.kernels import activate, conv3x3, elementwise, mix, statistics
+from csp_kernels.kernels import activate, conv3x3, elementwise, maximum, mix, statistics
 from csp_kernels.kernels.launch import Correction, Geometry
 from csp_kernels.kernels.norm import pay
-from csp_kernels.kernels.stage_forward import Forward, activation, on_load, width
+from csp_kernels.kernels.stage_forward import Forward, activation, on_load, plain, width
 from csp_kernels.kernels.stage_plan import Step, overlap
 from csp_kernels.stage.program import (
     ActivateBackward,
@@ -19,16 +19,12 @@ from csp_kernels.stage.program import (
     Behind,
     Clear,
     Finish,
+    MaximumBackward,
     Place,
     ProductBackward,
     Segment,
     Settle,
 )
-
-
-def plain(segment: Segment) -> bool:
-    """Read as it is."""
-    return segment.column is None and segment.act == "identity"
 
 
 class BackwardPass(Forward):
@@ -63,6 +59,8 @@ class BackwardPass(Forward):
             self.product3x3_backward(instruction)
         elif isinstance(instruction, AddBackward):
             self.add_backward(instruction)
+        elif isinstance(instruction, MaximumBackward):
+            self.maximum_backward(instruction)
         elif isinstance(instruction, Clear):
             self.memory.own_gradient(instruction.place).zero_()
         else:
@@ -103,10 +101,9 @@ class BackwardPass(Forward):
         """behind: see Step."""
         apart = [not on_load(s) or _read_twice(s, step.segments) for s in step.segments]
         segments = [self.beside(s, step) if a else self.target(s) for s, a in zip(step.segments, apart, strict=True)]
-        geometry = self.memory.geometry(step.segments[0].place, step.conv.pool)
         d, z, correction = self.output_gradient(step, behind)
         wanted, weight = bool(step.wanted), self.stacked(step)
-        dweight, _ = mix.backward(segments, d, z, correction, weight, geometry, self.precision, wanted)
+        dweight, _ = mix.backward(segments, d, z, correction, weight, self.read_by(step), self.precision, wanted)
         for segment, made, away in zip(step.segments, segments, apart, strict=True):
             if away and made.g is not None:
                 self.spread(segment, made.g, self.memory.geometry(segment.place))
@@ -158,11 +155,11 @@ class BackwardPass(Forward):
             z, norm = self.read3x3(step)
         features, gradient = self.memory.value(step.of), self.memory.gradient(step.of)
         slices = features, gradient, self.norms.due(step.owed, width(step.of)), weight, z, norm
-        geometry, dropout = self.memory.geometry(step.of), self.dropout(step)
+        geometry, dropout = self.read_by(step), self.dropout(step)
         if gathered and any(s.gradient or s.sums for s in step.segments):
             dz = self.memory.scratch(first.place.buffer, channels)
             conv3x3.dgrad(*slices, dz, geometry, self.precision, dropout)
-            self.spread_parts(step.segments, dz, geometry)
+            self.spread_parts(step.segments, dz)
         elif first.gradient or first.sums:
             g, source = self.memory.target(first)
             conv3x3.dgrad(*slices, g, geometry, self.precision, dropout, source, self.sums(first))
@@ -170,11 +167,12 @@ class BackwardPass(Forward):
             dweight = conv3x3.wgrad(*slices, geometry, self.precision, dropout)
             self.weight_gradients[step.nodes[0]] = dweight
 
-    def spread_parts(self, segments: Sequence[Segment], d: Tensor, geometry: Geometry) -> None:
+    def spread_parts(self, segments: Sequence[Segment], d: Tensor) -> None:
         """d: of segments side by side."""
         at = 0
         for segment in segments:
-            self.spread(segment, d[:, at : at + width(segment.place)], geometry)
+            part = d[:, at : at + width(segment.place)]
+            self.spread(segment, part, self.memory.geometry(segment.place))
             at += width(segment.place)
 
     # --- the others ---
@@ -192,6 +190,18 @@ class BackwardPass(Forward):
         for segment in step.segments:
             if segment is not direct:
                 self.spread(segment, d, self.memory.geometry(segment.place))
+
+    def maximum_backward(self, step: MaximumBackward) -> None:
+        segment, windows = step.segments[0], self.windows(step)
+        positions = maximum.positions_of(self.values(segment), windows, step.size)
+        d, correction = self.memory.gradient(step.of), self.norms.due(step.owed, width(step.of))
+        if correction is not None:  # each pixel is read by several
+            to = self.memory.scratch(step.of.buffer, width(step.of))
+            pay(d, self.memory.value(step.of), correction, to)
+            d = to
+        dx = self.memory.scratch(segment.place.buffer, width(segment.place))
+        maximum.backward(d, positions, dx, windows, step.size)
+        self.spread(segment, dx, self.memory.geometry(segment.place))
 
     def finish(self, step: Finish, part: Place | None) -> None:
         """part: see Step."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from csp_kernels.kernels import activate, conv3x3, cuda, elementwise, mix, statistics
+from csp_kernels.kernels import activate, conv3x3, cuda, elementwise, maximum, mix, statistics
 from csp_kernels.kernels.activate import RELU, Activation
-from csp_kernels.kernels.launch import Norm
+from csp_kernels.kernels.launch import Geometry, Norm
 from csp_kernels.kernels.stage_memory import Memory
 from csp_kernels.kernels.stage_norms import Norms
 from csp_kernels.kernels.stage_plan import Step
@@ -22,6 +22,8 @@ from csp_kernels.stage.program import (
     Bottleneck,
     Copy,
     Fill,
+    Maximum,
+    MaximumBackward,
     Measure,
     Place,
     Product,
@@ -40,9 +42,14 @@ def activation(by: Segment | Product | Add | AddBackward) -> Activation:
     return Activation(ACTIVATIONS.index(by.act), by.slope)
 
 
+def plain(segment: Segment) -> bool:
+    """Read as it is."""
+    return segment.column is None and segment.act == "identity"
+
+
 def on_load(segment: Segment) -> bool:
     """Whether products read it in place, as it is or through norm and ReLU; else it is activated in scratch memory."""
-    return segment.act == "relu" or (segment.act == "identity" and segment.column is None)
+    return segment.act == "relu" or plain(segment)
 
 
 class Forward:
@@ -87,6 +94,8 @@ class Forward:
             elementwise.add(terms, activation(instruction), out, into)
         elif isinstance(instruction, Activate):
             self.activate(instruction)
+        elif isinstance(instruction, Maximum):
+            self.maximum(instruction)
         else:
             raise TypeError(f"program: got {type(instruction).__name__}, expected an instruction of this pass")
 
@@ -126,25 +135,42 @@ class Forward:
     def terms(self, segments: Sequence[Segment]) -> list[elementwise.Term]:
         return [elementwise.Term(self.memory.value(s.place), self.norm(s), activation(s)) for s in segments]
 
+    def maximum(self, step: Maximum) -> None:
+        x, out = self.values(step.segments[0]), self.memory.value(step.to)
+        maximum.forward(x, out, self.windows(step), step.size, self.statistics(step.statistics, step.to))
+
+    def windows(self, step: Maximum | MaximumBackward) -> Geometry:
+        return self.memory.geometry(step.segments[0].place, stride=step.stride)
+
+    def values(self, segment: Segment) -> Tensor:
+        """[pixels, channels] of what a segment reads: where it lies or, through norm and activation, in scratch
+        memory."""
+        if plain(segment):
+            return self.memory.value(segment.place)
+        to = self.memory.scratch(segment.place.buffer, width(segment.place))
+        self.activated(segment, to)
+        return to
+
     # --- products ---
+
+    def read_by(self, step: Product | ProductBackward) -> Geometry:
+        """Of what a product reads."""
+        return self.memory.geometry(step.segments[0].place, step.conv.pool, step.conv.stride)
 
     def product(self, step: Product) -> None:
         if step.conv.kernel == 3:
             return self.product3x3(step)
         segments = [self.read(segment) for segment in step.segments]
-        geometry = self.memory.geometry(step.segments[0].place, step.conv.pool)
         into, out = self.statistics(step.statistics, step.to), self.memory.value(step.to)
-        mix.forward(segments, self.stacked(step), out, geometry, self.precision, into, self.after(step))
-        if step.act == "relu":
+        mix.forward(segments, self.stacked(step), out, self.read_by(step), self.precision, into, self.after(step))
+        if step.act == "relu" and not step.residual:
             self.rectified.append(step.to)
 
     def read(self, segment: Segment) -> mix.Segment:
         """As a 1x1 takes it."""
         if on_load(segment):
             return mix.Segment(self.memory.value(segment.place), self.loaded(segment))
-        to = self.memory.scratch(segment.place.buffer, width(segment.place))
-        self.activated(segment, to)
-        return mix.Segment(to)
+        return mix.Segment(self.values(segment))
 
     def stacked(self, step: Product | ProductBackward) -> Tensor:
         """[out of all nodes, in]"""
@@ -156,20 +182,22 @@ class Forward:
         assert weight is not None, "a sum has no weight"
         return weight
 
-    def after(self, step: Product) -> mix.After | None:
-        """The norm and the activation that are folded into a 1x1."""
-        if step.column is None and step.act == "identity":
+    def after(self, step: Product) -> elementwise.After | None:
+        """The norm, the activation and the residual that are folded into a product."""
+        if step.column is None and step.act == "identity" and not step.residual:
             return None
         count = width(step.to)
         norm = self.norms.identity(count) if step.column is None else self.norms.columns(step.column, count)
-        return mix.After(norm, activation(step))
+        return elementwise.After(norm, activation(step), next(iter(self.terms(step.residual)), None))
 
     def product3x3(self, step: Product) -> None:
         z, norm = self.read3x3(step)
         into, out = self.statistics(step.statistics, step.to), self.memory.value(step.to)
-        geometry = self.memory.geometry(step.to)
-        weight = self.weight(step.nodes[0])
-        conv3x3.forward(z, norm, weight, out, geometry, self.precision, into, self.dropout(step))
+        weight, after = self.weight(step.nodes[0]), self.after(step)
+        dropout = self.dropout(step)
+        conv3x3.forward(z, norm, weight, out, self.read_by(step), self.precision, into, dropout, after)
+        if step.act == "relu" and not step.residual:
+            self.rectified.append(step.to)
 
     def read3x3(self, step: Product | ProductBackward) -> tuple[Tensor, Norm | None]:
         """The one input of a 3x3, and what it is read through: several segments are gathered in scratch memory."""

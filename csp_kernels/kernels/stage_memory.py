@@ -28,8 +28,8 @@ class Memory:
         n, _, h, w = like.shape
         self.sizes = [(n, side(b.size, h), side(b.size, w)) for b in buffers]
 
-    def geometry(self, place: Place, pool: bool = False) -> Geometry:
-        return Geometry(*self.sizes[place.buffer], pool)
+    def geometry(self, place: Place, pool: bool = False, stride: int = 1) -> Geometry:
+        return Geometry(*self.sizes[place.buffer], pool, stride)
 
     def pixels(self, buffer: int) -> int:
         n, h, w = self.sizes[buffer]

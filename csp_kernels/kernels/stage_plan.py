@@ -25,6 +25,8 @@ from csp_kernels.stage.program import (
     Copy,
     Fill,
     Finish,
+    Maximum,
+    MaximumBackward,
     Measure,
     Place,
     Product,
@@ -120,11 +122,13 @@ def _values(step: Backward) -> Iterator[Place]:
         yield step.source
     elif isinstance(step, Bottleneck):
         yield from (*_values(step.reduce), *_values(step.conv))
-    elif isinstance(step, (Product, Add, Activate)):
+    elif isinstance(step, Product):
+        yield from (*_places((*step.segments, *step.residual)), step.to)
+    elif isinstance(step, (Add, Activate, Maximum)):
         yield from (*_places(step.segments), step.to)
     elif isinstance(step, ActivateBackward):
         yield from _places(step.segments)
-    elif isinstance(step, (ProductBackward, AddBackward)):
+    elif isinstance(step, (ProductBackward, AddBackward, MaximumBackward)):
         yield from (*_places(step.segments), step.of)
     elif isinstance(step, Finish):
         yield step.of
@@ -134,9 +138,9 @@ def _gradients(step: Backward) -> Iterator[Place]:
     """Places whose gradients an instruction may touch."""
     if isinstance(step, Clear):
         yield step.place
-    elif isinstance(step, (ActivateBackward, ProductBackward, AddBackward)):
+    elif isinstance(step, (ActivateBackward, ProductBackward, AddBackward, MaximumBackward)):
         yield from _places(segment for segment in step.segments if segment.gradient)
-    if isinstance(step, (ProductBackward, AddBackward, Finish)):
+    if isinstance(step, (ProductBackward, AddBackward, MaximumBackward, Finish)):
         yield step.of
 
 
@@ -226,7 +230,7 @@ class Tables:
         self.norms = tuple(sorted(starts, key=lambda norm: starts[norm]))
 
     def _measured(self, step: Backward) -> None:
-        if isinstance(step, (Measure, Copy, Product, Add)) and step.statistics is not None:
+        if isinstance(step, (Measure, Copy, Product, Add, Maximum)) and step.statistics is not None:
             place = step.source if isinstance(step, Measure) else step.to
             columns = range(step.statistics, step.statistics + place.stop - place.start)
             self.buffers |= dict.fromkeys(columns, place.buffer)

@@ -12,9 +12,9 @@ from csp_kernels.kernels import launch
 
 
 @triton.jit
-def store_tile_statistics(stored, ok, count, partials, tile, tiles, n, N, AXIS: tl.constexpr, ACC: tl.constexpr):
-    """Mean and M2 along AXIS (pixels) of a tile as it was stored -> partials [2, tiles, N] float64; n: its channels.
-    The mean in two steps, the second relative to the first: nothing is lost when it is large."""
+def store_tile_statistics(stored, ok, count, partials, tile, tiles, n, end, N, AXIS: tl.constexpr, ACC: tl.constexpr):
+    """Mean and M2 along AXIS (pixels) of a tile as it was stored -> partials [2, tiles, N] float64; n: its channels,
+    those before `end`. The mean in two steps, the second relative to the first: nothing is lost when it is large."""
     x, count = stored.to(ACC), count.to(ACC)
     rough = tl.sum(tl.where(ok, x * 0.00390625, 0.0), AXIS) / (count * 0.00390625)  # 2^-8: the sum stays finite
     d = tl.where(ok, x - tl.expand_dims(rough, AXIS), 0.0)
@@ -26,8 +26,8 @@ def store_tile_statistics(stored, ok, count, partials, tile, tiles, n, N, AXIS: 
         units = tl.where(units == float("inf"), float("nan"), units)  # nor a deviation
         m2 = tl.where(m2 == float("inf"), units * 2.2300745198530623e43, m2)
     to = partials + tile.to(tl.int64) * N + n
-    tl.store(to, rough.to(tl.float64) + rest, mask=n < N)
-    tl.store(to + tl.cast(tiles, tl.int64) * N, m2 - count * rest * rest, mask=n < N)
+    tl.store(to, rough.to(tl.float64) + rest, mask=n < end)
+    tl.store(to + tl.cast(tiles, tl.int64) * N, m2 - count * rest * rest, mask=n < end)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def _copy_split(
     if out is not None:
         tl.store(out + row * (out_pitch * UNIT) + n[None, :], value, mask=ok)
     if partials is not None:
-        store_tile_statistics(value, ok, tl.minimum(P - tile * BP, BP), partials, tile, tiles, n, N, 0, ACC)
+        store_tile_statistics(value, ok, tl.minimum(P - tile * BP, BP), partials, tile, tiles, n, N, N, 0, ACC)
 
 
 def copy_split(x: Tensor, out: Tensor | None, statistics: Tensor | None) -> None:

@@ -19,7 +19,6 @@ from torch.nn.modules.module import (
 
 from csp_kernels._tracing import constant_when_traced
 from csp_kernels.backends import selected
-from csp_kernels.ops import _program
 from csp_kernels.ops._packed import forget
 from csp_kernels.reference.dense_block import DenseLayer
 from csp_kernels.reference.partial_transition import Unit
@@ -293,13 +292,6 @@ def warn_once(module: Any, reason: str) -> None:
     if choice != "reference" and not module._warned:
         module._warned = True
         _warn(f"csp.{type(module).__name__} runs its plain PyTorch reference: {reason}")
-
-
-def target_for(children: Iterable[Any]) -> str:
-    """What programs for the device of these modules may hold (stage/compile.py)."""
-    weights = (child._parameters.get("weight") for child in children)
-    weight = next((t for t in weights if t is not None), None)
-    return _program.CPU_TARGET if weight is None or weight.device.type in ("cpu", "meta") else "any"
 
 
 @constant_when_traced  # under torch.compile: warns while it compiles, without a graph break

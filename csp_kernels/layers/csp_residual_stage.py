@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from csp_kernels import ops, reference
-from csp_kernels.layers._children import Fused, Shape, fits, hooked_globally, recorded, shape_of, target_for, warn_once
+from csp_kernels.layers._children import Fused, Shape, fits, hooked_globally, recorded, shape_of, warn_once
 from csp_kernels.layers._norms import consecutive, frozen_norms, only_norms, parameters, update_running
 from csp_kernels.layers.concat_conv import ConcatConv
 from csp_kernels.ops._program import built
@@ -26,14 +26,13 @@ class CSPStage(Fused, reference.CSPStage):
     CSPNet (arXiv 1911.11929, section 3.2 and Fig. 5). Arguments, children (down, split, blocks, t_a, t_b) and sizes:
     `reference.CSPStage`. It runs as one operator, nothing is concatenated; what backward keeps is what the
     convolutions and the sums of the blocks give. The norms are plain nn.BatchNorm2d and count as such: momentum, eps,
-    affine, track_running_stats, train and eval act as usual. Plain children are not called; on a GPU, and where
-    its stride is above 2, down.conv is.
+    affine, track_running_stats, train and eval act as usual. Plain children are not called; where its stride is
+    above 2, down.conv is.
 
     recompute: what backward computes again instead of keeping it: "none", "bottleneck" (1x1 convolutions that 3x3 ones
-    alone read) or "all" (all but inputs and outputs). dtypes, memory formats and errors: `csp.ops.stage`. With grouped
-    blocks on a GPU it calls its children one after the other, joins fused; so it does with other children than it was
-    made with (SyncBatchNorm), hooks on them or another forward, and says why, once; RuntimeError if "native" was
-    chosen.
+    alone read) or "all" (all but inputs and outputs). dtypes, memory formats and errors: `csp.ops.stage`. With other
+    children than it was made with (SyncBatchNorm), hooks on them or another forward it calls them one after the other,
+    joins fused, and says why, once; RuntimeError if "native" was chosen.
     """
 
     joint: ClassVar[Callable[..., nn.Module]] = ConcatConv
@@ -54,12 +53,10 @@ class CSPStage(Fused, reference.CSPStage):
             out_channels, num_blocks, options.get("block", "bottleneck"), groups,
         )  # fmt: skip
         rest = self.split_acts, self.order, act, slope
-        # where kernels run it whole, and where PyTorch runs the convolution of `down`
-        whole = in_channels if self.down is not None and self.down.conv.stride == (2, 2) else 0
-        self._source = {"any": (*before, 0 if self.down is None else -1, *rest)}
-        self._source["cpu"] = (*before, whole, *rest) if whole else self._source["any"]
-        beside = () if self.down is None else ("down.conv",)
-        self._called: dict[str, tuple[str, ...]] = {"any": beside, "cpu": () if whole else beside}
+        whole = self.down is None or self.down.conv.stride == (2, 2)  # else PyTorch runs the convolution of `down`
+        self.called: tuple[str, ...] = () if whole else ("down.conv",)  # children that run beside the operator
+        down = 0 if self.down is None else in_channels if whole else -1
+        self._source = *before, down, *rest
         self._shape: Shape = shape_of(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,23 +90,13 @@ class CSPStage(Fused, reference.CSPStage):
         return ([] if reason else [found[item.name] for item in self.graph.order]), reason
 
     def _foreign(self) -> str:
-        """What the kernels of this device cannot run, in words; "" if nothing."""
-        target = self._target()
-        return unsupported(built(self._source[target]), target)
-
-    @property
-    def called(self) -> tuple[str, ...]:
-        """Children that run beside the operator."""
-        return self._called[self._target()]
+        """What the kernels cannot run, in words; "" if nothing."""
+        return unsupported(self.graph)
 
     @property
     def graph(self) -> Graph:
         """What a call computes, of what `images` gives."""
-        return built(self._source[self._target()])
-
-    def _target(self) -> str:
-        last = self._modules.get("t_b")
-        return target_for([] if last is None else last._modules.values())
+        return built(self._source)
 
     def images(self, x: Tensor) -> Sequence[Tensor]:
         """The input of the graph: x, or what the convolution of `down` makes of it. Of a meta tensor its shape."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from csp_kernels import ops
-from csp_kernels.layers._children import Fused, not_a, recorded, target_for, warn_once
+from csp_kernels.layers._children import Fused, not_a, recorded, warn_once
 from csp_kernels.layers._norms import consecutive, frozen_norms, update_running
 from csp_kernels.ops.stage import stage_sizes, unsupported
 from csp_kernels.reference.stage import stage as reference_stage
@@ -88,7 +88,7 @@ class Stage(Fused, nn.Module):
         Raises RuntimeError if a child, called, would do something else."""
         children = [self.get_submodule(item.name) for item in self.graph.order]
         self._check_children(children)
-        return children, unsupported(self.graph if self.training else self._evaluated, target_for(children))
+        return children, unsupported(self.graph if self.training else self._evaluated)
 
     def _check_children(self, children: Sequence[Any]) -> None:
         """Nobody calls them, nor the levels of their names."""

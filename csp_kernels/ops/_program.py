@@ -86,13 +86,12 @@ def run(
     channels_last = checks.is_channels_last(x)
     used = [node.in_place(t) for t in inputs]
     wants = tuple(t.requires_grad for t in (*used, *params)) if node.wants_gradients(*used, *params) else ()
-    target = target_of(backend, x)
-    text = _program(source, tuple(frozen), wants, recompute, target)
+    text = _program(source, tuple(frozen), wants, recompute)
     fixed = node.fixed(running, checks.ACCUMULATE[x.dtype], bool(wants))
     op = torch.ops.csp_kernels.stage.default
     arguments = used, params, fixed, seed, text, eps, node.winograd(x.dtype, backend)
     if not wants:
-        shares = target == "cpu" and not torch.compiler.is_compiling()
+        shares = SHARES and backend == "native" and x.is_cpu and not torch.compiler.is_compiling()
         found = inference(used, params, fixed, text, eps, arguments[-1]) if shares else None
         y, stats = found or node.without_gradients(op, arguments)[::2]
         return [checks.formatted(t, channels_last) for t in y], Moments(text, stats)
@@ -106,12 +105,7 @@ def run(
     return outputs, Moments(text, stats)
 
 
-CPU_TARGET = "cpu"  # "any" where other executors take over the CPU's tensors, as tests have it
-
-
-def target_of(backend: str, x: Tensor) -> str:
-    """What a program for this backend and device may hold, see compile_stage."""
-    return CPU_TARGET if backend == "native" and x.is_cpu else "any"
+SHARES = True  # packed weights between calls of inference; False where tests run programs otherwise
 
 
 _GRAPHS: dict[
@@ -144,10 +138,10 @@ def wanted_gradients(graph: Graph, wants: Sequence[bool]) -> Wanted:
 
 
 @cached_constant
-def _program(source: Source, frozen: tuple[bool, ...], wants: tuple[bool, ...], recompute: str, target: str) -> str:
+def _program(source: Source, frozen: tuple[bool, ...], wants: tuple[bool, ...], recompute: str) -> str:
     """wants: see wanted_gradients; (): no gradients at all."""
     graph = built(source)
-    text = encode(compile_stage(graph, frozen, wanted_gradients(graph, wants) if wants else None, recompute, target))
+    text = encode(compile_stage(graph, frozen, wanted_gradients(graph, wants) if wants else None, recompute))
     if wants:
         _GRAPHS[text] = graph, frozen
     return text

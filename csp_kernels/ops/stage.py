@@ -12,13 +12,13 @@ from csp_kernels._tracing import cached_constant
 from csp_kernels.backends import selected
 from csp_kernels.ops import _biases
 from csp_kernels.ops import _checks as checks
-from csp_kernels.ops._program import Names, Part, run, target_of
+from csp_kernels.ops._program import Names, Part, run
 from csp_kernels.ops._transforms import backend_of
 from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.biases import has_biases
 from csp_kernels.stage.check import sizes
 from csp_kernels.stage.cost import side
-from csp_kernels.stage.graph import Conv, Graph, MaxPool
+from csp_kernels.stage.graph import Conv, Graph
 from csp_kernels.vocabulary import RECOMPUTE
 
 
@@ -57,7 +57,7 @@ def stage(
     _check_sizes(graph, x, flags)
     seed = _seed(graph, x)
     backend = backend_of("stage", inputs, params, running)
-    if backend == "reference" or _not_here(graph, target_of(backend, x)):
+    if backend == "reference" or _not_here(graph):
         channels_last = checks.is_channels_last(x)
         y, stats = reference_stage(graph, inputs, params, running, frozen=flags, eps=numbers, seed=seed)
         return [checks.formatted(t, channels_last) for t in y], stats
@@ -73,16 +73,14 @@ def stage(
 
 
 @cached_constant
-def unsupported(graph: Graph, target: str = "cpu") -> str:
-    """What of a graph the kernels cannot run yet, in words; "" if they can run all of it. target: "cpu", or "any"."""
+def unsupported(graph: Graph) -> str:
+    """What of a graph the kernels cannot run yet, in words; "" if they can run all of it."""
     for i, conv in enumerate(graph.nodes):
-        if isinstance(conv, MaxPool) and target != "cpu":
-            return f"v{graph.value(i)} is a maximum"
         if not isinstance(conv, Conv):
             continue
         found = {
-            "groups": conv.groups > 1 and (conv.kernel == 1 or conv.drop_rate > 0 or target != "cpu"),
-            "a stride": conv.stride > 1 and (conv.drop_rate > 0 or target != "cpu"),
+            "groups": conv.groups > 1 and (conv.kernel == 1 or conv.drop_rate > 0),
+            "a stride": conv.stride > 1 and conv.drop_rate > 0,
             "dropout behind a bias": conv.bias and conv.drop_rate > 0,
             "dropout behind a 1x1": conv.drop_rate > 0 and conv.kernel == 1,
         }
@@ -92,9 +90,9 @@ def unsupported(graph: Graph, target: str = "cpu") -> str:
     return ""
 
 
-def _not_here(graph: Graph, target: str) -> bool:
+def _not_here(graph: Graph) -> bool:
     """Whether the reference takes a call that the backend was to run; RuntimeError if that backend was chosen."""
-    reason = unsupported(graph, target)
+    reason = unsupported(graph)
     if reason and selected() != "auto":
         raise RuntimeError(f"stage: {reason}, which the kernels cannot run yet; choose csp.use_backend('reference')")
     return bool(reason)

@@ -41,18 +41,17 @@ from csp_kernels.stage.program import (
     Wanted,
     Weight,
 )
-from csp_kernels.vocabulary import RECOMPUTE, TARGETS
+from csp_kernels.vocabulary import RECOMPUTE
 
 
 @lru_cache(maxsize=1024)
 def compile_stage(
-    graph: Graph, frozen: tuple[bool, ...], wanted: Wanted | None = None, recompute: str = "none", target: str = "any"
+    graph: Graph, frozen: tuple[bool, ...], wanted: Wanted | None = None, recompute: str = "none"
 ) -> Program:
     """The program of a graph; wanted None, or nothing in it: no gradients, nothing is kept.
 
     frozen: norms that use running statistics. recompute: what backward computes again instead of keeping it,
-    "none", "bottleneck" (1x1 convolutions that 3x3 ones alone read) or "all" (all but inputs and outputs). target:
-    "cpu", or "any": what every executor can run.
+    "none", "bottleneck" (1x1 convolutions that 3x3 ones alone read) or "all" (all but inputs and outputs).
     Raises ValueError for bad arguments.
     """
     check(graph)
@@ -60,20 +59,17 @@ def compile_stage(
         raise ValueError(f"frozen: got {len(frozen)} items, expected {len(graph.norms)}, one a norm")
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(RECOMPUTE)}")
-    if target not in TARGETS:
-        raise ValueError(f"target: got {target!r}, expected one of {', '.join(TARGETS)}")
     wanted = None if wanted == Wanted() else wanted
     sources, columns = _sources(graph), norm_columns(graph)
     if wanted is None:
-        graph, folded = fold(graph, frozen, columns, (1, 3) if target == "cpu" else (1,))
+        graph, folded = fold(graph, frozen, columns)
     else:
         folded = {}
     layout = lay_out(graph, frozen, columns, folded, wanted is not None, recompute)
     common = _Common(graph, layout, frozen, sources, folded)
     forward = _forward(common)
     if wanted is None:
-        forward = with_bottlenecks(forward, layout.buffers)
-        forward = with_residuals(forward) if target == "cpu" else forward
+        forward = with_residuals(with_bottlenecks(forward, layout.buffers))
     backward = _BackwardPass(common, wanted).run() if wanted else ()
     statistics = sum(graph.channels[value] for value in layout.statistics)
     weights, norms = _parameters(graph, frozen)

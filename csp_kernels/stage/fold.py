@@ -31,21 +31,16 @@ class Folded:
     slope: float
 
 
-def fold(
-    graph: Graph, frozen: Sequence[bool], columns: Sequence[int], kernels: Sequence[int]
-) -> tuple[Graph, dict[int, Folded]]:
+def fold(graph: Graph, frozen: Sequence[bool], columns: Sequence[int]) -> tuple[Graph, dict[int, Folded]]:
     """Where all that read the value of a convolution read it through the same norm and activation, it takes them over:
-    the graph that reads those values as they are, and what they hold, by node. columns: first one of each norm.
-    kernels: sizes of convolutions that can do so."""
+    the graph that reads those values as they are, and what they hold, by node. columns: first one of each norm."""
     reads: dict[int, list[Read]] = {value: [] for value in range(len(graph.channels))}
     for _, user in graph.users():
         for read in user.reads:
             reads[read.value].append(read)
     found = {}
     for index, node in enumerate(graph.nodes):
-        if not isinstance(node, Conv) or node.kernel not in kernels:
-            continue
-        if node.bias or node.drop_rate or (node.groups > 1 and node.kernel == 1):
+        if not isinstance(node, Conv) or node.bias or node.drop_rate or (node.groups > 1 and node.kernel == 1):
             continue
         behind = {_behind(graph, read, frozen, columns) for read in reads[graph.value(index)]}
         folded = behind.pop() if len(behind) == 1 else None

@@ -156,8 +156,7 @@ class Product:
     the other, which read the same (conv.out_channels: of all). drop: its number among those that drop.
 
     Inference: to = act(norm(convolution)), through affine columns from `column` on (None: no norm) of norms that use
-    running statistics, which are folded into the weights. residual: of one segment at most, which is added to that.
-    Of a 3x3, and with a residual, on the CPU alone (`compile_stage`).
+    running statistics. residual: of one segment at most, which is added to that.
     """
 
     nodes: tuple[int, ...]

@@ -31,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 
 import cases
-from cases import BlockCase, Case, ConcatConvCase, StageCase, TransitionCase
+from cases import BlockCase, Case, ConcatConvCase, GraphCase, StageCase, TransitionCase
 from gpu_cases import DenseCase
 
 import csp_kernels as csp
+from csp_kernels.stage.build import Builder, conv_norm
+from csp_kernels.stage.graph import Graph
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 TESTED = tuple(os.environ.get("CSP_KERNELS_TARGETS", "sm_90").split(","))  # by test_compile.py
@@ -77,7 +79,24 @@ _DENSE = DenseCase(size=LARGE, layers=1, channels=64, growth=32, width=128)
 _TRANSITION = TransitionCase(size=LARGE, part=64, dense=128, mid=128, out=128)
 _CONCAT = ConcatConvCase(size=LARGE, channels=(64, 128), out=128, options={"act": "silu"})
 _POST = BlockCase(size=LARGE, layers=1, channels=64, growth=32, width=128)
+
+
+def downsampling(channels: int, width: int, groups: int) -> Graph:
+    """A 3x3 and a 1x1 with stride 2, groups with and without one, maxima; in inference a residual behind each."""
+    build = Builder(channels)
+    x = build.read(0)
+    down = conv_norm(build, [build.read(build.conv([x], width, 3, stride=2), build.norm(width), "relu")], width, 3)
+    pooled = build.max_pool(build.read(0), 3, stride=2)
+    shortcut = build.read(build.conv([build.read(pooled)], width), build.norm(width))
+    a = build.read(build.sum([conv_norm(build, [down], width, 3, groups=groups), shortcut]))
+    b = build.read(build.sum([conv_norm(build, [a], width), a]))
+    halved = build.conv([down], width, 3, stride=2, groups=groups), build.conv([b], width, stride=2)
+    build.write([build.read(build.sum([build.read(v) for v in halved]), build.norm(width), "relu")])
+    return build.graph()
+
+
 _STAGE = StageCase(size=LARGE, layers=1, channels=128, part=64, growth=32, width=128, mid=128, out=128)
+_DOWN = downsampling(64, 128, 16)
 HALF, BF16 = torch.float16, torch.bfloat16
 EVERY = ("dense_block", "partial_transition")  # operators whose kernels are compiled in every configuration
 CASES: dict[str, list[tuple[str, Case]]] = {  # (float32's precision, case)
@@ -94,6 +113,11 @@ CASES: dict[str, list[tuple[str, Case]]] = {  # (float32's precision, case)
     "csp_stage": [
         ("ieee", replace(_STAGE, dtype=HALF, layer="two_way")),
         ("ieee", replace(_STAGE, dtype=BF16, layer="pre")),
+    ],
+    "stage": [
+        ("ieee", GraphCase(size=LARGE, dtype=HALF, graph=_DOWN)),
+        ("tf32", GraphCase(size=LARGE, graph=_DOWN)),
+        ("ieee", GraphCase(size=LARGE, graph=_DOWN)),
     ],
 }
 
@@ -134,7 +158,7 @@ def on_triton() -> Iterator[None]:
 
     csp.use_backend("native")
     with (
-        patch.object(_program, "CPU_TARGET", "any"),
+        patch.object(_program, "SHARES", False),
         torch.library._scoped_library("csp_kernels", "IMPL") as library,
     ):
         library.impl("stage", stage.forward, "CPU", allow_override=True)
@@ -257,7 +281,8 @@ Numbers at the end of their range, float32 and bfloat16:
 
 - NaN and infinity go where they go in plain PyTorch: ReLU keeps NaN and passes its gradient, a gradient in front of a
   ReLU that is not active is 0 whatever it is, statistics of a channel that has one are not finite. The 3x3 is a direct
-  sum here, so one pixel reaches the eight around it and no more. In 16 bits CUDA C++ also hands NaN of a feature to its
+  sum here, so one pixel reaches the eight around it and no more; of groups it also reaches those that are computed
+  with its own, as many as have 32 channels. In 16 bits CUDA C++ also hands NaN of a feature to its
   gradient where fixed norms owe nothing, which plain PyTorch does not, and the gradient of a norm's weight does not see
   minus infinity behind a ReLU, where plain PyTorch has NaN.
 - Batch statistics in Triton are right as long as float32 holds each deviation from the mean of its tile (3.4e38);

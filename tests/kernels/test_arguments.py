@@ -13,7 +13,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from csp_kernels.kernels import stage as kernels
-from csp_kernels.stage.build import Builder, conv_norm
+from csp_kernels.ops.stage import unsupported
+from csp_kernels.stage.build import Builder
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.text import encode
 
@@ -82,22 +83,16 @@ def test_a_program_that_drops_needs_a_seed() -> None:
         kernels.forward(a.inputs, a.params, a.running, None, encode(case.program), case.eps, 2)
 
 
-@pytest.mark.parametrize("what", ["groups", "stride", "residual", "3x3"])
-def test_a_program_for_the_cpu(what: str) -> None:
+@pytest.mark.parametrize("options", [{"groups": 2}, {"kernel": 3, "groups": 2, "drop_rate": 0.5},
+                                     {"kernel": 3, "stride": 2, "drop_rate": 0.5}], ids=str)  # fmt: skip
+def test_what_the_reference_alone_runs(options: dict[str, Any]) -> None:
     build = Builder(8)
-    x = build.read(0)
-    if what in ("groups", "stride"):
-        options = {"groups": 2} if what == "groups" else {"stride": 2}
-        build.write([build.read(build.conv([x], 8, 3, **options))])
-    elif what == "residual":
-        build.write([build.read(build.sum([conv_norm(build, [x], 8), x]))])
-    else:
-        build.write([conv_norm(build, [x], 8, 3)])
-    graph = build.graph()
-    case = Case(graph, frozen=(True,))
-    a, program = arguments(case), compile_stage(graph, (True,) * len(graph.norms), target="cpu")
-    with pytest.raises(ValueError, match=r"^program: got .*(CPU alone|target)"):
-        kernels.forward(a.inputs, a.params, a.running, None, encode(program), case.eps, 2)
+    build.write([build.read(build.conv([build.read(0)], 8, **options))])
+    case = Case(build.graph())
+    a, program = arguments(case), encode(compile_stage(case.graph, ()))
+    assert unsupported(case.graph)
+    with pytest.raises(ValueError, match=r"^program: got groups"):
+        kernels.forward(a.inputs, a.params, a.running, torch.tensor([1]), program, case.eps, 2)
 
 
 def test_a_text_that_is_no_program() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import guard
+import numpy as np
 import pytest
 import torch
 import triton
@@ -9,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from csp_kernels.kernels import conv3x3
+from csp_kernels.kernels.activate import Activation
 from csp_kernels.kernels.conv3x3 import Dropout
+from csp_kernels.kernels.elementwise import After, Term
 from csp_kernels.kernels.launch import Correction, Geometry, Norm, sum_dtype
 
 TOLERANCE = {
@@ -44,9 +50,9 @@ def norm_of(n: int, dtype: torch.dtype) -> Norm:
     return Norm(vector(n, dtype, -1, 1), scale, vector(n, dtype, 0.1, 0.5))  # a constant is not mapped to zero
 
 
-def weight_of(g: int, b: int, dtype: torch.dtype) -> Tensor:
+def weight_of(g: int, b: int, dtype: torch.dtype, groups: int = 1) -> Tensor:
     """Representable in dtype, which the product takes it in."""
-    return (torch.randn(g, b, 3, 3) / b**0.5).to(dtype).to(sum_dtype(dtype))
+    return (torch.randn(g, b // groups, 3, 3) / (b // groups) ** 0.5).to(dtype).to(sum_dtype(dtype))
 
 
 def hashed(pixels: Tensor, channels: int, seed: int, layer: int) -> Tensor:
@@ -93,7 +99,10 @@ def normalised(z: Tensor, norm: Norm) -> Tensor:
 
 
 def convolved(n: Tensor, weight: Tensor, s: Geometry) -> Tensor:
-    return pixels(torch.nn.functional.conv2d(images(torch.relu(n), s), weight, padding=1))
+    """Of as many groups as the weight says."""
+    x = images(torch.relu(n), s)
+    groups = x.shape[1] // weight.shape[1]
+    return pixels(torch.nn.functional.conv2d(x, weight, stride=s.stride, padding=1, groups=groups))
 
 
 def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
@@ -105,9 +114,13 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
 @cases
 @dtypes
 def test_forward(buffers, b, g, geometry, dtype):
+    forward(buffers, b, g, geometry, dtype)
+
+
+def forward(buffers, b: int, g: int, geometry: Geometry, dtype: torch.dtype, groups: int = 1) -> None:
     z = buffers.put(torch.randn(geometry.pixels, b).to(dtype))
-    norm, weight = norm_of(b, dtype), weight_of(g, b, dtype)
-    out = buffers.empty(geometry.pixels, g, dtype)
+    norm, weight = norm_of(b, dtype), weight_of(g, b, dtype, groups)
+    out = buffers.empty(geometry.outputs, g, dtype)
     statistics = torch.full((2, g + 2), float("nan"), dtype=torch.float64)
     conv3x3.forward(z, norm, weight, out, geometry, "ieee", statistics[:, 1:-1])
     close(out, convolved(normalised(z, norm), weight.double(), geometry), dtype)
@@ -117,10 +130,13 @@ def test_forward(buffers, b, g, geometry, dtype):
     assert statistics[:, [0, -1]].isnan().all()
 
 
-def backward(buffers, b: int, g: int, geometry: Geometry, dtype: torch.dtype, dropout: Dropout | None = None) -> None:
+def backward(
+    buffers, b: int, g: int, geometry: Geometry, dtype: torch.dtype, dropout: Dropout | None = None, groups: int = 1
+) -> None:  # fmt: skip
     """All outputs of backward against autograd in float64."""
-    z, features, gradient = (buffers.put(torch.randn(geometry.pixels, c).to(dtype)) for c in (b, g, g))
-    norm, weight = norm_of(b, dtype), weight_of(g, b, dtype)
+    z = buffers.put(torch.randn(geometry.pixels, b).to(dtype))
+    features, gradient = (buffers.put(torch.randn(geometry.outputs, g).to(dtype)) for _ in range(2))
+    norm, weight = norm_of(b, dtype), weight_of(g, b, dtype, groups)
     correction = Correction(vector(g, dtype, -1, 1), vector(g, dtype, -0.5, 0.5), vector(g, dtype, 0.2, 0.5))
     out = buffers.empty(geometry.pixels, b, dtype)
     inputs = features, gradient, correction, weight, z, norm
@@ -131,7 +147,7 @@ def backward(buffers, b: int, g: int, geometry: Geometry, dtype: torch.dtype, dr
     n, w = normalised(z, norm).requires_grad_(), weight.double().requires_grad_()
     mean, slope, offset = (v.double() for v in (correction.mean, correction.slope, correction.offset))
     dy = gradient.double() - ((features.double() - mean) * slope + offset)
-    convolved(n, w, geometry).backward(dy * mask_of(dropout, geometry.pixels, g))
+    convolved(n, w, geometry).backward(dy * mask_of(dropout, geometry.outputs, g))
     assert n.grad is not None and w.grad is not None
     close(out, n.grad * norm.scale.double(), dtype)
     close(dweight, w.grad, dtype)
@@ -144,6 +160,84 @@ def backward(buffers, b: int, g: int, geometry: Geometry, dtype: torch.dtype, dr
 @dtypes
 def test_backward(buffers, b, g, geometry, dtype):
     backward(buffers, b, g, geometry, dtype)
+
+
+# b, g, groups, geometry: parts of one group, of several, of all; odd maps, and those of a single row or pixel
+OTHERS = [
+    (20, 12, 1, Geometry(2, 7, 5, stride=2)),
+    (66, 22, 11, Geometry(1, 6, 5)),
+    (128, 96, 8, Geometry(1, 7, 6, stride=2)),
+    (12, 12, 3, Geometry(2, 4, 1, stride=2)),
+    (70, 70, 2, Geometry(1, 3, 3)),
+    (36, 48, 1, Geometry(1, 18, 14, stride=2)),
+    (16, 80, 1, Geometry(3, 1, 1, stride=2)),
+    (24, 24, 24, Geometry(1, 5, 6)),
+]
+
+
+@pytest.mark.parametrize(("b", "g", "groups", "geometry"), OTHERS, ids=str)
+@dtypes
+def test_strides_and_groups(buffers, b, g, groups, geometry, dtype):
+    forward(buffers, b, g, geometry, dtype, groups)
+    backward(buffers, b, g, geometry, dtype, None, groups)
+
+
+@pytest.mark.parametrize(("b", "g", "groups", "geometry"), OTHERS[:4], ids=str)
+def test_programs_write_their_own(buffers, b, g, groups, geometry):
+    """Nothing is stored twice: the interpreter runs programs one after the other, a GPU side by side."""
+    stores: dict[tuple[str, str], list[np.ndarray]] = {}
+
+    def observe(kind: str, argument: guard.Argument, elements: np.ndarray) -> None:
+        if kind == "store" and argument.kernel.startswith("conv3x3"):
+            stores.setdefault((argument.kernel, argument.name), []).append(elements.flatten())
+
+    with guard.observed(observe):
+        forward(buffers, b, g, geometry, torch.float32, groups)
+        backward(buffers, b, g, geometry, torch.float32, None, groups)
+    assert len(stores) == 5  # an output and partial statistics; a gradient and partial sums; those of the weight
+    for where, elements in stores.items():
+        _, counts = np.unique(np.concatenate(elements), return_counts=True)
+        assert counts.max() == 1, where
+
+
+@pytest.mark.parametrize("geometry", [Geometry(2, 7, 5, stride=2), Geometry(1, 4, 6, stride=2)], ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_stride_adds_to_a_source(buffers, groups, geometry):
+    """Without a norm; the source is what is written to. Weights lie as channels_last models have them."""
+    b, g = 40, 12
+    z, source = (buffers.put(torch.randn(geometry.pixels, b).double()) for _ in range(2))
+    gradient = buffers.put(torch.randn(geometry.outputs, g).double())
+    weight = weight_of(g, b, torch.float64, groups).to(memory_format=torch.channels_last)
+    expected = source.clone()
+    conv3x3.dgrad(gradient, gradient, None, weight, z, None, source, geometry, source=source)
+    dweight = conv3x3.wgrad(gradient, gradient, None, weight, z, None, geometry)
+    x, w = z.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = torch.nn.functional.conv2d(images(x, geometry), w, stride=2, padding=1, groups=groups)
+    pixels(y).backward(gradient)
+    assert x.grad is not None and w.grad is not None
+    close(source, expected + x.grad, torch.float64)
+    close(dweight, w.grad, torch.float64)
+
+
+@pytest.mark.parametrize(("b", "g", "groups", "geometry"), [(20, 12, 1, Geometry(2, 7, 5)), *OTHERS[:3]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("added", ["nothing", "as it is", "through a norm"])
+def test_after(buffers, b, g, groups, geometry, dtype, added):
+    """Norm, activation and residual in inference."""
+    z, x = buffers.put(torch.randn(geometry.pixels, b).to(dtype)), torch.randn(geometry.outputs, g).to(dtype)
+    norm, weight = norm_of(b, dtype), weight_of(g, b, dtype, groups)
+    after = After(norm_of(g, dtype), Activation(2, 0.1), None if added == "nothing" else Term(buffers.put(x)))
+    if added == "through a norm":
+        after = replace(after, residual=Term(buffers.put(x), norm_of(g, dtype), Activation(1)))
+    out = buffers.empty(geometry.outputs, g, dtype)
+    conv3x3.forward(z, norm, weight, out, geometry, after=after)
+    y = torch.nn.functional.leaky_relu(
+        normalised(convolved(normalised(z, norm), weight.double(), geometry), after.norm), 0.1
+    )
+    if after.residual is not None:
+        term = after.residual
+        y = y + (x.double() if term.norm is None else torch.relu(normalised(x, term.norm)))
+    close(out, y, dtype)
 
 
 @cases
@@ -259,5 +353,14 @@ def test_arguments_are_checked():
         conv3x3.forward(torch.zeros(16, 4).T, norm, weight, out, geometry)
     with pytest.raises(ValueError, match="weight"):
         conv3x3.forward(z, norm, weight[..., :1], out, geometry)
+    with pytest.raises(ValueError, match="weight"):
+        conv3x3.forward(z, norm, torch.zeros(12, 5, 3, 3), out, geometry)
+    with pytest.raises(ValueError, match="weight"):
+        conv3x3.forward(z, norm, torch.zeros(10, 4, 3, 3), out[:, :10], geometry)
+    with pytest.raises(ValueError, match="nothing follows"):
+        statistics = torch.zeros(2, 12, dtype=torch.float64)
+        conv3x3.forward(z, norm, weight, out, geometry, "ieee", statistics, after=After(norm_of(12, torch.float32)))
+    with pytest.raises(ValueError, match="out"):
+        conv3x3.forward(z, norm, weight, out, Geometry(1, 2, 2, stride=2))
     with pytest.raises(ValueError, match="pool"):
         conv3x3.forward(z, norm, weight, out, Geometry(1, 2, 2, pool=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tolerances import error
 from torch import Tensor
 
 from csp_kernels.kernels import elementwise
-from csp_kernels.kernels.elementwise import Term
+from csp_kernels.kernels.elementwise import After, Term
 from csp_kernels.kernels.launch import Correction, Norm
 
 PIXELS, CHANNELS = 150, 21  # several programs, the last one with fewer pixels
@@ -42,10 +43,10 @@ def draw(name: str, dtype: torch.dtype, buffers: Any) -> tuple[list[Term], str]:
     return terms, act
 
 
-def exact(terms: list[Term], name: str) -> Tensor:
+def exact(terms: list[Term], acts: Sequence[str]) -> Tensor:
     """The sum in float64."""
     total = torch.zeros(PIXELS, CHANNELS, dtype=torch.float64)
-    for term, act in zip(terms, CASES[name][0], strict=True):
+    for term, act in zip(terms, acts, strict=True):
         x = term.x.double()
         if term.norm is not None:
             x = (x - term.norm.mean.double()) * term.norm.scale.double() + term.norm.shift.double()
@@ -59,7 +60,7 @@ def test_add(name: str, dtype: torch.dtype, buffers: Any) -> None:
     terms, act = draw(name, dtype, buffers)
     out, stats = buffers.empty(PIXELS, CHANNELS, dtype), torch.full((2, CHANNELS), torch.nan, dtype=torch.float64)
     elementwise.add(terms, ACTIVATIONS[act][0], out, stats)
-    assert error(out, ACTIVATIONS[act][1](exact(terms, name))) <= CLOSE[dtype]
+    assert error(out, ACTIVATIONS[act][1](exact(terms, CASES[name][0]))) <= CLOSE[dtype]
     torch.testing.assert_close(stats[0], out.double().mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(stats[1], out.double().var(0, correction=0), rtol=1e-5, atol=1e-12)
     again = buffers.empty(PIXELS, CHANNELS, dtype)
@@ -80,7 +81,7 @@ def test_backward(name: str, dtype: torch.dtype, owes: bool, buffers: Any) -> No
     if correction is not None:
         mean, slope, offset = (v.double() for v in (correction.mean, correction.slope, correction.offset))
         given = given - ((y.double() - mean) * slope + offset)
-    total = exact(terms, name).requires_grad_()
+    total = exact(terms, CASES[name][0]).requires_grad_()
     (expected,) = torch.autograd.grad(ACTIVATIONS[act][1](total), total, given)
     assert error(out, expected) <= CLOSE[dtype]
 
@@ -92,6 +93,19 @@ def test_one_term_is_copied(dtype: torch.dtype, buffers: Any) -> None:
     elementwise.add([Term(x)], ACTIVATIONS["identity"][0], out, stats)
     assert torch.equal(out, x)
     torch.testing.assert_close(stats[0], x.double().mean(0), rtol=1e-6, atol=1e-6)
+
+
+@dtypes
+def test_what_follows_a_product(dtype: torch.dtype, buffers: Any) -> None:
+    """Applied to what lies in memory."""
+    x, y = (torch.randn(PIXELS, CHANNELS).to(dtype) for _ in range(2))
+    norm, other = Norm(*vectors(dtype)), Norm(*vectors(dtype))
+    out = buffers.put(x)
+    elementwise.apply_after(out, None)
+    assert torch.equal(out, x)
+    elementwise.apply_after(out, After(norm, ACTIVATIONS["silu"][0], Term(buffers.put(y), other)))
+    expected = exact([Term(x, norm, ACTIVATIONS["silu"][0]), Term(y, other)], ["silu", "identity"])
+    assert error(out, expected) <= CLOSE[dtype]
 
 
 def test_what_owes_nothing_is_not_seen() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from csp_kernels.kernels import launch, mix
 from csp_kernels.kernels.activate import RELU, Activation
+from csp_kernels.kernels.elementwise import Term
 from csp_kernels.kernels.launch import Correction, Geometry, Norm, Tile, power, sum_dtype
 
 # Of the largest value.
@@ -66,6 +67,8 @@ def read(x: Tensor, norm: Norm | None, geometry: Geometry) -> Tensor:
     if geometry.pool:
         images = a.unflatten(0, (geometry.n, geometry.h, geometry.w)).permute(0, 3, 1, 2)
         a = torch.nn.functional.avg_pool2d(images, 2).permute(0, 2, 3, 1).flatten(0, 2)
+    if geometry.stride == 2:
+        a = a.unflatten(0, (geometry.n, geometry.h, geometry.w))[:, ::2, ::2].flatten(0, 2)
     return a
 
 
@@ -213,6 +216,34 @@ def test_backward(buffers, channels, outputs, geometry, dtype):
     corrected = len(channels) != 2 or channels[0] > 0  # two cases without
     correction = Correction(*(vector(outputs, dtype, -0.5, 0.5) for _ in range(3))) if corrected else None
     check_backward(buffers, channels, outputs, geometry, dtype, correction)
+
+
+STRIDES = [([-17, 8], 12, Geometry(3, 7, 4, stride=2), (1,)), ([16, -33, 5], 130, Geometry(1, 9, 9, stride=2), (0,))]
+STRIDES += [([-40], 16, Geometry(2, 1, 1, stride=2), ()), ([5, 8], 24, Geometry(2, 2, 5, stride=2), (0, 1))]
+
+
+@pytest.mark.parametrize(("channels", "outputs", "geometry", "add"), STRIDES, ids=str)
+@dtypes
+def test_stride(buffers, channels, outputs, geometry, add, dtype):
+    """Pixels that it leaves out have no gradient, or what was there."""
+    test_forward(buffers, channels, outputs, geometry, dtype)
+    correction = Correction(*(vector(outputs, dtype, -0.5, 0.5) for _ in range(3)))
+    check_backward(buffers, channels, outputs, geometry, dtype, correction, add)
+
+
+@pytest.mark.parametrize("channels", [[-17, 5], [17, -5, 8]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("through", [True, False])
+def test_residual(buffers, channels, dtype, through):
+    """Behind norm and activation, itself through a norm and an activation or as it is."""
+    segments, act = segments_of(buffers, channels, PLAIN, dtype), Activation(3, 0.0)
+    weight, norm = weight_of(buffers, 21, channels, dtype), norm_of(21, dtype)
+    x, out = buffers.put(torch.randn(PLAIN.outputs, 21).to(dtype)), buffers.empty(PLAIN.outputs, 21, dtype)
+    term = Term(x, norm_of(21, dtype), Activation(2, 0.1)) if through else Term(x)
+    mix.forward(segments, weight, out, PLAIN, after=mix.After(norm, act, term))
+    product = torch.cat([read(s.x.double(), s.norm, PLAIN) for s in segments], 1) @ weight.double().t()
+    added = x.double() if term.norm is None else activated(x.double(), term.norm, term.act)
+    close(out, activated(product, norm, act) + added, dtype)
 
 
 ONE_PASS = [([17], 12, PLAIN, (0,)), ([-40, 33], 20, LARGE, (1,))]

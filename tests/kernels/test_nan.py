@@ -18,6 +18,8 @@ from torch import Tensor
 import csp_kernels as csp
 from csp_kernels.kernels import activate, launch, mix
 from csp_kernels.reference.activations import FUNCTIONS
+from csp_kernels.stage.build import Builder, conv_norm
+from csp_kernels.stage.graph import Graph
 from csp_kernels.vocabulary import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("native", "operators")
@@ -90,6 +92,27 @@ def compare(case: cases.Case, leaves: dict[str, Tensor], running: list[Tensor], 
 def draw(case: cases.Case) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
     leaves, running = case.leaves(), case.running()
     return leaves, running, [g.clone() for g in cases.grads(case, case(csp.reference, leaves, running)[0])]
+
+
+def strides() -> Graph:
+    """With maxima, and groups that are not computed together."""
+    build = Builder(4)
+    x = build.read(0)
+    down = conv_norm(build, [build.read(build.conv([x], 32, 3, stride=2))], 64)
+    grouped = build.conv([down], 64, 3, stride=2, groups=2)
+    build.write([conv_norm(build, [build.read(build.max_pool(x, 3, stride=2))], 5), down])
+    build.write([build.read(grouped, build.norm(64), "relu"), build.read(build.conv([down], 6, stride=2))])
+    return build.graph()
+
+
+@pytest.mark.parametrize("number", NOT_FINITE)
+def test_strides_and_maxima(number: float) -> None:
+    """Forward, and in the gradient of all that they reach."""
+    case = Small(size=(2, 9, 7)).of(cases.GraphCase, graph=strides())
+    leaves, running, given = draw(case)
+    leaves["inputs.0"][0, 1, 8, 6] = number
+    leaves["inputs.0"][1, 2, 3, 2] = number
+    compare(case, leaves, running, given)
 
 
 @all_cases

@@ -17,21 +17,19 @@ SLOPE = 0.1
 class RandomGraph:
     """Convolutions of every kind, sums, norms of readers and of producers, shared norms, slices, several outputs.
 
-    native: only what the kernels run (csp_kernels.ops.stage.unsupported); on_cpu: those for the CPU. biased: also
-    biases, which programs do not have; by default unless native.
+    native: only what the kernels run (csp_kernels.ops.stage.unsupported). biased: also biases, which programs do not
+    have; by default unless native.
     """
 
-    def __init__(
-        self, rng: random.Random, native: bool = False, on_cpu: bool = False, biased: bool | None = None
-    ) -> None:
-        self.rng, self.native, self.on_cpu = rng, native, on_cpu
+    def __init__(self, rng: random.Random, native: bool = False, biased: bool | None = None) -> None:
+        self.rng, self.native = rng, native
         self.biased = not native if biased is None else biased
         inputs = [rng.randint(2, 6) for _ in range(rng.randint(1, 2))]
         self.build, self.channels, self.sizes = Builder(*inputs), [*inputs], [""] * len(inputs)
         self.post: dict[int, int] = {}  # value -> norm of its producer
         for _ in range(rng.randint(2, 8)):
             kind = rng.random()
-            if kind < 0.1 and (not native or on_cpu):
+            if kind < 0.1:
                 self.max_pool()
             else:
                 self.sum() if kind < 0.3 else self.conv()
@@ -92,10 +90,9 @@ class RandomGraph:
         small = len(self.sizes[reads[0].value]) == 2
         pool = kernel == 1 and not bias and not small and rng.random() < 0.15
         everything = not self.native
-        strides = (everything or self.on_cpu) and not small and not pool
-        stride = 2 if strides and rng.random() < 0.2 else 1
+        stride = 2 if not small and not pool and rng.random() < 0.2 else 1
         incoming = sum(read.channels for read in reads)
-        grouped = everything or (self.on_cpu and kernel == 3)
+        grouped = everything or kernel == 3
         groups = rng.choice([g for g in (1, 2, 3) if incoming % g == out % g == 0]) if grouped else 1
         drops = everything or (kernel == 3 and stride == groups == 1)
         drop = 0.3 if drops and not (self.native and bias) and rng.random() < 0.1 else 0.0

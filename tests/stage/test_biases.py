@@ -56,13 +56,13 @@ def reference_with_seed(*arguments: object, **options: object) -> object:
 def test_random_graphs(seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    graph = RandomGraph(rng, native=True, on_cpu=True, biased=True).graph
+    graph = RandomGraph(rng, native=True, biased=True).graph
     compare(graph, tuple(rng.random() < 0.4 for _ in graph.norms))
     compare(graph, (True,) * len(graph.norms))
 
 
 def test_random_graphs_have_biases() -> None:
-    graphs = [RandomGraph(random.Random(seed), native=True, on_cpu=True, biased=True).graph for seed in range(80)]
+    graphs = [RandomGraph(random.Random(seed), native=True, biased=True).graph for seed in range(80)]
     with_bias = [any(isinstance(node, Conv) and node.bias for node in graph.nodes) for graph in graphs]
     assert sum(with_bias) > 40
 

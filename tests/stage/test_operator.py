@@ -94,24 +94,20 @@ class Case:
 def random_case(seed: int) -> tuple[Case, Wanted, str]:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    graph = RandomGraph(rng, native=True, on_cpu=True).graph
+    graph = RandomGraph(rng, native=True).graph
     wanted = Wanted.all(graph)
     if rng.random() < 0.5:
         wanted = Wanted(some(rng, wanted.inputs), some(rng, wanted.nodes), some(rng, wanted.norms))
     return Case(graph, tuple(rng.random() < 0.3 for _ in graph.norms)), wanted, rng.choice(RECOMPUTE)
 
 
-def rng_target(seed: int) -> str:
-    return "any" if seed % 4 == 0 and unsupported(random_case(seed)[0].graph, "any") == "" else "cpu"
-
-
 @pytest.mark.parametrize("seed", range(300))
 def test_random_graphs(seed: int) -> None:
     case, wanted, recompute = random_case(seed)
     case.compare(compile_stage(case.graph, case.frozen, wanted, recompute))
-    case.compare(compile_stage(case.graph, case.frozen, target="cpu"))  # keeps nothing
+    case.compare(compile_stage(case.graph, case.frozen))  # keeps nothing
     case = Case(case.graph, (True,) * len(case.frozen))
-    case.compare(compile_stage(case.graph, case.frozen, target=rng_target(seed)))  # folds what it can
+    case.compare(compile_stage(case.graph, case.frozen))  # folds what it can
 
 
 def test_a_1x1_that_reads_channels_twice() -> None:
@@ -369,7 +365,7 @@ def test_no_strips_of_another_3x3(how: dict[str, int]) -> None:
     narrow = build.conv(through_norm(build, [build.read(0)]), 8)
     build.write([build.read(build.conv(through_norm(build, [build.read(narrow)]), 6, 3, **how))])
     graph = build.graph()
-    Case(graph, (True, True)).compare(compile_stage(graph, (True, True), target="cpu"))
+    Case(graph, (True, True)).compare(compile_stage(graph, (True, True)))
 
 
 def test_averages_behind_a_stride() -> None:
