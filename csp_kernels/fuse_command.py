@@ -8,7 +8,9 @@ import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of --bench; bfloat16: autocast"
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="of --bench: draw times and what is kept")
     parser.add_argument("--rounds", type=positive, default=9, help="of --bench (default 9)")
 
 
@@ -49,8 +52,20 @@ def main(args: argparse.Namespace) -> int:
     print(report)
     differs = difference(model, after, args.channels)
     print(f"results in float64, training and inference: they differ by {differs:.1e} of the largest gradient or output")
+    if args.plot and not args.bench:
+        print("fuse: --plot draws what --bench measures: add --bench", file=sys.stderr)
+        return 1
     if args.bench:
-        print(bench(model, after, x, args.train, args.rounds, args.dtype == "bfloat16"))
+        bf16 = args.dtype == "bfloat16"
+        found = bench(model, after, x, args.train, args.rounds, bf16)
+        what = ("a step of training" if args.train else "inference") + (" under bfloat16 autocast" if bf16 else "")
+        what += (
+            f", batch {args.batch}, {args.size} x {args.size}, {torch.get_num_threads()} threads, {args.rounds} rounds"
+        )
+        print(f"{what}:", *(f"  {one}" for one in found), sep="\n")
+        if args.plot:
+            draw(found, f"{args.network}: {what}", args.plot)
+            print(f"picture: {args.plot}")
     return 0 if differs < 1e-9 else 1
 
 
@@ -126,8 +141,28 @@ def run(model: nn.Module, x: Tensor, train: bool, bf16: bool = False) -> Callabl
     return step if train else infer
 
 
-def bench(plain: nn.Module, after: nn.Module, x: Tensor, train: bool, rounds: int, bf16: bool = False) -> str:
-    """Medians of interleaved rounds: eager in both memory formats, fused; and what autograd keeps."""
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of a step and their quartiles; kept: bytes for backward (None: it was inference); gain: of a fused
+    one, how many times as fast as the better eager form it is."""
+
+    name: str
+    low: float
+    median: float
+    high: float
+    kept: int | None
+    gain: float | None
+
+    def __str__(self) -> str:
+        kept = "" if self.kept is None else f", keeps {self.kept / 1e6:.1f} MB for backward"
+        gain = "" if self.gain is None else f", {self.gain:.3f} times as fast as the better eager"
+        return f"{self.name:<20} {self.median:8.1f} ms [{self.low:.1f}, {self.high:.1f}]{kept}{gain}"
+
+
+def bench(
+    plain: nn.Module, after: nn.Module, x: Tensor, train: bool, rounds: int, bf16: bool = False
+) -> list[Measured]:
+    """Interleaved rounds: eager in both memory formats, fused on images of both; and what autograd keeps."""
     last = torch.channels_last
     models = {"eager, NCHW": copy.deepcopy(plain), "eager, channels_last": copy.deepcopy(plain).to(memory_format=last)}
     models |= {"fused, NCHW images": after, "fused": copy.deepcopy(after)}
@@ -143,18 +178,37 @@ def bench(plain: nn.Module, after: nn.Module, x: Tensor, train: bool, rounds: in
             times[name].append((time.perf_counter() - start) * 1e3)
     medians = {name: statistics.median(values) for name, values in times.items()}
     best = min(medians["eager, NCHW"], medians["eager, channels_last"])
-    what = ("a step of training" if train else "inference") + (" under bfloat16 autocast" if bf16 else "")
-    lines = [
-        f"{what}, batch {len(x)}, {x.shape[2]} x {x.shape[3]}, {torch.get_num_threads()} threads, {rounds} rounds:"
-    ]
+    found = []
     for name, values in times.items():
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-        gain = f", {best / medians[name]:.3f} times as fast as the better eager" if "fused" in name else ""
-        kept = ""
-        if train:
-            m = models[name]
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                saved = saved_bytes(lambda m=m, n=name: m(images[n]), [images[name], *m.parameters(), *m.buffers()])  # type: ignore[misc]
-            kept = f", keeps {saved / 1e6:.1f} MB for backward"
-        lines.append(f"  {name:<20} {medians[name]:8.1f} ms [{low:.1f}, {high:.1f}]{kept}{gain}")
-    return "\n".join(lines)
+        kept = keeps(models[name], images[name], bf16) if train else None
+        gain = best / medians[name] if "fused" in name else None
+        found.append(Measured(name, low, medians[name], high, kept, gain))
+    return found
+
+
+def keeps(model: nn.Module, x: Tensor, bf16: bool) -> int:
+    """Bytes that a forward keeps for backward, beside its images, parameters and buffers."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return saved_bytes(lambda: model(x), [x, *model.parameters(), *model.buffers()])
+
+
+def draw(found: Sequence[Measured], title: str, path: Path) -> None:
+    """Bars of the times and, of training, of what is kept."""
+    from matplotlib.figure import Figure
+
+    kept = [one.kept / 1e6 for one in found if one.kept is not None]
+    figure = Figure(figsize=(5.5 * (1 + bool(kept)), 3.5), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(1, 1 + bool(kept), squeeze=False)[0]
+    names, medians = [one.name for one in found], [one.median for one in found]
+    errors = [[one.median - one.low for one in found], [one.high - one.median for one in found]]
+    axes[0].barh(names, medians, xerr=errors)
+    axes[0].set_xlabel("ms a step, median and quartiles" if kept else "ms, median and quartiles")
+    if kept:
+        axes[1].barh(names, kept)
+        axes[1].set_xlabel("MB kept for backward")
+    for each in axes:
+        each.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

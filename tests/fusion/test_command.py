@@ -26,6 +26,17 @@ def test_a_network_of_ones_own(train: bool, capsys: pytest.CaptureFixture[str]) 
     assert ("keeps" in printed) == train and "times as fast as the better eager" in printed
 
 
+def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["fuse", "networks:Lists", "--channels", "8", "--size", "16", "--batch", "2", "--dtype", "bfloat16"]
+    assert main([*given, "--plot", str(tmp_path / "of" / "lists.png")]) == 1
+    assert "add --bench" in capsys.readouterr().err
+    for train in ([], ["--train"]):
+        picture = tmp_path / "of" / f"{len(train)}.png"
+        assert main([*given, "--bench", "--rounds", "2", "--plot", str(picture), *train]) == 0
+        assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 5000
+        assert "under bfloat16 autocast, batch 2, 16 x 16" in capsys.readouterr().out
+
+
 def test_wrong_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuse", "nothing"]) == 1
     assert "expected timm/NAME, torchvision/NAME, ultralytics/NAME or module:function" in capsys.readouterr().err
