@@ -731,8 +731,10 @@ template <class S> struct Stage {
               const int64_t c = column + j * L, left = n - c;
               const Vec<T> mean = load(from.norm.mean + c), scale = load(from.norm.scale + c), shift = load(from.norm.shift + c), number = Vec<T>{} + act.number;
               Vec<T> sum{}, sum_x{};
+              int64_t image = pixel / (pixels.h * pixels.w), y = pixel / pixels.w % pixels.h, x = pixel % pixels.w;
               for (int row = 0; row < m; row++) {
-                const int64_t p = pixel + row, y = p / pixels.w % pixels.h, x = p % pixels.w, q = (p / (pixels.h * pixels.w) * in.H + 2 * y + odd_y) * in.W + 2 * x + odd_x;
+                const int64_t q = (image * in.H + 2 * y + odd_y) * in.W + 2 * x + odd_x;
+                if (++x == pixels.w && (x = 0, ++y == pixels.h)) y = 0, image++;
                 const Vec<T> centred = load(from.x + q * from.pitch + c, left) - mean, d = on_load_gradient<decltype(leaky)::value, T>(centred * scale + shift, acc[row][j], number);
                 if (to.g) store(to.g + q * to.pitch + c, to.in ? load(to.in + q * to.in_pitch + c, left) + d * scale : d * scale, left);
                 sum += d, sum_x += d * centred;

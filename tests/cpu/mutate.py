@@ -64,6 +64,7 @@ TILES = ("direct3x3.h", "tiles.h")  # files of instruction set v4amx alone
 DENSE, TRANSITION, CONCAT = "dense_block", "partial_transition", "concat_conv"
 GRAPHS = ("tests/stage/test_operator.py", "-k", "test_random_graphs and not channels_last")
 GRAPHS_16 = ("tests/stage/test_operator.py", "-k", "bfloat16")
+EXACT_32 = ("tests/stage/test_exact.py", "-k", "float32")
 EXACT = ("tests/stage/test_exact.py", "-k", "bfloat16")
 BLOCK = test(DENSE, "test_training and float32 and (basic or odd) or without_kinks and float32 and train")
 DROPOUT = test(DENSE, "dropout")
@@ -99,9 +100,19 @@ FAULTS = [
     Fault("tiles.h", "CSP_TILE_LOAD(5, a + 16 * depth + k,", "CSP_TILE_LOAD(5, a + 15 * depth + k,", EXACT),
     Fault("tiles.h", "CSP_TILE_LOAD(4, B + L, PITCH);\n    CSP_TILE_PRODUCT(1, 2, 4);", "CSP_TILE_LOAD(4, B, PITCH);\n    CSP_TILE_PRODUCT(1, 2, 4);", EXACT),
     Fault("tiles.h", "CSP_TILE_LOAD(7, dW + L, ldw * 4);\n  for", "CSP_TILE_ZERO(7);\n  for", EXACT),
+    # shared channels
+    Fault("conv3x3.h", "if (row == 0) wgrad<true>", "if (row >= 0) wgrad<true>", EXACT_32),
+    Fault("conv3x3.h", "t < sets(); t++) u[i]", "t < c.tasks; t++) u[i]", EXACT_32),
+    Fault("conv3x3.h", "const Range of = share(vectors, task, c.tasks);", "const Range of = share(vectors - 1, task, c.tasks);", EXACT_32),
+    Fault("mix.h", "parts[apart ? 0 : task].weight", "parts[task].weight", EXACT_32),
+    Fault("mix.h", "Range r = apart ? Range{0, tiles} : share(tiles, task, mix.tasks);", "Range r = share(tiles, task, mix.tasks);", EXACT_32),
+    Fault("mix.h", "own.begin * 2 * L, min64(Kp, own.end * 2 * L)", "own.begin * 2 * L, min64(Kp, own.end * L)", EXACT_32),
+    Fault("direct3x3.h", "ldw + first + ch, ldw);", "ldw + ch, ldw);", EXACT),
+    Fault("direct3x3.h", "const int64_t k = of.begin + at;", "const int64_t k = at;", EXACT),
+    Fault("stage.cpp", "(x = 0, ++y == pixels.h)) y = 0, image++;", "(x = 0, ++y == pixels.h)) y = 0;", EXACT_32),
     # mix.h
     Fault("mix.h", "int64_t n = s.channels - c;\n      auto at", "int64_t n = s.channels - c - 1;\n      auto at", CONCATS),
-    Fault("mix.h", "(p / (r * c) * H + p / c % r * apart) * W", "(p / (r * c) * H + p / c % r * apart) * c", JOINS),
+    Fault("mix.h", "(row / r * H + y) * W + x, y, x}", "(row / r * H + y) * c + x, y, x}", JOINS),
     Fault("mix.h", "s.g_in ? load(s.g_in + pixel * s.g_in_pitch + c, n) + d : d, n)", "d, n)", POSTS),
     Fault("mix.h", "sum += d, sum_x += d * centred, d *= scale, x", "sum += d, sum_x += d * x, d *= scale, x", JOINS),
     Fault("mix.h", "for (int64_t x = 0; g.H % 2 && x < g.W; x++)", "for (int64_t x = 0; g.H % 2 && x < g.W - 1; x++)", JOINS),

@@ -19,7 +19,7 @@ void activate(const Parallel& parallel, const Grid& grid, const S* z, int64_t pi
   for_tasks(parallel, tasks, [&](int task) {
     Range r = share(P, task, tasks);
     for (int64_t p = r.begin; p < r.end; p++) {
-      const S* row = z + grid.source(p) * pitch;
+      const S* row = z + grid.source(p).pixel * pitch;
       splits.each([&](int64_t i, int64_t, int64_t column, int64_t size) {
         S* y = out[i].y + p * out[i].pitch;
         for (int64_t c = 0; c < size; c += L) {

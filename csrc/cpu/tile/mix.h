@@ -6,6 +6,8 @@
 
 namespace csp::CSP_ISA {
 
+// The first pixel of a map behind one of a product's; where they are not the same, its row and column too.
+struct Source { int64_t pixel, y, x; };
 // Pixels of a map, or of its 2x2 averages, or h x w of them that lie `step` apart (h > 0).
 struct Grid {
   int64_t N, H, W;
@@ -14,10 +16,10 @@ struct Grid {
   int64_t rows() const { return h ? h : pool ? H / 2 : H; }
   int64_t columns() const { return h ? w : pool ? W / 2 : W; }
   int64_t pixels() const { return N * rows() * columns(); }
-  int64_t source(int64_t p) const {  // the first pixel of the map behind pixel p
-    if (!pool && !h) return p;
-    const int64_t r = rows(), c = columns(), apart = pool ? 2 : step;
-    return (p / (r * c) * H + p / c % r * apart) * W + p % c * apart;
+  Source source(int64_t p) const {
+    if (!pool && !h) return {p, 0, 0};
+    const int64_t r = rows(), c = columns(), apart = pool ? 2 : step, row = p / c, y = row % r * apart, x = (p - row * c) * apart;
+    return {(row / r * H + y) * W + x, y, x};
   }
 };
 
@@ -34,10 +36,10 @@ template <class S> struct Segment {
   OnLoad<T> act = {};
   bool tap = false;       // of a 3x3: read dy rows and dx columns away, zero beyond the map
   int64_t dy = 0, dx = 0;
-  // The pixel that is read behind this one; -1: none.
-  int64_t at(const Grid& grid, int64_t pixel) const {
-    const int64_t y = pixel / grid.W % grid.H + dy, x = pixel % grid.W + dx;
-    return y >= 0 && y < grid.H && x >= 0 && x < grid.W ? pixel + dy * grid.W + dx : -1;
+  // Of a tap, whose grid has a step: the pixel that is read behind this one; -1: none.
+  int64_t at(const Grid& grid, const Source& source) const {
+    const int64_t y = source.y + dy, x = source.x + dx;
+    return y >= 0 && y < grid.H && x >= 0 && x < grid.W ? source.pixel + dy * grid.W + dx : -1;
   }
 };
 
@@ -57,13 +59,13 @@ template <class S, class F> CSP_INLINE void with_load(const Segment<S>& s, bool 
 
 // A[block][MR][LANES] from channels c0..c1 of one segment; source: first pixel behind each of m rows.
 template <class U, Load LOAD, Pixel PIXEL, class S>
-CSP_NOINLINE void pack_segment(const Segment<S>& s, const int64_t* source, const Grid& grid, int m, int64_t c0, int64_t c1, Unit<U>* A) {
+CSP_NOINLINE void pack_segment(const Segment<S>& s, const Source* source, const Grid& grid, int m, int64_t c0, int64_t c1, Unit<U>* A) {
   using T = Acc<U>;
   constexpr int MR = TILE_ROWS, L = LANES<T>, LAST = U::DEPTH - 1;
   const Vec<T> number = Vec<T>{} + s.act.number;
   for (int i = 0; i < m; i++) {
     constexpr bool POOL = PIXEL == Pixel::Average;
-    const int64_t first = PIXEL == Pixel::Tap ? s.at(grid, source[i]) : source[i], W = grid.W;
+    const int64_t first = PIXEL == Pixel::Tap ? s.at(grid, source[i]) : source[i].pixel, W = grid.W;
     if (PIXEL == Pixel::Tap && first < 0) {
       for (int64_t c = c0; c < c1; c += L * U::DEPTH) store(A + ((c - c0) / (L * U::DEPTH) * MR + i) * L, Vec<Unit<U>>{});
       continue;
@@ -146,7 +148,7 @@ template <class S> struct Mix {
     return to;
   }
 
-  void pack(int64_t k0, int64_t k1, const int64_t* source, int m, Unit<U>* A) const {
+  void pack(int64_t k0, int64_t k1, const Source* source, int m, Unit<U>* A) const {
     for (int64_t i = 0; i < count; i++) {
       const Segment<S>& s = segments[i];
       int64_t end = s.column + round_up(s.channels, L * D), c0 = max64(k0, s.column), c1 = min64(k1, end);
@@ -169,7 +171,7 @@ template <class S> struct Mix {
       TileRegisters<U> registers(LOW_REGISTERS);
       Unit<U>* A = frame.take<Unit<U>>(nt * step * MR * L);
       T* C = frame.take<T>(nt * np * MR * 2 * L);
-      int64_t* source = frame.take<int64_t>(nt * MR);
+      Source* source = frame.take<Source>(nt * MR);
       Range r = share(tiles, task, tasks);
       for (int64_t t = r.begin; t < r.end; t += nt) {
         int64_t n = min64(nt, r.end - t);
@@ -263,7 +265,7 @@ template <class S> struct MixBackward {
 
   // One vector of channels of one tile: da[i * nv] -> gradient of the segment; what the product read goes to a[row][LANES].
   template <Load LOAD, Pixel PIXEL>
-  CSP_NOINLINE void emit(const Segment<S>& s, int64_t c, const int64_t* source, int m, const Vec<T>* da, int nv, Unit<U>* a,
+  CSP_NOINLINE void emit(const Segment<S>& s, int64_t c, const Source* source, int m, const Vec<T>* da, int nv, Unit<U>* a,
                          const PartialSums<T>& part) const {
     int64_t n = s.channels - c, W = mix.grid.W;
     Vec<T> mean{}, scale{}, shift{}, sum{}, sum_x{}, number = Vec<T>{} + s.act.number;
@@ -283,7 +285,7 @@ template <class S> struct MixBackward {
     };
     auto row = [&](int i) __attribute__((always_inline)) {
       if (i >= m) return Vec<T>{};
-      int64_t p = PIXEL == Pixel::Tap ? s.at(mix.grid, source[i]) : source[i];
+      int64_t p = PIXEL == Pixel::Tap ? s.at(mix.grid, source[i]) : source[i].pixel;
       if (PIXEL == Pixel::Tap && p < 0) return Vec<T>{};
       if constexpr (PIXEL != Pixel::Average) return one(p, da[i * nv]);
       Vec<T> d = da[i * nv] * T(0.25), top = one(p, d) + one(p + 1, d);
@@ -299,7 +301,7 @@ template <class S> struct MixBackward {
     }
   }
 
-  void emit_vector(int64_t k, const int64_t* source, int m, const Vec<T>* da, int nv, Unit<U>* a, const PartialSums<T>& part) const {
+  void emit_vector(int64_t k, const Source* source, int m, const Vec<T>* da, int nv, Unit<U>* a, const PartialSums<T>& part) const {
     int64_t i = mix.count - 1;
     while (mix.segments[i].column > k) i--;
     const Segment<S>& s = mix.segments[i];
@@ -332,26 +334,36 @@ template <class S> struct MixBackward {
     CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) da[i * NV + j] = acc[i][j];
   }
 
+  // Where the sums of a weight gradient are larger than what the product reads (many channels, few pixels), tasks share the input's
+  // channels and not the pixels: then there is one set of sums instead of one for each task.
+  bool shares_channels() const {
+    const int64_t sums = weights(mix) * int64_t(sizeof(T)) * mix.tasks, reads = mix.P * (mix.Kp + mix.O) * int64_t(sizeof(S));
+    return wgrad && mix.tasks > 1 && mix.Kp >= 2 * L * mix.tasks && sums > reads;
+  }
+  int sets() const { return shares_channels() ? 1 : mix.tasks; }  // of sums
   void run() const {
     int64_t P = mix.P, O = mix.O, Kp = mix.Kp, tiles = ceil_div(P, MR), blocks = ceil_div(O, depth_block<U>()), ldw = pitch(mix);
     int64_t chunk = round_up(ceil_div(Kp, ceil_div(Kp, CHUNK)), 2 * L), nt = group();
+    const bool apart = shares_channels();
     for_tasks(mix.parallel, mix.tasks, [&](int task) {
       Frame frame;
       TileRegisters<U> registers(LOW_REGISTERS);
-      const PartialSums<T>& part = parts[task];
-      part.clear(weights(mix), ldw);
+      const PartialSums<T> part{parts[apart ? 0 : task].weight, parts[task].sum, parts[task].sum_x};
+      part.clear(apart ? 0 : weights(mix), ldw);
+      const Range whole{0, Kp}, own = share(ceil_div(Kp, 2 * L), task, mix.tasks), of = apart ? Range{own.begin * 2 * L, min64(Kp, own.end * 2 * L)} : whole;
+      for (int64_t o = 0; apart && o < round_up(O, L); o++) memset(part.weight + o * ldw + of.begin, 0, size_t((own.end - own.begin) * 2 * L) * sizeof(T));
       Unit<U>* by_channel = frame.take<Unit<U>>(round_up(O, L * D) * nt * MR);
       Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(round_up(O, L * D) * pixel_room<U>(nt * MR));
       Unit<U>* a = frame.take<Unit<U>>((chunk + 2 * L) * pixel_room<U>(nt * MR));
-      int64_t* source = frame.take<int64_t>(nt * MR);
+      Source* source = frame.take<Source>(nt * MR);
       Vec<T>* da = frame.zeroed<Vec<T>>(MR * 2);
-      Range r = share(tiles, task, mix.tasks);
+      Range r = apart ? Range{0, tiles} : share(tiles, task, mix.tasks);
       for (int64_t t = r.begin; t < r.end; t += nt) {
         int64_t n = min64(nt, r.end - t), M = n * MR, p0 = t * MR, units = pixel_units<U>(M);
         for (int64_t i = 0; i < M; i++) source[i] = mix.grid.source(min64(p0 + i, P - 1));
         gradient.pack(O, p0, min64(M, P - p0), M, by_channel, by_pixel);
-        for (int64_t k0 = 0; k0 < Kp; k0 += chunk) {
-          int64_t k1 = min64(Kp, k0 + chunk);
+        for (int64_t k0 = of.begin; k0 < of.end; k0 += chunk) {
+          int64_t k1 = min64(of.end, k0 + chunk);
           for (int64_t k = k0; k < k1; k += 2 * L)
             for (int64_t q = 0; q < n; q++) {
               if (const Segment<S>* s = plain(k)) {
@@ -404,7 +416,7 @@ template <class S> struct MixBackward {
             for (int64_t c = 0; c < mix.segments[i].channels; c++) {
               int64_t at = (column + n) * ldw + mix.segments[i].column + c;
               T sum = parts[0].weight[at];
-              for (int t = 1; t < mix.tasks; t++) sum += parts[t].weight[at];
+              for (int t = 1; t < sets(); t++) sum += parts[t].weight[at];
               to[c] = sum;
             }
         }
