@@ -63,8 +63,15 @@ X86_FEATURES: dict[str, str] = {
     "v3": "avx2 fma bmi2 f16c",
     "v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
     "v4bf16": "avx512f avx512bw avx512cd avx512dq avx512vl avx512bf16",
-    "v4amx": "avx512f avx512bw avx512cd avx512dq avx512vl avx512bf16 amx-tile amx-bf16",
+    "v4amx": "avx512f avx512bw avx512cd avx512dq avx512vl avx512bf16",  # and tiles: TILES
 }
+# C++ that asks whether the processor has AMX tiles of bfloat16; not every compiler's __builtin_cpu_supports knows them.
+TILES = """#include <cpuid.h>
+static bool tiles() {
+  unsigned eax, ebx, ecx, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1) && (edx >> 24 & 1);
+}
+"""
 CXX_FLAGS = [
     "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
@@ -174,10 +181,12 @@ def native_instruction_set(compiler: Sequence[str], usable: Iterable[str]) -> st
     """The best of these that runs on this machine: a small program asks."""
     x86 = [name for name in usable if name in X86_FEATURES]
     asked = {name: " && ".join(f'__builtin_cpu_supports("{f}")' for f in X86_FEATURES[name].split()) for name in x86}
+    if "v4amx" in asked:
+        asked["v4amx"] += " && tiles()"
     tests = "".join(f'  if ({condition}) best = "{name}";\n' for name, condition in asked.items())
     start = "  __builtin_cpu_init();\n" if x86 else ""
     body = f'  const char* best = "baseline";\n{start}{tests}  std::puts(best);\n'
-    program = f"#include <cstdio>\nint main() {{\n{body}}}\n"
+    program = f"#include <cstdio>\n{TILES if 'v4amx' in asked else ''}int main() {{\n{body}}}\n"
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "native.cpp"), Path(folder, "native")
         source.write_text(program)

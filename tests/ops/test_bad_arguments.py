@@ -89,7 +89,7 @@ def stage(
     flags = tuple(frozen[i % len(frozen)] for i in range(len(graph.norms)))
     running = statistics([c for c, f in zip(graph.norms, flags, strict=True) if f])
     wanted = None if inference else Wanted.all(graph)
-    program = encode(compile_stage(graph, flags, wanted, recompute, "cpu"))
+    program = encode(compile_stage(graph, flags, wanted, recompute))
     drops = any(isinstance(node, Conv) and node.drop_rate for node in graph.nodes)
     seed = torch.tensor([3]) if drops else None
     given = parameters(graph), running, seed, program, [1e-5] * len(flags), 2

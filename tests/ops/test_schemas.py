@@ -94,6 +94,6 @@ def arguments(
     """Inputs, parameters, and what the operator takes behind them."""
     params = [torch.rand(shape) + 0.1 for shape in parameter_shapes(graph)[1]]
     running = [torch.rand(c) + 0.5 for c in graph.norms for _ in range(2) if frozen]
-    program = encode(compile_stage(graph, (frozen,) * len(graph.norms), wanted, recompute, "cpu"))
+    program = encode(compile_stage(graph, (frozen,) * len(graph.norms), wanted, recompute))
     seed = None if graph == without_dropout(graph) else torch.tensor([3])
     return [image(c) for c in graph.inputs], params, (running, seed, program, [1e-5] * len(graph.norms), 2)

@@ -39,11 +39,11 @@ template <class T> struct Relu {
 };
 CSP_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 // 1 / x of x >= 1: an estimate of 14 bits and a step of Newton's method, within 2 units in the last place, where division takes three
-// times as long. 0 from 2^126 on.
+// times as long.
 CSP_INLINE Vec<float> reciprocal(Vec<float> x) {
 #if defined(__AVX512F__)
-  const Vec<float> largest = Vec<float>{} + 1e38f, d = x > largest ? largest : x, r = Vec<float>(_mm512_maskz_rcp14_ps(0xffff, (__m512)d));
-  return r * (2.0f - d * r);
+  const Vec<float> r = Vec<float>(_mm512_maskz_rcp14_ps(0xffff, (__m512)x)), largest = Vec<float>{} + 3.4e38f;
+  return x > largest ? Vec<float>{} : r * (2.0f - x * r);
 #else
   return 1.0f / x;
 #endif
