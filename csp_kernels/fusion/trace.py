@@ -229,7 +229,8 @@ class Tracer:
         def meta(x: Any) -> Any:
             if not isinstance(x, Symbol):
                 return x
-            made.append(torch.empty(self.shape(x), device="meta"))
+            with torch.inference_mode(False):  # inference tensors have no version
+                made.append(torch.empty(self.shape(x), device="meta"))
             return made[-1]
 
         self.aside = True

@@ -47,6 +47,20 @@ def test_equal(name: str) -> None:
             compare(found, expected)
 
 
+@pytest.mark.parametrize("name", networks.FUSED)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_first_call_without_gradients(mode: Callable[[], Any], name: str) -> None:
+    """What is traced then is traced as ever."""
+    plain, ours, report = pair(networks.FUSED[name])
+    x, found = image(), []
+    with mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        count = calls(lambda: found.append(ours.eval()(x)))
+        expected = plain.eval()(x)
+    assert count == sum(len(row.regions) for row in report.fused)
+    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", networks.LEFT)
 def test_left_alone(name: str) -> None:
     make, reason = networks.LEFT[name]
