@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the report; the comparison; the times. Status 1 where the results differ."""
+    if args.plot and not args.bench:
+        print("fuse: --plot draws what --bench measures: add --bench", file=sys.stderr)
+        return 1
     try:
         model = build(args.network)
     except (ImportError, AttributeError, ValueError, RuntimeError) as error:
@@ -52,9 +55,6 @@ def main(args: argparse.Namespace) -> int:
     print(report)
     differs = difference(model, after, args.channels)
     print(f"results in float64, training and inference: they differ by {differs:.1e} of the largest gradient or output")
-    if args.plot and not args.bench:
-        print("fuse: --plot draws what --bench measures: add --bench", file=sys.stderr)
-        return 1
     if args.bench:
         bf16 = args.dtype == "bfloat16"
         found = bench(model, after, x, args.train, args.rounds, bf16)

@@ -29,7 +29,8 @@ def test_a_network_of_ones_own(train: bool, capsys: pytest.CaptureFixture[str]) 
 def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["fuse", "networks:Lists", "--channels", "8", "--size", "16", "--batch", "2", "--dtype", "bfloat16"]
     assert main([*given, "--plot", str(tmp_path / "of" / "lists.png")]) == 1
-    assert "add --bench" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "add --bench" in said.err and not said.out  # before any work
     for train in ([], ["--train"]):
         picture = tmp_path / "of" / f"{len(train)}.png"
         assert main([*given, "--bench", "--rounds", "2", "--plot", str(picture), *train]) == 0
