@@ -328,17 +328,12 @@ template <int M, class S> struct Conv3x3Backward {
     }
   }
 
-  // Where its sums are larger than what the convolution reads (wide ones of few pixels), the tasks of wgrad share the input's channels
-  // and not the pixels: then there is one set of sums, which each writes once, instead of one for each task.
-  bool shares_channels() const {
-    const int64_t sums = E * bp * gp * int64_t(sizeof(T)) * c.tasks, reads = c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S));
-    return c.tasks > 1 && sums > reads;
-  }
-  int sets() const { return shares_channels() ? 1 : c.tasks; }  // of sums
+  bool apart() const { return shares_channels(c.tasks, E * bp * gp * int64_t(sizeof(T)), c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S))); }
+  int sets() const { return apart() ? 1 : c.tasks; }  // of sums
   void run() const {
     int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS), vectors = ceil_div(c.b, L);
     int64_t group = max64(1, ceil_div(M == 2 ? 98 : 56, tl.TW * batch)) * batch, tiles = group * tl.TW;
-    const bool apart = shares_channels();
+    const bool apart = this->apart();
     for_tasks(c.parallel, c.tasks, [&](int task) {
       Frame frame;
       parts[task].clear(apart ? 0 : E * bp * gp, bp);

@@ -271,12 +271,8 @@ template <class U, class S> struct Direct3x3Backward {
     }
   }
 
-  // As Conv3x3Backward's: the tasks of wgrad share the input's channels where the sums are larger than what is read.
-  bool shares_channels() const {
-    const int64_t sums = weights(c.g, c.b) * int64_t(sizeof(T)) * c.tasks, reads = c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S));
-    return c.tasks > 1 && sums > reads;
-  }
-  int sets() const { return shares_channels() ? 1 : c.tasks; }
+  bool apart() const { return shares_channels(c.tasks, weights(c.g, c.b) * int64_t(sizeof(T)), c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S))); }
+  int sets() const { return apart() ? 1 : c.tasks; }  // of sums
   // The gradients of tall rows r that are wanted; wgrad of channels `of`.
   void run(Range r, bool dgrad_too, bool wgrad_too, Range of, const PartialSums<T>& sums_of_channels, const PartialSums<T>& sums_of_weights) const {
     Frame frame;
@@ -296,7 +292,7 @@ template <class U, class S> struct Direct3x3Backward {
     }
   }
   void run() const {
-    const bool apart = shares_channels();
+    const bool apart = this->apart();
     if (!apart || wants_dgrad) for_tasks(c.parallel, c.tasks, [&](int task) {
       parts[task].clear(apart ? 0 : weights(c.g, c.b), round_up(c.b, L));
       run(share(tall.rows(), task, c.tasks), wants_dgrad, wants_wgrad && !apart, {0, c.b}, parts[task], parts[task]);

@@ -334,17 +334,14 @@ template <class S> struct MixBackward {
     CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) da[i * NV + j] = acc[i][j];
   }
 
-  // Where the sums of a weight gradient are larger than what the product reads (many channels, few pixels), tasks share the input's
-  // channels and not the pixels: then there is one set of sums instead of one for each task.
-  bool shares_channels() const {
-    const int64_t sums = weights(mix) * int64_t(sizeof(T)) * mix.tasks, reads = mix.P * (mix.Kp + mix.O) * int64_t(sizeof(S));
-    return wgrad && mix.tasks > 1 && mix.Kp >= 2 * L * mix.tasks && sums > reads;
+  bool apart() const {
+    return wgrad && mix.Kp >= 2 * L * mix.tasks && shares_channels(mix.tasks, weights(mix) * int64_t(sizeof(T)), mix.P * (mix.Kp + mix.O) * int64_t(sizeof(S)));
   }
-  int sets() const { return shares_channels() ? 1 : mix.tasks; }  // of sums
+  int sets() const { return apart() ? 1 : mix.tasks; }  // of sums
   void run() const {
     int64_t P = mix.P, O = mix.O, Kp = mix.Kp, tiles = ceil_div(P, MR), blocks = ceil_div(O, depth_block<U>()), ldw = pitch(mix);
     int64_t chunk = round_up(ceil_div(Kp, ceil_div(Kp, CHUNK)), 2 * L), nt = group();
-    const bool apart = shares_channels();
+    const bool apart = this->apart();
     for_tasks(mix.parallel, mix.tasks, [&](int task) {
       Frame frame;
       TileRegisters<U> registers(LOW_REGISTERS);

@@ -106,4 +106,9 @@ template <class T> struct PartialSums {
   }
 };
 
+// What the tasks of a weight gradient share. Where its sums are larger than what it reads (many channels, few pixels), the input's
+// channels and not the pixels: then there is one set of sums, each written by one task, instead of one for each task. sums: bytes of a
+// set; reads: bytes.
+inline bool shares_channels(int tasks, int64_t sums, int64_t reads) { return tasks > 1 && sums * tasks > reads; }
+
 }  // namespace csp::CSP_ISA

@@ -39,12 +39,15 @@ constexpr int LOW_REGISTERS = 3;  // registers of the products of product.h: 0 a
 #define CSP_TILE_STORE(register, to, stride) asm volatile("tilestored %%tmm" #register ", (%0,%1,1)" ::"r"(to), "r"(int64_t(stride)) : "memory")
 #define CSP_TILE_ZERO(register) asm volatile("tilezero %%tmm" #register ::: "memory")
 #define CSP_TILE_PRODUCT(sum, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::: "memory")
+#else  // never run
+#define CSP_TILE_LOAD(register, from, stride) ((void)(from), (void)(stride))
+#define CSP_TILE_STORE(register, to, stride) ((void)(to), (void)(stride))
+#define CSP_TILE_ZERO(register) ((void)0)
+#define CSP_TILE_PRODUCT(sum, a, b) ((void)0)
 #endif
 
 // sums[MR][NV] = (first ? 0 : sums) + A * B: product() of product.h on tiles.
-template <class U, int NV> CSP_INLINE void tile_product([[maybe_unused]] Acc<U>* sums, [[maybe_unused]] const Unit<U>* A, [[maybe_unused]] int64_t a_step,
-                                                        [[maybe_unused]] const Unit<U>* B, [[maybe_unused]] int64_t blocks, [[maybe_unused]] bool first) {
-#if defined(__AMX_BF16__)
+template <class U, int NV> CSP_INLINE void tile_product(Acc<U>* sums, const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks, bool first) {
   constexpr int L = 16, PITCH = NV * 64;
   if (first) {
     CSP_TILE_ZERO(0);
@@ -63,14 +66,11 @@ template <class U, int NV> CSP_INLINE void tile_product([[maybe_unused]] Acc<U>*
   }
   CSP_TILE_STORE(0, sums, PITCH);
   if (NV > 1) CSP_TILE_STORE(1, sums + L, PITCH);
-#endif
 }
 
 // dW[16][NV * 16] += A^T B over n pairs of pixels, n a multiple of 16: outer_product() of product.h on tiles. A: [n / 16][row of dW][16
 // pairs]; b0, b1: [n][16]. dW rows lie ldw apart.
-template <class U, int NV> CSP_INLINE void tile_outer_product([[maybe_unused]] const Unit<U>* A, [[maybe_unused]] const Unit<U>* b0, [[maybe_unused]] const Unit<U>* b1,
-                                                              [[maybe_unused]] int64_t n, [[maybe_unused]] Acc<U>* dW, [[maybe_unused]] int64_t ldw) {
-#if defined(__AMX_BF16__)
+template <class U, int NV> CSP_INLINE void tile_outer_product(const Unit<U>* A, const Unit<U>* b0, const Unit<U>* b1, int64_t n, Acc<U>* dW, int64_t ldw) {
   constexpr int L = 16;
   CSP_TILE_LOAD(6, dW, ldw * 4);
   if (NV > 1) CSP_TILE_LOAD(7, dW + L, ldw * 4);
@@ -84,14 +84,11 @@ template <class U, int NV> CSP_INLINE void tile_outer_product([[maybe_unused]] c
   }
   CSP_TILE_STORE(6, dW, ldw * 4);
   if (NV > 1) CSP_TILE_STORE(7, dW + L, ldw * 4);
-#endif
 }
 
 // sums[Q][NV * 16] of a 3x3, Q a multiple of 32, all registers of 16 rows. rows: [position][depth], depth a multiple of 32; a tap reads
 // dy * pitch + dx positions further on. W: [tap][depth / 32][16][NV * 16].
-template <class U, int NV, class S> CSP_NOINLINE void tile_product3x3([[maybe_unused]] const S* rows, [[maybe_unused]] int64_t depth, [[maybe_unused]] int64_t pitch,
-                                                                      [[maybe_unused]] int64_t Q, [[maybe_unused]] const Unit<U>* W, [[maybe_unused]] Acc<U>* sums) {
-#if defined(__AMX_BF16__)
+template <class U, int NV, class S> CSP_NOINLINE void tile_product3x3(const S* rows, int64_t depth, int64_t pitch, int64_t Q, const Unit<U>* W, Acc<U>* sums) {
   constexpr int L = 16, PITCH = NV * 64;
   for (int64_t q = 0; q < Q; q += 32, sums += 32 * NV * L) {
     CSP_TILE_ZERO(0);
@@ -121,14 +118,11 @@ template <class U, int NV, class S> CSP_NOINLINE void tile_product3x3([[maybe_un
     CSP_TILE_STORE(1, sums + L, PITCH);
     CSP_TILE_STORE(3, sums + 16 * NV * L + L, PITCH);
   }
-#endif
 }
 
 // dW[32][32] += A^T B over n pairs of pixels, n a multiple of 16, all registers of 16 rows. A: two of [n / 16][row of dW][16 pairs],
 // a_step units apart; B: two of [n][16], b_step apart. dW rows lie ldw apart.
-template <class U> CSP_NOINLINE void tile_outer_product3x3([[maybe_unused]] const Unit<U>* A, [[maybe_unused]] int64_t a_step, [[maybe_unused]] const Unit<U>* B,
-                                                           [[maybe_unused]] int64_t b_step, [[maybe_unused]] int64_t n, [[maybe_unused]] Acc<U>* dW, [[maybe_unused]] int64_t ldw) {
-#if defined(__AMX_BF16__)
+template <class U> CSP_NOINLINE void tile_outer_product3x3(const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t b_step, int64_t n, Acc<U>* dW, int64_t ldw) {
   constexpr int L = 16;
   CSP_TILE_LOAD(0, dW, ldw * 4);
   CSP_TILE_LOAD(1, dW + L, ldw * 4);
@@ -148,7 +142,6 @@ template <class U> CSP_NOINLINE void tile_outer_product3x3([[maybe_unused]] cons
   CSP_TILE_STORE(1, dW + L, ldw * 4);
   CSP_TILE_STORE(2, dW + L * ldw, ldw * 4);
   CSP_TILE_STORE(3, dW + L * ldw + L, ldw * 4);
-#endif
 }
 
 // [16][16] units, their rows made columns, in place.
