@@ -262,9 +262,9 @@ def main() -> int:
             if given.budget and time.monotonic() - start > given.budget:
                 faults = faults[:i]
                 break
-            if fault.tests not in passed and (failure := copy.test(fault.tests)):
+            if (fault.tests, fault.isa()) not in passed and (failure := copy.test(fault.tests, fault.isa())):
                 raise SystemExit(f"without a fault: {fault.tests}: {failure}")
-            passed.add(fault.tests)
+            passed.add((fault.tests, fault.isa()))
             survivors += not copy.attempt(fault)
     print(f"{len(faults)} faults, {survivors} survived")
     return 1 if survivors else 0
