@@ -57,7 +57,7 @@ X86_ISAS: dict[str, list[str]] = {
     "v4bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
     "v4amx": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mprefer-vector-width=512"],
 }
-NEEDS = {"v4amx": "v4bf16"}  # has kernels for bfloat16 alone, and the other's for the rest
+NEEDS = {"v4amx": "v4bf16"}  # has kernels for what tiles multiply, and the other's for the rest
 # What a machine must have to run one, as csrc/cpu/isa.h asks.
 X86_FEATURES: dict[str, str] = {
     "v3": "avx2 fma bmi2 f16c",

@@ -1087,13 +1087,18 @@ template <class S> struct Stage {
   }
 };
 
-template <class F> void run(const StageCall& a, bool backwards, F f) {
-#if defined(__AMX_BF16__)  // tiles multiply nothing else
-  Stage<BFloat16> stage(a, backwards);
-  f(stage);
+#if defined(__AMX_BF16__)
+// What tiles multiply: bfloat16, and float in precision "high".
+bool on_tiles(const StageCall& a) { return a.storage == Storage::BFloat16 || (a.storage == Storage::Float32 && a.winograd == 4); }
+template <class F> void with_storage(const StageCall& a, F f) {
+  if (a.storage == Storage::BFloat16) f(BFloat16{});
+  else f(Split{});
+}
 #else
-  with_storage(a.storage, [&](auto s) { Stage<decltype(s)> stage(a, backwards); f(stage); });
+template <class F> void with_storage(const StageCall& a, F f) { csp::CSP_ISA::with_storage(a.storage, f); }
 #endif
+template <class F> void run(const StageCall& a, bool backwards, F f) {
+  with_storage(a, [&](auto s) { Stage<decltype(s)> stage(a, backwards); f(stage); });
 }
 
 }  // namespace
@@ -1102,7 +1107,7 @@ extern const StageKernels stage_kernels;
 const StageKernels stage_kernels = {
     [](const StageCall& a) {
 #if defined(__AMX_BF16__)
-      if (a.storage != Storage::BFloat16) return v4bf16::stage_kernels.forward(a);
+      if (!on_tiles(a)) return v4bf16::stage_kernels.forward(a);
 #endif
       run(a, false, [&](auto& s) {
         s.run(a.program->forward);
@@ -1111,7 +1116,7 @@ const StageKernels stage_kernels = {
     },
     [](const StageCall& a) {
 #if defined(__AMX_BF16__)
-      if (a.storage != Storage::BFloat16) return v4bf16::stage_kernels.backward(a);
+      if (!on_tiles(a)) return v4bf16::stage_kernels.backward(a);
 #endif
       run(a, true, [&](auto& s) { s.run(a.program->backward); });
     },

@@ -66,6 +66,7 @@ GRAPHS = ("tests/stage/test_operator.py", "-k", "test_random_graphs and not chan
 GRAPHS_16 = ("tests/stage/test_operator.py", "-k", "bfloat16")
 EXACT_32 = ("tests/stage/test_exact.py", "-k", "float32")
 EXACT = ("tests/stage/test_exact.py", "-k", "bfloat16")
+HIGH = test(DENSE, "lower_matmul_precision")
 BLOCK = test(DENSE, "test_training and float32 and (basic or odd) or without_kinks and float32 and train")
 DROPOUT = test(DENSE, "dropout")
 INFERENCE = test(DENSE, "test_inference and float32")
@@ -90,16 +91,18 @@ FAULTS = [
     Fault("direct3x3.h", "(o * 9 + 8 - tap) * b + n", "(o * 9 + tap) * b + n", EXACT),
     Fault("direct3x3.h", "odd = tap % 3 == 1, shift", "odd = 0, shift", EXACT),
     Fault("direct3x3.h", "2 * (q + i) < real ?", "true ?", EXACT),
-    Fault("direct3x3.h", "memset(static_cast<void*>(to + used * depth), 0,", "memset(static_cast<void*>(to + used * depth), 1,", EXACT),
+    Fault("direct3x3.h", "(blank ? 0 : tall.W)), row(r + 1));", "(blank ? 0 : tall.W) + 1), row(r + 1));", EXACT),
     Fault("direct3x3.h", "for (int t = 1; t < sets(); t++) sum", "for (int t = 1; t < 1; t++) sum", EXACT),
     Fault("direct3x3.h", "value(x + i) + lost[i];", "value(x + i);", test(DENSE, "without_kinks and bfloat16")),
     Fault("direct3x3.h", "if (stats && pixels) add_rows(stats[task], ch, seen,", "if (stats && pixels) add_rows(stats[task], ch, 0,", GRAPHS_16),
     Fault("direct3x3.h", "correction.owes) return put", "true) return put", GRAPHS_16),
     Fault("direct3x3.h", "sum += d, sum_z += d * centred;", "sum += d, sum_z += d;", GRAPHS_16),
     Fault("direct3x3.h", "load_masked(dz.in + pixel * dz.in_pitch + ch, n) + d * scale", "d * scale", GRAPHS_16),
-    Fault("tiles.h", "CSP_TILE_LOAD(5, a + 16 * depth + k,", "CSP_TILE_LOAD(5, a + 15 * depth + k,", EXACT),
-    Fault("tiles.h", "CSP_TILE_LOAD(4, B + L, PITCH);\n    CSP_TILE_PRODUCT(1, 2, 4);", "CSP_TILE_LOAD(4, B, PITCH);\n    CSP_TILE_PRODUCT(1, 2, 4);", EXACT),
-    Fault("tiles.h", "CSP_TILE_LOAD(7, dW + L, ldw * 4);\n  for", "CSP_TILE_ZERO(7);\n  for", EXACT),
+    Fault("tiles.h", "add_products<2, NV>(a + k, units, L * units,", "add_products<2, NV>(a + k, units, (L - 1) * units,", EXACT),
+    Fault("tiles.h", "add_products<2, NV>(A, L, L * L, B, NV * L, L);", "add_products<2, NV>(A, L, L * L, B, NV * L, 0);", EXACT),
+    Fault("tiles.h", "load_sums<1, NV>(dW, ldw);", "clear_sums<1, NV>();", EXACT),
+    Fault("tiles.h", "COUNT = 3, A[] = {0, 0, 1}", "COUNT = 3, A[] = {0, 0, 0}", HIGH),
+    Fault("direct3x3.h", "x = U::rest(x, rounded);", "x = Vec<float>{};", HIGH),
     # shared channels
     Fault("conv3x3.h", "if (row == 0) wgrad<true>", "if (row >= 0) wgrad<true>", EXACT_32),
     Fault("conv3x3.h", "t < sets(); t++) u[i]", "t < c.tasks; t++) u[i]", EXACT_32),

@@ -474,7 +474,7 @@ def errors(case: Case, ours: Results, theirs: Results, exact: Results, module: n
             continue
         extra = limit(0, dtype, reduction) if dtype != torch.float64 else EXACT * max(1.0, lost)
         if dtype == torch.float32 and case.precision == "high":
-            extra += high_limit(reduction)
+            extra += high_limit(reduction, lost)
         if dtype.itemsize == 2:  # one rounding
             extra += (16 if "buffer" in name else 1) * torch.finfo(dtype).eps
         if dtype != torch.float64 and kind(name, far) == "weight" and far[0].numel() == 1:

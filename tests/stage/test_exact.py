@@ -22,18 +22,21 @@ def whole(*shape: int) -> Tensor:
     return torch.randint(-2, 3, shape).double()
 
 
-def bounds(dtype: torch.dtype, conv: str) -> dict[str, float]:
-    """Winograd's larger tiles, which 16 bits take where there is no form of their own, have thirds in them."""
-    exact = dtype == torch.float32 or conv != "3x3" or native.isa() == "v4amx"
+def bounds(dtype: torch.dtype, precision: str, conv: str) -> dict[str, float]:
+    """Winograd's larger tiles, which 16 bits and "high" take where they have no form of their own, have thirds."""
+    exact = (dtype, precision) == (torch.float32, "highest") or conv != "3x3" or native.isa() == "v4amx"
     return {"rtol": 0, "atol": 0} if exact else {"rtol": 2**-7, "atol": 0.05}
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, precision", [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")], ids=str
+)
 @pytest.mark.parametrize("conv", CONVS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_whole_numbers(size: tuple[int, int, int], conv: str, dtype: torch.dtype) -> None:
+def test_whole_numbers(size: tuple[int, int, int], conv: str, dtype: torch.dtype, precision: str) -> None:
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision(precision)
     kernel = int(conv[0])
     few = size[0] * size[1] * size[2] < 100
     for channels, out in [*CHANNELS, WIDE] if few else CHANNELS:
@@ -58,8 +61,9 @@ def test_whole_numbers(size: tuple[int, int, int], conv: str, dtype: torch.dtype
             "gradient of x": (own.grad, x.grad),
             "gradient of the weight": (weight.grad, exact_weight.grad),
         }
+        limits = bounds(dtype, precision, conv)
         for name, (found, want) in pairs.items():
             label = f"{name}, {channels} -> {out} channels"
             torch.testing.assert_close(
-                found, want.detach().to(found.dtype), **bounds(dtype, conv), msg=lambda m, label=label: f"{label}: {m}"
+                found, want.detach().to(found.dtype), **limits, msg=lambda m, label=label: f"{label}: {m}"
             )

@@ -1,5 +1,5 @@
-// The 3x3 convolution of bfloat16 as nine products on tiles (AMX), in place of Winograd: forward with statistics, and both
-// gradients. What it reads is made bfloat16 once, a strip of rows at a time, zeros around it; each tap reads the strip elsewhere.
+// The 3x3 convolution as nine products on tiles (AMX), in place of Winograd: forward with statistics, and both gradients. What it
+// reads is cut into bfloat16 once, a strip of rows at a time, zeros around it; each tap reads the strip elsewhere.
 #pragma once
 #include "conv3x3.h"
 #include "tiles.h"
@@ -7,6 +7,7 @@
 namespace csp::CSP_ISA {
 
 constexpr int DIRECT = 0;  // in place of the size of Winograd's output tiles
+
 
 // All images as one, with a blank row behind each. A row is `pitch` positions: its pixels, then at least one blank one, which is
 // also the one in front of the next row. Even, so that pairs of positions are pairs one row further on.
@@ -19,18 +20,29 @@ struct Tall {
   int64_t strip() const { return max64(1, 512 / pitch); }
 };
 
-// Rows first - 1 .. first + count of a tall image as bfloat16 [position][depth]; a blank position lies in front of the first.
-template <class S> struct Strip {
+// Rows first - 1 .. first + count of a tall image as units [position][depth / 2]; a blank position lies in front of the first.
+template <class U> struct Strip {
+  static constexpr int L = 16, PARTS = U::PARTS;
   const Tall& tall;
   int64_t depth, first = 0, count = 0, filled = -1;  // filled: rows of the image that are there end before this one
-  S* positions;
+  Unit<U>* positions;
   // Positions of the results of `rows` rows, in whole registers.
   static int64_t results(const Tall& tall, int64_t rows) { return round_up(rows * tall.pitch, 32); }
   static int64_t size(const Tall& tall) { return results(tall, tall.strip()) + 2 * tall.pitch + 4; }
   Strip(Frame& frame, const Tall& tall, int64_t channels)
-      : tall(tall), depth(round_up(channels, 32)), positions(frame.take<S>(size(tall) * depth)) {}
-  S* row(int64_t r) { return positions + (1 + r * tall.pitch) * depth; }
+      : tall(tall), depth(round_up(channels, 32)), positions(frame.take<Unit<U>>(size(tall) * depth / 2)) {}
+  Unit<U>* position(int64_t p) const { return positions + p * (depth / 2); }
+  Unit<U>* row(int64_t r) const { return position(1 + r * tall.pitch); }
   int64_t results() const { return results(tall, count); }
+  // Where a part of channels k to k + 15 of a position lies, one bfloat16 after the other.
+  static CSP_INLINE uint16_t* part(Unit<U>* position, int64_t k, int p) { return reinterpret_cast<uint16_t*>(part_of(position + k / 32 * L, p)) + k % 32; }
+  static CSP_INLINE void put(Unit<U>* position, int64_t k, Vec<float> x) {
+    CSP_UNROLL(2) for (int p = 0; p < PARTS; p++) {
+      Vec<uint32_t> rounded = U::store_part(part(position, k, p), x);
+      if (p + 1 < PARTS) x = U::rest(x, rounded);
+    }
+  }
+  static void clear(Unit<U>* from, Unit<U>* to) { memset(static_cast<void*>(from), 0, size_t(to - from) * sizeof(Unit<U>)); }
 
   // Moves on to `rows` rows from `begin` on. reader(first of a vector of channels, put): calls put(value(pixel), whether what rounding
   // takes off is carried on).
@@ -38,49 +50,45 @@ template <class S> struct Strip {
     int64_t kept = 0;
     if (filled == begin + 1 && count >= 1) {  // the last two rows are the first two now
       kept = 2;
-      memmove(static_cast<void*>(row(0)), row(count), size_t(2 * tall.pitch * depth) * sizeof(S));
+      memmove(static_cast<void*>(row(0)), row(count), size_t(row(2) - row(0)) * sizeof(Unit<U>));
     } else {
-      memset(static_cast<void*>(positions), 0, size_t(depth) * sizeof(S));
+      clear(positions, row(0));
     }
     first = begin, count = rows, filled = begin + rows + 1;
-    constexpr int L = LANES<float>;
     for (int64_t r = kept; r < rows + 2; r++) {
-      S* to = row(r);
-      const int64_t source = begin - 1 + r;
+      const int64_t source = begin - 1 + r, from = 1 + r * tall.pitch;
       const bool blank = tall.blank(source);
-      const int64_t used = blank ? 0 : tall.W;
-      memset(static_cast<void*>(to + used * depth), 0, size_t((tall.pitch - used) * depth) * sizeof(S));
+      clear(position(from + (blank ? 0 : tall.W)), row(r + 1));
       if (blank) continue;
       const int64_t pixel = tall.pixel(source);
       for (int64_t k = 0; k < depth; k += L) {
         if (k >= channels) {
-          for (int64_t x = 0; x < tall.W; x++) store(to + x * depth + k, Vec<float>{});
+          for (int64_t x = 0; x < tall.W; x++) put(position(from + x), k, Vec<float>{});
           continue;
         }
         reader(k, [&](const auto& value, auto carries) __attribute__((always_inline)) {
-          if constexpr (decltype(carries)::value) round_and_carry(to + k, [&](int64_t x) __attribute__((always_inline)) { return value(pixel + x); });
-          else for (int64_t x = 0; x < tall.W; x++) store(to + x * depth + k, value(pixel + x));
+          if constexpr (PARTS == 1 && decltype(carries)::value) round_and_carry(from, k, [&](int64_t x) __attribute__((always_inline)) { return value(pixel + x); });
+          else for (int64_t x = 0; x < tall.W; x++) put(position(from + x), k, value(pixel + x));
         });
       }
     }
-    S* end = row(rows + 2);
-    memset(static_cast<void*>(end), 0, size_t(positions + size(tall) * depth - end) * sizeof(S));
+    clear(row(rows + 2), position(size(tall)));
   }
 
   // Rounds the values of a row so that their sums stay what they were: what rounding takes off a value is added to one of the next.
   // A gradient whose values are already bfloat16, less the small mean that a norm takes off all of them, would else be itself again.
-  template <class Value> void round_and_carry(S* to, const Value& value) const {
-    using T = decltype(widen(S{}));
+  template <class Value> void round_and_carry(int64_t from, int64_t k, const Value& value) const {
     constexpr int CHAINS = 4;  // one would wait for itself
-    const Vec<T> large = Vec<T>{} + T(1e30);
-    Vec<T> lost[CHAINS] = {};
+    const Vec<float> large = Vec<float>{} + 1e30f;
+    Vec<float> lost[CHAINS] = {};
     for (int64_t x = 0; x < tall.W; x += CHAINS)
       CSP_UNROLL(4) for (int i = 0; i < CHAINS; i++) {
         if (x + i >= tall.W) break;
-        const Vec<T> sum = value(x + i) + lost[i];
-        store(to + (x + i) * depth, sum);
-        const Vec<T> rest = sum - load(to + (x + i) * depth);
-        lost[i] = rest < large ? rest > -large ? rest : Vec<T>{} : Vec<T>{};  // nothing of infinities and NaN
+        const Vec<float> sum = value(x + i) + lost[i];
+        BFloat16* to = reinterpret_cast<BFloat16*>(part(position(from + x + i), k, 0));
+        store(to, sum);
+        const Vec<float> rest = sum - load(to);
+        lost[i] = rest < large ? rest > -large ? rest : Vec<float>{} : Vec<float>{};  // nothing of infinities and NaN
       }
   }
 
@@ -120,15 +128,15 @@ inline void pack_direct(Unit<U>* out, const Acc<U>* w, int64_t g, int64_t b, con
   }
 }
 
-template <class U, class S>
-CSP_INLINE void multiply(const Strip<S>& strip, const Unit<U>* W, int64_t panel, int nv, Acc<U>* sums) {
+template <class U>
+CSP_INLINE void multiply(const Strip<U>& strip, const Unit<U>* W, int64_t panel, int nv, Acc<U>* sums) {
   const Unit<U>* w = W + panel * 9 * (strip.depth / 32) * 16 * 32;
   if (nv == 2) tile_product3x3<U, 2>(strip.positions, strip.depth, strip.tall.pitch, strip.results(), w, sums);
   else tile_product3x3<U, 1>(strip.positions, strip.depth, strip.tall.pitch, strip.results(), w, sums);
 }
 
 // Moves a strip of channels `of` of act(norm(z)).
-template <class S> void move_input(const Conv3x3<S>& c, const S* z, Strip<S>& strip, int64_t begin, int64_t rows, Range of) {
+template <class U, class S> void move_input(const Conv3x3<S>& c, const S* z, Strip<U>& strip, int64_t begin, int64_t rows, Range of) {
   using T = decltype(widen(S{}));
   strip.move(begin, rows, of.end - of.begin, [&](int64_t at, auto put) {
     const int64_t k = of.begin + at;
@@ -151,9 +159,9 @@ void direct3x3_forward(const Conv3x3<S>& c, const S* z, const Unit<U>* W, S* sli
   const Tall tall{c.N, c.H, c.W};
   for_tasks(c.parallel, c.tasks, [&](int task) {
     Frame frame;
-    TileRegisters<U> registers(0);
-    Strip<S> strip(frame, tall, c.b);
-    T* sums = frame.take<T>(Strip<S>::results(tall, tall.strip()) * 2 * L);
+    TileRegisters<U> registers;
+    Strip<U> strip(frame, tall, c.b);
+    T* sums = frame.take<T>(Strip<U>::results(tall, tall.strip()) * 2 * L);
     T* out = frame.take<T>(tall.strip() * tall.W * L);
     const Range r = share(tall.rows(), task, c.tasks);
     int64_t seen = 0;
@@ -200,7 +208,7 @@ template <class U, class S> struct Direct3x3Backward {
   Tall tall{c.N, c.H, c.W};
   static int64_t weights(int64_t g, int64_t b) { return 9 * round_up(g, 2 * L) * round_up(b, 2 * L); }
 
-  void move_gradient(Strip<S>& strip, int64_t begin, int64_t count) const {
+  void move_gradient(Strip<U>& strip, int64_t begin, int64_t count) const {
     strip.move(begin, count, c.g, [&](int64_t k, auto put) {
       const Vec<T> mean = load(correction.mean + k), slope = load(correction.slope + k), offset = load(correction.offset + k);
       const int64_t n = c.g - k;
@@ -213,7 +221,7 @@ template <class U, class S> struct Direct3x3Backward {
   }
 
   enum class Put { Nothing, Write, Add };
-  template <Put PUT, bool LEAKY> void emit(const Strip<S>& strip, int64_t ch, const T* sums, int64_t step, const PartialSums<T>& part) const {
+  template <Put PUT, bool LEAKY> void emit(const Strip<U>& strip, int64_t ch, const T* sums, int64_t step, const PartialSums<T>& part) const {
     const Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch), number = Vec<T>{} + c.act.number;
     const int64_t n = c.b - ch;
     strip.each_row([&](int64_t first, int64_t position) __attribute__((always_inline)) {
@@ -228,7 +236,7 @@ template <class U, class S> struct Direct3x3Backward {
       store(part.sum + ch, load(part.sum + ch) + sum), store(part.sum_x + ch, load(part.sum_x + ch) + sum_z);
     });
   }
-  void dgrad(const Strip<S>& strip, T* sums, const PartialSums<T>& part) const {
+  void dgrad(const Strip<U>& strip, T* sums, const PartialSums<T>& part) const {
     for (int64_t p = 0; p < panels<T>(c.b); p++) {
       const int nv = panel_vectors<T>(c.b, p);
       multiply<U>(strip, W, p, nv, sums);
@@ -244,25 +252,29 @@ template <class U, class S> struct Direct3x3Backward {
     }
   }
 
-  // Two neighbouring positions as pairs, a vector of channels.
-  static CSP_INLINE Vec<Unit<U>> pairs(const S* position, int64_t depth) {
-    auto wide = [](const S* p) __attribute__((always_inline)) { return __builtin_convertvector(*reinterpret_cast<const U16*>(p), Vec<uint32_t>); };
-    return wide(position) | wide(position + depth) << 16;
+  // Position p and the next one as pairs, channels ch to ch + 15.
+  static CSP_INLINE Vec<Unit<U>> pairs(const Strip<U>& strip, int64_t p, int64_t ch) {
+    Vec<Unit<U>> to;
+    CSP_UNROLL(2) for (int i = 0; i < U::PARTS; i++) {
+      auto wide = [&](int64_t at) __attribute__((always_inline)) { return __builtin_convertvector(*reinterpret_cast<const U16*>(Strip<U>::part(strip.position(at), ch, i)), Vec<uint32_t>); };
+      to.part[i] = wide(p) | wide(p + 1) << 16;
+    }
+    return to;
   }
   // dW[tap][o][first + c] += sum over positions of dY[position][o] * X[position of the tap][c]
-  void wgrad(Strip<S>& gradient, Strip<S>& input, int64_t first, Unit<U>* dY, Unit<U>* X, const PartialSums<T>& part) const {
-    const int64_t Q = gradient.results(), units = Q / 2, room = Strip<S>::size(tall) / 2 * L, real = gradient.count * tall.pitch;
+  void wgrad(Strip<U>& gradient, Strip<U>& input, int64_t first, Unit<U>* dY, Unit<U>* X, const PartialSums<T>& part) const {
+    const int64_t Q = gradient.results(), units = Q / 2, room = Strip<U>::size(tall) / 2 * L, real = gradient.count * tall.pitch;
     for (int64_t o = 0; o < rows; o += L)
       for (int64_t q = 0; q < units; q += L) {
         Unit<U>* block = dY + o * units + q * L;
-        for (int64_t i = 0; i < L; i++) store(block + i * L, 2 * (q + i) < real ? pairs(gradient.row(1) + 2 * (q + i) * gradient.depth + o, gradient.depth) : Vec<Unit<U>>{});
+        for (int64_t i = 0; i < L; i++) store(block + i * L, 2 * (q + i) < real ? pairs(gradient, 1 + tall.pitch + 2 * (q + i), o) : Vec<Unit<U>>{});
         transpose_units<U>(block);
       }
     const int64_t read = (Q + 2 * tall.pitch + 2) / 2;  // pairs of the input
     for (int64_t ch = 0; ch < input.depth; ch += 2 * L) {
       for (int64_t j = 0; j < 2; j++)
         for (int64_t odd = 0; odd < 2; odd++)
-          for (int64_t q = 0; q < read; q++) store(X + (odd * 2 + j) * room + q * L, pairs(input.positions + (2 * q + odd) * input.depth + ch + j * L, input.depth));
+          for (int64_t q = 0; q < read; q++) store(X + (odd * 2 + j) * room + q * L, pairs(input, 2 * q + odd, ch + j * L));
       for (int64_t o = 0; o < rows; o += 2 * L)
         for (int64_t tap = 0; tap < 9; tap++) {
           const int64_t odd = tap % 3 == 1, shift = (tap / 3 * tall.pitch + tap % 3 - odd) / 2;
@@ -276,12 +288,12 @@ template <class U, class S> struct Direct3x3Backward {
   // The gradients of tall rows r that are wanted; wgrad of channels `of`.
   void run(Range r, bool dgrad_too, bool wgrad_too, Range of, const PartialSums<T>& sums_of_channels, const PartialSums<T>& sums_of_weights) const {
     Frame frame;
-    TileRegisters<U> registers(0);
-    Strip<S> gradient(frame, tall, c.g), input(frame, tall, of.end - of.begin);
-    const int64_t Q = Strip<S>::results(tall, tall.strip());
+    TileRegisters<U> registers;
+    Strip<U> gradient(frame, tall, c.g), input(frame, tall, of.end - of.begin);
+    const int64_t Q = Strip<U>::results(tall, tall.strip());
     T* sums = frame.take<T>(Q * 2 * L);
     Unit<U>* dY = frame.take<Unit<U>>(rows * Q / 2);
-    Unit<U>* X = frame.take<Unit<U>>(4 * (Strip<S>::size(tall) / 2 * L));
+    Unit<U>* X = frame.take<Unit<U>>(4 * (Strip<U>::size(tall) / 2 * L));
     for (int64_t row = r.begin; row < r.end; row += tall.strip()) {
       const int64_t count = min64(tall.strip(), r.end - row);
       move_gradient(gradient, row, count);

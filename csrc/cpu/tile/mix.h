@@ -168,7 +168,7 @@ template <class S> struct Mix {
     int64_t chunks = ceil_div(blocks, FORWARD_CHUNK<U>), step = ceil_div(blocks, chunks), np = panels<T>(O);
     for_tasks(parallel, tasks, [&](int task) {
       Frame frame;
-      TileRegisters<U> registers(LOW_REGISTERS);
+      TileRegisters<U> registers;
       Unit<U>* A = frame.take<Unit<U>>(nt * step * MR * L);
       T* C = frame.take<T>(nt * np * MR * 2 * L);
       Source* source = frame.take<Source>(nt * MR);
@@ -327,11 +327,14 @@ template <class S> struct MixBackward {
 
   template <int NV>
   CSP_NOINLINE void dgrad(const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks, Vec<T>* da) const {
-    if constexpr (TILES<U>) return tile_product<U, NV>(reinterpret_cast<T*>(da), A, a_step, B, blocks, true);
-    Vec<T> acc[MR][NV];
-    clear(acc);
-    product<U>(acc, A, a_step, B, blocks);
-    CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) da[i * NV + j] = acc[i][j];
+    if constexpr (TILES<U>) {
+      tile_product<U, NV>(reinterpret_cast<T*>(da), A, a_step, B, blocks, true);
+    } else {
+      Vec<T> acc[MR][NV];
+      clear(acc);
+      product<U>(acc, A, a_step, B, blocks);
+      CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) da[i * NV + j] = acc[i][j];
+    }
   }
 
   bool apart() const {
@@ -344,7 +347,7 @@ template <class S> struct MixBackward {
     const bool apart = this->apart();
     for_tasks(mix.parallel, mix.tasks, [&](int task) {
       Frame frame;
-      TileRegisters<U> registers(LOW_REGISTERS);
+      TileRegisters<U> registers;
       const PartialSums<T> part{parts[apart ? 0 : task].weight, parts[task].sum, parts[task].sum_x};
       part.clear(apart ? 0 : weights(mix), ldw);
       const Range whole{0, Kp}, own = share(ceil_div(Kp, 2 * L), task, mix.tasks), of = apart ? Range{own.begin * 2 * L, min64(Kp, own.end * 2 * L)} : whole;
@@ -366,7 +369,7 @@ template <class S> struct MixBackward {
               if (const Segment<S>* s = plain(k)) {
                 if (!s->g) continue;
                 S* g = s->g + (p0 + q * MR) * s->g_pitch + (k - s->column);
-                dgrad_plain(by_channel + q * MR * L, M * L, W + k / (2 * L) * blocks * L * 2 * L, blocks, g, s->g_pitch, mix.rows(t + q));
+                if constexpr (D == 1) dgrad_plain(by_channel + q * MR * L, M * L, W + k / (2 * L) * blocks * L * 2 * L, blocks, g, s->g_pitch, mix.rows(t + q));
                 continue;
               }
               int nv = Kp - k > L ? 2 : 1;

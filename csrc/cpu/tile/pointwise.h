@@ -35,20 +35,20 @@ CSP_NOINLINE void pointwise_panel(const Unit<U>* A, const Unit<U>* B, int64_t bl
   constexpr int MR = TILE_ROWS, L = LANES<T>;
   Vec<T> acc[MR][NV];
   if constexpr (TILES<U>) {
-    T* sums = last && first ? reinterpret_cast<T*>(acc) : C;
-    tile_product<U, NV>(sums, A, MR * L, B, blocks, first);
+    tile_product<U, NV>(C, A, MR * L, B, blocks, first);
     if (!last) return;
-    if (!first) CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) acc[i][j] = load(C + (i * NV + j) * L);
-    return emit(acc);
+    CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) acc[i][j] = load(C + (i * NV + j) * L);
+    emit(acc);
+  } else {
+    if (first) clear(acc);
+    else CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) acc[i][j] = load(C + (i * NV + j) * L);
+    product<U>(acc, A, MR * L, B, blocks);
+    if (last) emit(acc);
+    else CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) store(C + (i * NV + j) * L, acc[i][j]);
   }
-  if (first) clear(acc);
-  else CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) acc[i][j] = load(C + (i * NV + j) * L);
-  product<U>(acc, A, MR * L, B, blocks);
-  if (last) emit(acc);
-  else CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) store(C + (i * NV + j) * L, acc[i][j]);
 }
 
-template <class U> constexpr int64_t FORWARD_CHUNK = 20;  // blocks of the reduction: 18 KiB of A
+template <class U> constexpr int64_t FORWARD_CHUNK = 20 * VECTOR_BYTES / int64_t(sizeof(Vec<Unit<U>>));  // blocks of the reduction: 20 KiB of A
 
 template <class U> struct PointwiseScratch {
   Unit<U>* A;
@@ -96,7 +96,7 @@ void pointwise_forward(const Parallel& parallel, int tasks, int64_t P, const S* 
   int64_t tiles = ceil_div(P, MR);
   for_tasks(parallel, tasks, [&](int task) {
     Frame frame;
-    TileRegisters<U> registers(LOW_REGISTERS);
+    TileRegisters<U> registers;
     PointwiseScratch<U> scratch(frame, b);
     Range r = share(tiles, task, tasks);
     int64_t seen = 0;
@@ -133,7 +133,7 @@ void pointwise_activated(const Parallel& parallel, int tasks, int64_t P, const S
   int64_t tiles = ceil_div(P, MR);
   for_tasks(parallel, tasks, [&](int task) {
     Frame frame;
-    TileRegisters<U> registers(LOW_REGISTERS);
+    TileRegisters<U> registers;
     PointwiseScratch<U> scratch(frame, b);
     Range r = share(tiles, task, tasks);
     for (int64_t t = r.begin; t < r.end; t++) {
@@ -280,7 +280,7 @@ template <class U, class S> struct PointwiseBackward {
     int64_t tiles = ceil_div(P, MR), blocks = ceil_div(b, depth_block<U>());
     for_tasks(parallel, tasks, [&](int task) {
       Frame frame;
-      TileRegisters<U> registers(LOW_REGISTERS);
+      TileRegisters<U> registers;
       const PartialSums<T>& part = parts[task];
       part.clear(rows * Kp, Kp);
       Range r = share(tiles, task, tasks);

@@ -13,7 +13,73 @@ template <class T> struct Plain {
   static CSP_INLINE Vec<unit> join(Vec<T> first, Vec<T>) { return first; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+// What the processor's tiles multiply (tiles.h): pairs of values, each value the sum of PARTS bfloat16. One part is the value rounded
+// to bfloat16; two have 16 or 17 binary digits of it. A vector of 16 pairs lies as [part][16].
+template <int PARTS> struct Pairs { uint32_t part[PARTS]; };
+template <int PARTS> struct PairsVector { Vec<uint32_t> part[PARTS]; };
+template <int PARTS> struct VecOf<Pairs<PARTS>> { typedef PairsVector<PARTS> type; };
+template <int PARTS> constexpr int LANES<Pairs<PARTS>> = 16;
+template <int PARTS> CSP_INLINE const uint32_t* part_of(const Pairs<PARTS>* p, int part) { return reinterpret_cast<const uint32_t*>(p) + 16 * part; }
+template <int PARTS> CSP_INLINE uint32_t* part_of(Pairs<PARTS>* p, int part) { return reinterpret_cast<uint32_t*>(p) + 16 * part; }
+template <int PARTS> CSP_INLINE PairsVector<PARTS> load(const Pairs<PARTS>* p) {
+  PairsVector<PARTS> v;
+  CSP_UNROLL(2) for (int i = 0; i < PARTS; i++) v.part[i] = load(part_of(p, i));
+  return v;
+}
+template <int PARTS> CSP_INLINE void store(Pairs<PARTS>* p, const PairsVector<PARTS>& v) {
+  CSP_UNROLL(2) for (int i = 0; i < PARTS; i++) store(part_of(p, i), v.part[i]);
+}
+template <int PARTS> CSP_INLINE void transpose(PairsVector<PARTS> (&v)[16]) {
+  CSP_UNROLL(2) for (int p = 0; p < PARTS; p++) {
+    Vec<uint32_t> rows[16];
+    CSP_UNROLL(16) for (int i = 0; i < 16; i++) rows[i] = v[i].part[p];
+    transpose(rows);
+    CSP_UNROLL(16) for (int i = 0; i < 16; i++) v[i].part[p] = rows[i];
+  }
+}
+
+template <int COUNT> struct TileProduct {
+  using Acc = float;
+  using unit = Pairs<COUNT>;
+  static constexpr int DEPTH = 2, PARTS = COUNT;
+  // What is left of x behind the part `rounded`; of an infinity, also one that comes of rounding, nothing.
+  static CSP_INLINE Vec<float> rest(Vec<float> x, Vec<uint32_t> rounded) {
+    const __mmask16 infinite = _mm512_fpclass_ps_mask((__m512)rounded, 0x18);
+    return Vec<float>(_mm512_maskz_sub_ps(__mmask16(~infinite), (__m512)x, (__m512)rounded));
+  }
+  // Stores the first part of x; that part.
+  static CSP_INLINE Vec<uint32_t> store_part(uint16_t* to, Vec<float> x) {
+    const U16 rounded = (U16)_mm512_cvtneps_pbh((__m512)x);
+    *reinterpret_cast<U16*>(to) = rounded;
+    return __builtin_convertvector(rounded, Vec<uint32_t>) << 16;
+  }
+  // Lane i of both side by side.
+  static CSP_INLINE PairsVector<PARTS> join(Vec<float> first, Vec<float> second) {
+    const __m512i order = (__m512i)(Vec<uint32_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001u + 0x100000u);
+    PairsVector<PARTS> to;
+    CSP_UNROLL(2) for (int p = 0; p < PARTS; p++) {
+      to.part[p] = Vec<uint32_t>(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first)));
+      if (p + 1 < PARTS) first = rest(first, to.part[p] << 16), second = rest(second, to.part[p] & 0xffff0000u);
+    }
+    return to;
+  }
+  // Each value beside the next.
+  static CSP_INLINE PairsVector<PARTS> neighbours(Vec<float> first, Vec<float> second) {
+    PairsVector<PARTS> to = join(first, second);
+    const Vec<uint32_t> of_first{0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29};
+    const __m512i order = (__m512i)(of_first * 0x10001u + 0x20000u);
+    CSP_UNROLL(2) for (int p = 0; p < PARTS; p++) to.part[p] = Vec<uint32_t>(_mm512_permutexvar_epi16(order, (__m512i)to.part[p]));
+    return to;
+  }
+};
+// A float of which products read two parts.
+struct Split { float value; };
+CSP_INLINE float widen(Split x) { return x.value; }
+CSP_INLINE void narrow(float x, Split* p) { p->value = x; }
+CSP_INLINE Vec<float> load(const Split* p) { return load(&p->value); }
+CSP_INLINE void store(Split* p, Vec<float> x) { store(&p->value, x); }
+#elif defined(__AVX512BF16__)
 struct Bf16Pair {
   using Acc = float;
   using unit = uint32_t;
@@ -32,20 +98,13 @@ struct Bf16Pair {
 
 // Storage -> accumulation type and unit of its products.
 template <class S> struct Types { using T = decltype(widen(S{})); using Product = Plain<T>; };
-#if defined(__AMX_BF16__)
-struct Bf16Tile : Bf16Pair {  // in the same order, multiplied by tiles.h
-  // [first | second] rounded, each value beside the next.
-  static CSP_INLINE Vec<uint32_t> neighbours(Vec<float> first, Vec<float> second) {
-    return Vec<uint32_t>((__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
-  }
-};
-template <> struct Types<BFloat16> { using T = float; using Product = Bf16Tile; };
-template <class U> constexpr bool TILES = std::is_same_v<U, Bf16Tile>;
-#else
 template <class U> constexpr bool TILES = false;
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+template <int PARTS> constexpr bool TILES<TileProduct<PARTS>> = true;
+template <> struct Types<BFloat16> { using T = float; using Product = TileProduct<1>; };
+template <> struct Types<Split> { using T = float; using Product = TileProduct<2>; };
+#elif defined(__AVX512BF16__)
 template <> struct Types<BFloat16> { using T = float; using Product = Bf16Pair; };
-#endif
 #endif
 
 template <class U> using Acc = typename U::Acc;

@@ -17,7 +17,11 @@ namespace csp::CSP_ISA {
 
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
+#if defined(__AMX_BF16__)
+constexpr int TILE_ROWS = 32;  // of two tile registers
+#else
 constexpr int TILE_ROWS = 14;  // 14 x 2 accumulators of 32 registers
+#endif
 constexpr int WGRAD_ROWS = 8;
 #elif defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32;
