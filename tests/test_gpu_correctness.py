@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
@@ -183,18 +184,17 @@ def test_tf32_twin() -> None:
 
     x = torch.tensor([1 + 2.0**-10, 1 + 2.0**-11, -1 - 2.0**-11], dtype=torch.float32)
     assert tf32.cut(x).tolist() == [1 + 2.0**-10, 1.0, -1.0] and torch.equal(tf32.cut(x.double()), x.double())
-    image, weight = torch.randn(2, 8, 5, 4), torch.randn(6, 8, 3, 3)
-    results = []
-    for inside in (False, True):
-        leaves = [t.clone().requires_grad_() for t in (image, weight)]
-        if inside:
-            with tf32.truncated():
-                y = torch.nn.functional.conv2d(*leaves, padding=1)
-        else:
-            y = torch.nn.functional.conv2d(*leaves, padding=1)
-        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-    for exact, cut in zip(*results, strict=True):
-        assert 1e-5 < ((cut - exact).norm() / exact.norm()).item() < 3e-3
+    image, bias = torch.randn(2, 8, 5, 4), torch.randn(6)
+    for stride, groups in ((1, 1), (2, 1), (1, 2)):
+        weight = torch.randn(6, 8 // groups, 3, 3)
+        results = []
+        for inside in (False, True):
+            leaves = [t.clone().requires_grad_() for t in (image, weight, bias)]
+            with tf32.truncated() if inside else nullcontext():
+                y = torch.nn.functional.conv2d(*leaves, stride=stride, padding=1, groups=groups)
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        for exact, cut in zip(*results, strict=True):
+            assert 1e-5 < ((cut - exact).norm() / exact.norm()).item() < 3e-3
 
 
 def test_shares_of_what_is_compiled_are_all_of_it() -> None:

@@ -19,20 +19,20 @@ class _Convolution(torch.autograd.Function):
     """Products of cut operands, forward and backward; sums in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.padding = padding
-        return torch.conv2d(cut(x), cut(weight), padding=padding)
+        ctx.options = {"stride": stride, "padding": padding, "groups": groups}
+        return torch.conv2d(cut(x), cut(weight), **ctx.options)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (x, weight), d = ctx.saved_tensors, cut(gradient)
-        dx = conv2d_input(x.shape, cut(weight), d, padding=ctx.padding)
-        return dx, conv2d_weight(cut(x), weight.shape, d, padding=ctx.padding), None
+        dx = conv2d_input(x.shape, cut(weight), d, **ctx.options)
+        return dx, conv2d_weight(cut(x), weight.shape, d, **ctx.options), None, None, None
 
 
 class truncated(TorchFunctionMode):
-    """Convolutions inside, of one group and stride, without a bias, have TF32's precision."""
+    """Convolutions inside have TF32's precision; biases are added in float32."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -40,8 +40,8 @@ class truncated(TorchFunctionMode):
         return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
 
 
-def _conv2d(x: Tensor, weight: Tensor, bias: None = None, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
-    if bias is not None or stride != 1 or groups != 1:
-        raise ValueError(f"conv2d: got bias {bias}, stride {stride}, {groups} groups; expected none, 1 and one group")
-    y: Tensor = _Convolution.apply(x, weight, padding)
-    return y
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1
+) -> Tensor:
+    y: Tensor = _Convolution.apply(x, weight, stride, padding, groups)
+    return y if bias is None else y + bias[:, None, None]
