@@ -262,12 +262,13 @@ template <class S> struct Stage {
   void merge_statistics(const Statistics<T>* stats, int tasks, const stage::Place& place, int64_t column) {
     if (stats) merge(a.parallel, stats, tasks, value(place), of(place).pitch, of(place).pixels(), place.channels(), a.mean + column, a.var + column);
   }
-  // Of the activations that products apply on load.
+  // Of the activations that products apply on load; a 1x1 applies SiLU too, for it reads each value once.
   static OnLoad<T> act_of(const stage::Segment& s) {
     if (s.act == Activation::LeakyRelu) return {T(s.slope), true};
     return {s.act == Activation::Relu ? T(0) : -std::numeric_limits<T>::infinity(), false};
   }
   static bool on_load(Activation act) { return act == Activation::Relu || act == Activation::LeakyRelu || act == Activation::Identity; }
+  static bool on_load(Activation act, const stage::Conv& conv) { return on_load(act) || (conv.kernel == 1 && act == Activation::Silu); }
   Read<S> read(Frame& inner, const stage::Segment& s) {
     return {value(s.place), of(s.place).pitch, s.place.channels(), norm(inner, s), {s.act, T(s.slope)}};
   }
@@ -305,21 +306,21 @@ template <class S> struct Stage {
   static bool overlap(const stage::Place& a, const stage::Place& b) { return a.buffer == b.buffer && a.start < b.stop && b.start < a.stop; }
   // Whether each segment is read from scratch memory: for its activation or, beside such a one, for sharing channels with
   // another segment. Backward adds up their gradients one after the other, in the order of the segments.
-  static std::vector<bool> apart(const std::vector<stage::Segment>& segments) {
+  static std::vector<bool> apart(const std::vector<stage::Segment>& segments, const stage::Conv& conv) {
     std::vector<bool> found;
     bool any = false;
-    for (const stage::Segment& s : segments) any = any || !on_load(s.act);
+    for (const stage::Segment& s : segments) any = any || !on_load(s.act, conv);
     for (const stage::Segment& s : segments) {
       int sharing = 0;
       for (const stage::Segment& other : segments) sharing += overlap(s.place, other.place);
-      found.push_back(!on_load(s.act) || (any && sharing > 1));
+      found.push_back(!on_load(s.act, conv) || (any && sharing > 1));
     }
     return found;
   }
-  Reads reads(Frame& inner, const std::vector<stage::Segment>& from) {
+  Reads reads(Frame& inner, const std::vector<stage::Segment>& from, const stage::Conv& conv) {
     Reads r;
     r.norms.reserve(from.size());
-    const std::vector<bool> scratch = apart(from);
+    const std::vector<bool> scratch = apart(from, conv);
     for (const stage::Segment& s : from) {
       Segment<S> to{value(s.place), of(s.place).pitch, s.place.channels(), nullptr, nullptr, 0, 0};
       if (scratch[r.segments.size()]) {
@@ -329,7 +330,7 @@ template <class S> struct Stage {
         add_terms<S>(a.parallel, elementwise_tasks(of(s.place).pixels(), to.channels), of(s.place).pixels(), &r.activated.back().second, 1, {Activation::Identity, T(0)}, y, to.pitch, nullptr);
         to.x = y;
       } else if (s.column >= 0 || s.act != Activation::Identity) {
-        to.norm = &r.norms.emplace_back(norm(inner, s)), to.act = act_of(s);
+        to.norm = &r.norms.emplace_back(norm(inner, s)), to.act = act_of(s), to.silu = s.act == Activation::Silu;
       }
       r.segments.push_back(to);
     }
@@ -383,7 +384,7 @@ template <class S> struct Stage {
     if (i.conv.groups > 1) return grouped(i);
     if (i.conv.stride > 1 && i.conv.kernel == 3) return strided(i, inner, Dense{a.weights[i.nodes[0]]});
     if (i.conv.kernel == 3) return with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
-    Reads r = reads(inner, i.segments);
+    Reads r = reads(inner, i.segments, i.conv);
     const Grid grid = read_by(i.segments, i.conv);
     const int64_t out = i.conv.out_channels;
     Memory& to = of(i.to);
@@ -615,7 +616,7 @@ template <class S> struct Stage {
     return to;
   }
   template <class Weights> void strided(const stage::Product& i, Frame& inner, const Weights& weights) {
-    Reads r = reads(inner, i.segments);
+    Reads r = reads(inner, i.segments, i.conv);
     std::vector<Segment<S>> all = taps(r);
     const int64_t out = i.conv.out_channels;
     Mix<S> mix(a.parallel, every_second(of(i.segments[0].place).grid), all.data(), int64_t(all.size()), {&out, 1});
@@ -635,12 +636,12 @@ template <class S> struct Stage {
       settle(dz, dz_pitch, value(i.of), of(i.of).pitch, o, P, out, to, padded_channels(out));
       dz = to, dz_pitch = padded_channels(out);
     }
-    Reads r = reads(inner, i.segments);
+    Reads r = reads(inner, i.segments, i.conv);
     std::vector<Spread<S>> targets;
     for (const stage::Segment& s : i.segments) targets.push_back(spread(s));
     if (!i.wanted.empty()) strided_wgrad(i, r, dz, dz_pitch, weights);
     const T* w = weights.weights(inner);
-    const std::vector<bool> scratch = apart(i.segments);
+    const std::vector<bool> scratch = apart(i.segments, i.conv);
     for (size_t k = 0, at = 0; k < i.segments.size(); at += size_t(r.segments[k].channels), k++) {
       const stage::Segment& s = i.segments[k];
       if (!targets[k].g && !s.sums) continue;
@@ -960,7 +961,7 @@ template <class S> struct Stage {
     Owed<T> o = owed(inner, i.of, i.owed);
     int64_t g_pitch = gradient_pitch(i.of), K = channels(i.segments);
     const S* g = i.behind.empty() ? gradient(i.of) : nullptr;
-    Reads r = reads(inner, i.segments);
+    Reads r = reads(inner, i.segments, i.conv);
     std::vector<Spread<S>> targets;
     for (const stage::Segment& s : i.segments) targets.push_back(spread(s));
     for (size_t k = 0; i.conv.stride > 1 && k < targets.size(); k++) of_all_pixels(i.segments[k].place, targets[k]);
@@ -988,7 +989,7 @@ template <class S> struct Stage {
     };
     if (g) run(ValueGradient<S>(g, g_pitch, value(i.of), of(i.of).pitch, out, o));
     else with_value_gradient(i, inner, o, run);
-    const std::vector<bool> scratch = apart(i.segments);
+    const std::vector<bool> scratch = apart(i.segments, i.conv);
     for (size_t k = 0; k < r.segments.size(); k++)
       if (!scratch[k]) add_sums(i.segments[k], parts, mix.tasks, r.segments[k].column);
     for (auto& [k, from] : r.activated) {

@@ -1,6 +1,7 @@
 // A 1x1 convolution over inputs side by side that are never concatenated: each read in place, normalised and averaged on
 // load if asked; forward, and both gradients in one pass over the inputs.
 #pragma once
+#include "activation.h"
 #include "norm.h"
 #include "pointwise.h"
 
@@ -34,6 +35,7 @@ template <class S> struct Segment {
   const S* g_in = nullptr;  // g = this + the gradient; null: it begins here
   int64_t g_in_pitch = 0;
   OnLoad<T> act = {};
+  bool silu = false;      // in place of `act`
   bool tap = false;       // of a 3x3: read dy rows and dx columns away, zero beyond the map
   int64_t dy = 0, dx = 0;
   // Of a tap, whose grid has a step: the pixel that is read behind this one; -1: none.
@@ -44,7 +46,7 @@ template <class S> struct Segment {
 };
 
 // How a segment is read, and of which pixels; f(std::integral_constant<Load, ...>, std::integral_constant<Pixel, ...>).
-enum class Load { Raw, Floor, Leaky };
+enum class Load { Raw, Floor, Leaky, Silu };
 enum class Pixel { One, Average, Tap };
 template <class S, class F> CSP_INLINE void with_load(const Segment<S>& s, bool pool, F f) {
   auto with = [&](auto load) __attribute__((always_inline)) {
@@ -53,6 +55,7 @@ template <class S, class F> CSP_INLINE void with_load(const Segment<S>& s, bool 
     else f(load, std::integral_constant<Pixel, Pixel::One>{});
   };
   if (!s.norm) with(std::integral_constant<Load, Load::Raw>{});
+  else if (s.silu) with(std::integral_constant<Load, Load::Silu>{});
   else if (s.act.leaky) with(std::integral_constant<Load, Load::Leaky>{});
   else with(std::integral_constant<Load, Load::Floor>{});
 }
@@ -75,8 +78,10 @@ CSP_NOINLINE void pack_segment(const Segment<S>& s, const Source* source, const 
       int64_t n = s.channels - c;
       auto at = [&](int64_t pixel) __attribute__((always_inline)) {
         Vec<T> x = load(f + pixel * s.pitch + c, n);
-        if constexpr (LOAD != Load::Raw) x = on_load<LOAD == Load::Leaky, T>((x - load(s.norm->mean + c)) * load(s.norm->scale + c) + load(s.norm->shift + c), number);
-        return x;
+        if constexpr (LOAD == Load::Raw) return x;
+        const Vec<T> pre = (x - load(s.norm->mean + c)) * load(s.norm->scale + c) + load(s.norm->shift + c);
+        if constexpr (LOAD == Load::Silu) return Silu<T>{}.value(pre);
+        else return on_load<LOAD == Load::Leaky, T>(pre, number);
       };
       if constexpr (POOL) return ((at(0) + at(1)) + (at(W) + at(W + 1))) * T(0.25);
       else return at(0);
@@ -275,8 +280,9 @@ template <class S> struct MixBackward {
       if constexpr (LOAD != Load::Raw) {
         Vec<T> centred = x - mean, pre = centred * scale + shift;
         constexpr bool LEAKY = LOAD == Load::Leaky;
-        d = on_load_gradient<LEAKY, T>(pre, d, number);
-        sum += d, sum_x += d * centred, d *= scale, x = on_load<LEAKY, T>(pre, number);
+        if constexpr (LOAD == Load::Silu) d = Silu<T>{}.gradient(pre, d), x = Silu<T>{}.value(pre);
+        else d = on_load_gradient<LEAKY, T>(pre, d, number), x = on_load<LEAKY, T>(pre, number);
+        sum += d, sum_x += d * centred, d *= scale;
       }
       if (s.g) {
         store(s.g + pixel * s.g_pitch + c, s.g_in ? load(s.g_in + pixel * s.g_in_pitch + c, n) + d : d, n);
