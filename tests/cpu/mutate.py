@@ -117,7 +117,9 @@ FAULTS = [
     Fault("mix.h", "int64_t n = s.channels - c;\n      auto at", "int64_t n = s.channels - c - 1;\n      auto at", CONCATS),
     Fault("mix.h", "(row / r * H + y) * W + x, y, x}", "(row / r * H + y) * c + x, y, x}", JOINS),
     Fault("mix.h", "s.g_in ? load(s.g_in + pixel * s.g_in_pitch + c, n) + d : d, n)", "d, n)", POSTS),
-    Fault("mix.h", "sum += d, sum_x += d * centred, d *= scale, x", "sum += d, sum_x += d * x, d *= scale, x", JOINS),
+    Fault("mix.h", "sum += d, sum_x += d * centred, d *= scale;", "sum += d, sum_x += d * s.g_pitch, d *= scale;", JOINS),
+    Fault("mix.h", "x = Silu<T>{}.value(pre);", "x = pre;", GRAPHS),
+    Fault("mix.h", "d = Silu<T>{}.gradient(pre, d),", "d = Silu<T>{}.gradient(centred, d),", GRAPHS),
     Fault("mix.h", "for (int64_t x = 0; g.H % 2 && x < g.W; x++)", "for (int64_t x = 0; g.H % 2 && x < g.W - 1; x++)", JOINS),
     # conv3x3.h
     Fault("conv3x3.h", "top + i >= 0 && top + i < g.H ? value", "top + i >= 0 && top + i < g.H + 1 ? value", BLOCK),
