@@ -11,14 +11,15 @@ BUDGET ?= 120
 # Of the operators, under each instruction set but the best, which make test has. The sets of AVX-512 differ in bfloat16 alone.
 ISA_TESTS ?= instruction_set or one_channel or training or large_means or without_kinks
 
-.PHONY: demo test verify bench gpu lint build cuda mutate sanitize fuzz clean distclean help
+.PHONY: demo test verify isas bench gpu lint build cuda mutate sanitize fuzz clean distclean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   train networks on 5,000 MNIST digits, fused and naive side by side (needs no download of data)"
 	@echo "make test   run the tests: every kind of them, a sample of the many; ten minutes from nothing"
-	@echo "make verify run the others: the many, all instruction sets, CUDA by nvcc, sanitizers; half an hour"
+	@echo "make verify run the others: the many, all instruction sets, CUDA by nvcc, sanitizers; an hour"
+	@echo "make isas   run tests of the operators under each instruction set that runs here; a part of make verify"
 	@echo "make bench  time the operators against eager PyTorch and torch.compile"
 	@echo "make gpu    nine minutes on a GPU: kernels right? fast? tuned; STEPS=correctness,speed for some of it, OUT=folder;"
 	@echo "            PYTHON=python3 uses that one as it is, without network; without a GPU kernels are compiled for sm_90"
@@ -39,12 +40,14 @@ test: $(VENV)/.test $(VENV)/.native
 
 verify: $(VENV)/.test $(VENV)/.build
 	$(PYTEST) -m verify $(ARGS)
+	$(MAKE) --no-print-directory isas cuda sanitize
+
+isas: $(VENV)/.test $(VENV)/.build
 	for isa in $$($(PY) -c 'from csp_kernels import native; print(*set(native.isas()) - {native.isa()})'); do \
 	  CSP_KERNELS_ISA=$$isa $(PY) -m csp_kernels info >/dev/null 2>&1 || { echo "$$isa does not run here"; continue; }; \
 	  case $$isa in v4 | v4bf16) select="($(ISA_TESTS)) and bfloat16";; *) select="$(ISA_TESTS)";; esac; \
 	  echo "instruction set $$isa"; CSP_KERNELS_ISA=$$isa $(PYTEST) tests/ops tests/test_isa.py -k "$$select" || exit 1; \
 	done
-	$(MAKE) --no-print-directory cuda sanitize
 
 bench: $(VENV)/.bench $(VENV)/.native
 	$(PY) benchmarks/bench_dense_block.py $(ARGS)
