@@ -11,7 +11,7 @@ BUDGET ?= 120
 # Of the operators, under each instruction set but the best, which make test has. The sets of AVX-512 differ in bfloat16 alone.
 ISA_TESTS ?= instruction_set or one_channel or training or large_means or without_kinks
 
-.PHONY: demo test verify isas bench gpu lint build cuda mutate sanitize fuzz clean distclean help
+.PHONY: demo test verify many isas bench gpu lint build cuda mutate sanitize fuzz clean distclean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -19,6 +19,7 @@ help:
 	@echo "make demo   train networks on 5,000 MNIST digits, fused and naive side by side (needs no download of data)"
 	@echo "make test   run the tests: every kind of them, a sample of the many; ten minutes from nothing"
 	@echo "make verify run the others: the many, all instruction sets, CUDA by nvcc, sanitizers; an hour"
+	@echo "make many   run the many alone, ARGS='tests/fuzz' for some of them; a part of make verify"
 	@echo "make isas   run tests of the operators under each instruction set that runs here; a part of make verify"
 	@echo "make bench  time the operators against eager PyTorch and torch.compile"
 	@echo "make gpu    nine minutes on a GPU: kernels right? fast? tuned; STEPS=correctness,speed for some of it, OUT=folder;"
@@ -38,9 +39,11 @@ demo: $(VENV)/.demo $(VENV)/.native
 test: $(VENV)/.test $(VENV)/.native
 	$(PYTEST) $(ARGS)
 
-verify: $(VENV)/.test $(VENV)/.build
-	$(PYTEST) -m verify $(ARGS)
+verify: many
 	$(MAKE) --no-print-directory isas cuda sanitize
+
+many: $(VENV)/.test $(VENV)/.build
+	$(PYTEST) -m verify $(ARGS)
 
 isas: $(VENV)/.test $(VENV)/.build
 	for isa in $$($(PY) -c 'from csp_kernels import native; print(*set(native.isas()) - {native.isa()})'); do \

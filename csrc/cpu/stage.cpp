@@ -262,12 +262,13 @@ template <class S> struct Stage {
   void merge_statistics(const Statistics<T>* stats, int tasks, const stage::Place& place, int64_t column) {
     if (stats) merge(a.parallel, stats, tasks, value(place), of(place).pitch, of(place).pixels(), place.channels(), a.mean + column, a.var + column);
   }
-  // Of the activations that products apply on load; a 1x1 applies SiLU too, for it reads each value once.
+  // Of the activations that products apply on load.
   static OnLoad<T> act_of(const stage::Segment& s) {
     if (s.act == Activation::LeakyRelu) return {T(s.slope), true};
     return {s.act == Activation::Relu ? T(0) : -std::numeric_limits<T>::infinity(), false};
   }
   static bool on_load(Activation act) { return act == Activation::Relu || act == Activation::LeakyRelu || act == Activation::Identity; }
+  // A 1x1 applies SiLU too: it reads each value once.
   static bool on_load(Activation act, const stage::Conv& conv) { return on_load(act) || (conv.kernel == 1 && act == Activation::Silu); }
   Read<S> read(Frame& inner, const stage::Segment& s) {
     return {value(s.place), of(s.place).pitch, s.place.channels(), norm(inner, s), {s.act, T(s.slope)}};

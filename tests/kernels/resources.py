@@ -116,6 +116,7 @@ CASES: dict[str, list[tuple[str, Case]]] = {  # (float32's precision, case)
     ],
     "stage": [
         ("ieee", GraphCase(size=LARGE, dtype=HALF, graph=_DOWN)),
+        ("tf32", GraphCase(size=LARGE, graph=_DOWN)),
         ("ieee", GraphCase(size=LARGE, graph=_DOWN)),
     ],
 }

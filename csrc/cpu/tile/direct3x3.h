@@ -8,7 +8,6 @@ namespace csp::CSP_ISA {
 
 constexpr int DIRECT = 0;  // in place of the size of Winograd's output tiles
 
-
 // All images as one, with a blank row behind each. A row is `pitch` positions: its pixels, then at least one blank one, which is
 // also the one in front of the next row. Even, so that pairs of positions are pairs one row further on.
 struct Tall {
