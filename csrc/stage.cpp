@@ -142,7 +142,7 @@ std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>> stage_inference(std
     c.call.keep_context = &keep;
     c.call.keep = [](void* context, int64_t bytes) -> void* {
       Keep& keep = *static_cast<Keep*>(context);
-      keep.made.push_back(contiguous(keep.like, CODES.int64, {bytes / int64_t(sizeof(int64_t))}));
+      keep.made.push_back(large(contiguous(keep.like, CODES.int64, {bytes / int64_t(sizeof(int64_t))})));
       return keep.made.back().mutable_data_ptr();
     };
   }

@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -29,10 +31,12 @@ inline const Isa& isa() {
   return *chosen;
 }
 
+// Each thread takes the next task when it is done with one: cores are not equally fast, nor are tasks equally large.
 inline Parallel parallel() {
   return {int(torch::stable::get_num_threads()), [](int tasks, void (*body)(void*, int), void* context) {
-            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t t = begin; t < end; t++) body(context, int(t));
+            std::atomic<int> next{0};
+            torch::stable::parallel_for(0, std::min(tasks, int(torch::stable::get_num_threads())), 1, [&](int64_t, int64_t) {
+              for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task);
             });
           }};
 }

@@ -49,6 +49,8 @@ class Moments(NamedTuple):
         """[2, channels] of the parts side by side (None: of all norms); 0 where no norm needs them."""
         # what traces (torch.compile, FakeTensorMode, make_fx) must not leave its tensors to real calls
         traced = torch.compiler.is_compiling() or type(self.stats) is not Tensor
+        if not traced and not self.stats.shape[1]:  # inference: no norm needs any
+            return self.stats.new_zeros((2, len(_columns(self.text, parts))))
         where = _where if traced else _known_where
         index, nothing = where(self.text, parts, self.stats.shape[1], self.stats.device)
         return (self.stats if nothing is None else torch.cat((self.stats, nothing), 1)).index_select(1, index)

@@ -257,7 +257,7 @@ template <class S> struct Stage {
     for (int64_t c = 0; c < s.place.channels(); c++)
       for (int t = 0; t < tasks; t++) sum[s.column + c] += double(parts[t].sum[at + c]), sum_x[s.column + c] += double(parts[t].sum_x[at + c]);
   }
-  int elementwise_tasks(int64_t P, int64_t channels) { return choose_tasks(a.parallel, P, 16.0 * double(P * channels)); }
+  int elementwise_tasks(int64_t P, int64_t channels) { return choose_pieces(a.parallel, P, 16.0 * double(P * channels)); }
   Statistics<T>* statistics(Frame& inner, int64_t column, int tasks, int64_t channels) { return column < 0 ? nullptr : take_statistics<T>(inner, tasks, channels); }
   void merge_statistics(const Statistics<T>* stats, int tasks, const stage::Place& place, int64_t column) {
     if (stats) merge(a.parallel, stats, tasks, value(place), of(place).pitch, of(place).pixels(), place.channels(), a.mean + column, a.var + column);
@@ -342,7 +342,7 @@ template <class S> struct Stage {
   static constexpr int64_t SAMPLES = 32;  // of each node
   size_t shared = 0;                      // how many were asked for
   template <class P, class Make> const P* packed(Frame& inner, int64_t count, const std::vector<int64_t>& nodes, const T* scale, int64_t scales, const Make& make) {
-    if (backwards || (!a.packed && !a.keep)) return make(inner.take<P>(count));
+    if (!shares_weights()) return make(inner.take<P>(count));
     const int64_t samples = SAMPLES * int64_t(nodes.size()), head = round_up((samples + scales) * int64_t(sizeof(T)), 64), bytes = head + round_up(count * int64_t(sizeof(P)), 64);
     std::vector<T> now;
     for (int64_t node : nodes) {
@@ -393,16 +393,16 @@ template <class S> struct Stage {
     if (has_after(i)) return folded(i, inner, Mix<S>(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1}));
     if (plain(i.segments, i.conv) && i.to.start == 0 && padded_channels(out) <= to.pitch && i.to.stop == p.buffers[size_t(i.to.buffer)].channels) {
       int64_t K = channels(i.segments), P = to.pixels();
-      int tasks = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), 2.0 * double(P) * double(K) * double(out));
+      int tasks = choose_pieces(a.parallel, ceil_div(P, TILE_ROWS), 2.0 * double(P) * double(K) * double(out));
       Statistics<T>* stats = statistics(inner, i.statistics, tasks, out);
       const Unit<U>* w = packed_1x1(inner, i, K, tasks);
       pointwise_forward<U>(a.parallel, tasks, P, r.segments[0].x, r.segments[0].pitch, K, r.norms[0], w, out, to.x, to.pitch, stats);
       return merge_statistics(stats, tasks, i.to, i.statistics);
     }
     Mix<S> mix(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1});
-    Statistics<T>* stats = statistics(inner, i.statistics, mix.tasks, mix.O);
+    Statistics<T>* stats = statistics(inner, i.statistics, mix.shares.rows, mix.O);
     mix.forward_raw(packed_mix(inner, i, mix), value(i.to), to.pitch, out, stats);
-    merge_statistics(stats, mix.tasks, i.to, i.statistics);
+    merge_statistics(stats, mix.shares.rows, i.to, i.statistics);
   }
   // The pixels that a 1x1 reads: all, their averages, or each second in each second row.
   Grid read_by(const std::vector<stage::Segment>& segments, const stage::Conv& conv) {
@@ -456,7 +456,7 @@ template <class S> struct Stage {
   }
   void folded(const stage::Product& i, Frame& inner, const Reads& r) {
     const int64_t K = channels(i.segments), out = i.conv.out_channels, P = of(i.to).pixels();
-    int tasks = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), 2.0 * double(P) * double(K) * double(out));
+    int tasks = choose_pieces(a.parallel, ceil_div(P, TILE_ROWS), 2.0 * double(P) * double(K) * double(out));
     const Unit<U>* packed = packed_1x1(inner, i, K, tasks);
     const T* shift = bias(inner, i.column, out);
     auto run = [&](auto act) { pointwise_activated<U>(a.parallel, tasks, P, r.segments[0].x, r.segments[0].pitch, K, r.norms[0], packed, shift, out, value(i.to), of(i.to).pitch, act); };
@@ -513,11 +513,12 @@ template <class S> struct Stage {
       f(std::integral_constant<int, 2>{});
     }
   }
-  template <int M> int tasks3(const Grid& g, int64_t b, int64_t out) {
-    const double flops = 18.0 * double(g.pixels()) * double(b) * double(out);
-    if constexpr (M == DIRECT) return choose_tasks(a.parallel, Tall{g.N, g.H, g.W}.rows(), flops);
-    else return choose_tasks(a.parallel, Tiling<M>(g.N, g.H, g.W).rows, flops);
+  // What tasks share of a 3x3: rows of the image or of output tiles, forward whole batches of those.
+  template <int M> static int64_t rows3(const Grid& g, bool batches) {
+    if constexpr (M == DIRECT) return Tall{g.N, g.H, g.W}.rows();
+    else return batches ? Tiling<M>(g.N, g.H, g.W).batches() : Tiling<M>(g.N, g.H, g.W).rows;
   }
+  static double flops3(const Grid& g, int64_t b, int64_t out) { return 18.0 * double(g.pixels()) * double(b) * double(out); }
   // The weights of a 3x3: how they lie, and those of a gradient.
   struct Dense {
     const StageWeight& w;
@@ -563,16 +564,22 @@ template <class S> struct Stage {
     return found;
   }
   static stage::Place cut(const stage::Place& place, int64_t from, int64_t to) { return {place.buffer, place.start + from, place.start + to}; }
-  // f(groups, first and last channel that they read, first and last that they give): as many groups at a time as fill the tile of a product.
-  template <class F> void each_groups(const stage::Conv& conv, int64_t node, F f) {
+  // f(groups, first and last channel that they read, first and last that they give): as many groups at a time as fill the tile of a
+  // product, those side by side: what is a task of its own in a task runs where it is. in_order: one after the other.
+  template <class F> void each_groups(const stage::Conv& conv, int64_t node, bool in_order, F f) {
     const int64_t in = p.weights[size_t(node)].in_channels, out = conv.out_channels / conv.groups, step = ceil_div(2 * L, max64(1, min64(in, out)));
-    for (int64_t first = 0; first < conv.groups; first += step) {
-      const int64_t end = min64(first + step, conv.groups);
+    const int64_t count = ceil_div(conv.groups, step);
+    auto one = [&](int part) {
+      const int64_t first = part * step, end = min64(first + step, conv.groups);
       f(Groups{a.weights[node], first, end - first, out, in}, first * in, end * in, first * out, end * out);
-    }
+    };
+    if (in_order || count < 2 * a.parallel.threads) for (int part = 0; part < count; part++) one(part);
+    else for_tasks(a.parallel, int(count), one);
   }
+  // Whether packed weights are those of other calls, which are counted.
+  bool shares_weights() const { return !backwards && (a.packed || a.keep); }
   void grouped(const stage::Product& i) {
-    each_groups(i.conv, i.nodes[0], [&](const Groups& groups, int64_t in, int64_t in_end, int64_t out, int64_t out_end) {
+    each_groups(i.conv, i.nodes[0], shares_weights(), [&](const Groups& groups, int64_t in, int64_t in_end, int64_t out, int64_t out_end) {
       stage::Product part = i;
       part.conv.groups = 1, part.conv.out_channels = out_end - out;
       part.segments = cut(i.segments, in, in_end), part.residual = cut(i.residual, out, out_end), part.to = cut(i.to, out, out_end);
@@ -584,7 +591,10 @@ template <class S> struct Stage {
     });
   }
   void grouped(const stage::ProductBackward& i) {
-    each_groups(i.conv, i.nodes[0], [&](const Groups& groups, int64_t in, int64_t in_end, int64_t out, int64_t out_end) {
+    bool twice = false;  // what is read more than once gets its gradient from several groups
+    for (const stage::Segment& s : i.segments)
+      for (const stage::Segment& other : i.segments) twice = twice || (&s != &other && overlap(s.place, other.place));
+    each_groups(i.conv, i.nodes[0], twice, [&](const Groups& groups, int64_t in, int64_t in_end, int64_t out, int64_t out_end) {
       stage::ProductBackward part = i;
       part.conv.groups = 1, part.conv.out_channels = out_end - out;
       part.segments = cut(i.segments, in, in_end), part.of = cut(i.of, out, out_end);
@@ -623,9 +633,9 @@ template <class S> struct Stage {
     Mix<S> mix(a.parallel, every_second(of(i.segments[0].place).grid), all.data(), int64_t(all.size()), {&out, 1});
     const Unit<U>* w = packed_mix(inner, i, mix, [&](Frame& frame) { return by_tap(frame, weights, out, channels(i.segments)); });
     if (has_after(i)) return folded(i, inner, mix, w);
-    Statistics<T>* stats = statistics(inner, i.statistics, mix.tasks, mix.O);
+    Statistics<T>* stats = statistics(inner, i.statistics, mix.shares.rows, mix.O);
     mix.forward_raw(w, value(i.to), of(i.to).pitch, out, stats);
-    merge_statistics(stats, mix.tasks, i.to, i.statistics);
+    merge_statistics(stats, mix.shares.rows, i.to, i.statistics);
   }
   template <class Weights> void strided(const stage::ProductBackward& i, Frame& inner, const Weights& weights) {
     const int64_t out = i.conv.out_channels, P = of(i.of).pixels();
@@ -699,8 +709,9 @@ template <class S> struct Stage {
     Frame inner;
     const Grid in = of(i.segments[0].place).grid, z = of(i.of).grid;
     const int64_t n = from.channels, out = i.conv.out_channels, C = channels(i.segments);
-    PartialSums<T>* parts = PartialSums<T>::take(inner, a.parallel.threads, 0, round_up(n, 2 * L));
-    for (int t = 0; t < a.parallel.threads; t++) parts[t].clear(0, round_up(n, 2 * L));
+    const int most = most_pieces(a.parallel);
+    PartialSums<T>* parts = PartialSums<T>::take(inner, most, 0, round_up(n, 2 * L));
+    for (int t = 0; t < most; t++) parts[t].clear(0, round_up(n, 2 * L));
     for (int64_t odd_y = 0; odd_y < 2; odd_y++)
       for (int64_t odd_x = 0; odd_x < 2; odd_x++) {
         const Grid pixels{z.N, z.H, z.W, false, 1, (in.H + 1 - odd_y) / 2, (in.W + 1 - odd_x) / 2};
@@ -727,7 +738,7 @@ template <class S> struct Stage {
         });
         Unit<U>* packed = pack<false>(frame.take<Unit<U>>(packed_size<U>(mix.Kp, mix.O)), rows, mix.Kp, mix.O, mix.tasks);
         auto emit = [&](auto leaky) {
-          mix.forward(packed, [&](int task, int64_t pixel, int m, int64_t column, const auto& acc) __attribute__((always_inline)) {
+          mix.forward(packed, [&](int part, int64_t pixel, int m, int64_t column, const auto& acc) __attribute__((always_inline)) {
             constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
             for (int j = 0; j < NV && column + j * L < n; j++) {
               const int64_t c = column + j * L, left = n - c;
@@ -741,7 +752,7 @@ template <class S> struct Stage {
                 if (to.g) store(to.g + q * to.pitch + c, to.in ? load(to.in + q * to.in_pitch + c, left) + d * scale : d * scale, left);
                 sum += d, sum_x += d * centred;
               }
-              T *s = parts[task].sum + c, *sx = parts[task].sum_x + c;
+              T *s = parts[part].sum + c, *sx = parts[part].sum_x + c;
               store(s, load(s) + sum), store(sx, load(sx) + sum_x);
             }
           });
@@ -749,7 +760,7 @@ template <class S> struct Stage {
         if (act.leaky) emit(std::true_type{});
         else emit(std::false_type{});
       }
-    if (sums) add_sums(*sums, parts, a.parallel.threads, 0);
+    if (sums) add_sums(*sums, parts, most, 0);
   }
   template <int M, bool TRANSPOSED> const T* pack3x3(T* to, const T* w, const Weights3x3<T>& place, const T* scale = nullptr) {
     int64_t blocks = ceil_div(TRANSPOSED ? place.g : place.b, L);
@@ -802,18 +813,19 @@ template <class S> struct Stage {
     Input3x3 in = input3x3(inner, i.segments);
     const int64_t out = i.conv.out_channels;
     const Grid& g = of(i.to).grid;
-    int tasks = tasks3<M>(g, in.channels, out);
+    // Each task transforms what it reads: for four panels at least.
+    const Shares shares = choose_shares(a.parallel, rows3<M>(g, true), panels<T>(out), 4, double(out) / double(g.pixels()), flops3(g, in.channels, out));
     Dropout<T> dropout(i.conv.drop_rate, a.seed, i.drop);
-    Statistics<T>* stats = statistics(inner, i.statistics, tasks, out);
+    Statistics<T>* stats = statistics(inner, i.statistics, shares.rows, out);
     const auto* w = packed_3x3<M>(inner, i, in.channels, weights);
-    Conv3x3<S> conv{a.parallel, tasks, g.N, g.H, g.W, in.channels, in.pitch, out, of(i.to).pitch, in.norm, dropout, in.act};
+    Conv3x3<S> conv{a.parallel, shares, g.N, g.H, g.W, in.channels, in.pitch, out, of(i.to).pitch, in.norm, dropout, in.act};
     auto run = [&](Statistics<T>* stats, const auto& after) {
       if constexpr (M == DIRECT) direct3x3_forward<U>(conv, in.z, w, value(i.to), stats, after);
       else conv3x3_forward<M>(conv, in.z, w, value(i.to), stats, after);
     };
     if (!has_after(i)) run(stats, dropout);
     else with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { run(nullptr, after); });
-    merge_statistics(stats, tasks, i.to, i.statistics);
+    merge_statistics(stats, shares.rows, i.to, i.statistics);
   }
 
   void operator()(const stage::Add& i, Frame& inner) {
@@ -1025,7 +1037,7 @@ template <class S> struct Stage {
   }
   void pointwise_backward(const stage::ProductBackward& i, Frame& inner, const Owed<T>& o, const S* g, const Reads& r, const Spread<S>& to, const T* w) {
     int64_t K = channels(i.segments), out = i.conv.out_channels, P = of(i.of).pixels(), Kp = round_up(K, 2 * L), rows = round_up(out, 16);
-    int tasks = choose_tasks(a.parallel, ceil_div(P, TILE_ROWS), 4.0 * double(P) * double(K) * double(out));
+    int tasks = choose_pieces(a.parallel, ceil_div(P, TILE_ROWS), 4.0 * double(P) * double(K) * double(out), double(rows * Kp * int64_t(sizeof(T))), double(P * (K + out) * int64_t(sizeof(S))));
     Affine<T> negative(inner, out);
     for (int64_t c = 0; c < out; c++) negative.scale[c] = -o.correction.scale[c], negative.shift[c] = -o.correction.shift[c];
     PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, rows * (Kp + 2 * L), Kp + 2 * L);
@@ -1042,7 +1054,6 @@ template <class S> struct Stage {
     const S* g = gradient(i.of);
     Input3x3 in = input3x3(inner, i.segments);
     const Grid& grid = of(i.of).grid;
-    int tasks = tasks3<M>(grid, in.channels, out);
     Dropout<T> dropout(i.conv.drop_rate, a.seed, i.drop);
     bool wants_dgrad = false;
     std::vector<Spread<S>> targets;
@@ -1050,8 +1061,9 @@ template <class S> struct Stage {
     Spread<S> to = targets[0];
     if (!in.gathered.empty()) to = {wants_dgrad ? inner.take<S>(grid.pixels() * in.pitch) : nullptr, in.pitch, nullptr, 0};
     const int64_t sums = M == DIRECT ? Direct3x3Backward<U, S>::weights(out, in.channels) : E * round_up(in.channels, L) * gp;
+    const int tasks = choose_pieces(a.parallel, rows3<M>(grid, false), flops3(grid, in.channels, out), double(sums * int64_t(sizeof(T))), double(grid.pixels() * (in.channels + out) * int64_t(sizeof(S))));
     PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, sums, round_up(in.channels, L) + 2 * L);
-    Conv3x3<S> conv{a.parallel, tasks, grid.N, grid.H, grid.W, in.channels, in.pitch, out, of(i.of).pitch, in.norm, dropout, in.act};
+    Conv3x3<S> conv{a.parallel, {tasks, 1}, grid.N, grid.H, grid.W, in.channels, in.pitch, out, of(i.of).pitch, in.norm, dropout, in.act};
     const SliceGradient<T> correction{o.correction.mean, o.correction.scale, o.correction.shift, o.any};
     const ReadGradient<S> dz{to.g, to.pitch, to.in, to.in_pitch};
     auto run = [&](const auto& back_product, const auto& lie) {

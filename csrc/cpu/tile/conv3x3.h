@@ -8,10 +8,26 @@
 
 namespace csp::CSP_ISA {
 
+// Cuts rows into those of register tiles, the last one or two of which may be smaller; f(first, integral_constant of their rows).
+template <class F> CSP_INLINE void each_rows(int64_t rows, F f) {
+  constexpr int MR = TILE_ROWS, FEW = FEW_ROWS;
+  for (int64_t t = 0; t < rows;) {
+    const int64_t left = rows - t;
+    if (left > 2 * FEW || (left > FEW && left <= MR)) f(t, std::integral_constant<int, MR>{}), t += MR;
+    else f(t, std::integral_constant<int, FEW>{}), t += FEW;
+  }
+}
+inline int64_t rows_multiplied(int64_t rows) {
+  int64_t n = 0;
+  each_rows(rows, [&](int64_t, auto tile) { n += decltype(tile)::value; });
+  return n;
+}
+
 template <int M> struct Tiling {
   static constexpr int IN = M + 2, E = IN * IN;
   int64_t H, W, TH, TW, rows;  // tile rows over all images
   Tiling(int64_t N, int64_t H, int64_t W) : H(H), W(W), TH(ceil_div(H, M)), TW(ceil_div(W, M)), rows(N * TH) {}
+  int64_t batches() const { return ceil_div(rows, batch()); }
   int64_t image(int64_t row) const { return row / TH * H * W; }  // first pixel of the image of a tile row
   int64_t y(int64_t row) const { return row % TH * M; }
   // tile rows a batch: fills the register tile, stays in the second-level cache
@@ -19,7 +35,7 @@ template <int M> struct Tiling {
     int64_t best = 1;
     double best_fill = 0;
     for (int64_t n = 1; n <= rows && n * TW <= max64(TW, M == 2 ? 56 : 28); n++) {
-      double fill = double(n * TW) / double(round_up(n * TW, TILE_ROWS));
+      double fill = double(n * TW) / double(rows_multiplied(n * TW));
       if (fill > best_fill + 1e-3) best = n, best_fill = fill;
     }
     return best;
@@ -75,9 +91,9 @@ template <class T, int M> CSP_INLINE void untransform(const T* Mb, int64_t e_ste
 }
 
 // out[MR][NV*LANES] = A * B
-template <class T, int NV>
+template <class T, int MR, int NV>
 CSP_NOINLINE void winograd_product(const T* A, int64_t a_step, const T* B, int64_t blocks, T* out) {
-  constexpr int MR = TILE_ROWS, L = LANES<T>;
+  constexpr int L = LANES<T>;
   Vec<T> acc[MR][NV];
   clear(acc);
   product<Plain<T>>(acc, A, a_step, B, blocks);
@@ -89,12 +105,13 @@ template <class T, int M>
 CSP_INLINE void winograd_products(const T* V, int64_t Tp, int64_t tiles, int64_t blocks, const T* U, int nv, T* Mb) {
   constexpr int L = LANES<T>, E = (M + 2) * (M + 2);
   for (int e = 0; e < E; e++)
-    for (int64_t t = 0; t < tiles; t += TILE_ROWS) {
+    each_rows(tiles, [&](int64_t t, auto rows) __attribute__((always_inline)) {
+      constexpr int MR = decltype(rows)::value;
       const T *A = V + (e * blocks * Tp + t) * L, *B = U + e * blocks * L * nv * L;
       T* out = Mb + (e * Tp + t) * nv * L;
-      if (nv == 2) winograd_product<T, 2>(A, Tp * L, B, blocks, out);
-      else winograd_product<T, 1>(A, Tp * L, B, blocks, out);
-    }
+      if (nv == 2) winograd_product<T, MR, 2>(A, Tp * L, B, blocks, out);
+      else winograd_product<T, MR, 1>(A, Tp * L, B, blocks, out);
+    });
 }
 
 // Keeps an element with probability 1 - rate, scaled to the same mean; decided by a hash of its index, so that backward
@@ -124,7 +141,7 @@ template <class T> struct Dropout {
 template <class S> struct Conv3x3 {
   using T = decltype(widen(S{}));
   const Parallel& parallel;
-  int tasks;
+  Shares shares;           // of forward; backward shares the rows alone
   int64_t N, H, W, b, zp, g, pitch;
   const Affine<T>& norm;   // of z
   const Dropout<T>& dropout;
@@ -153,20 +170,22 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
   constexpr int L = LANES<T>, E = (M + 2) * (M + 2);
   Tiling<M> tl(c.N, c.H, c.W);
   int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS), blocks = ceil_div(c.b, L);
-  for_tasks(c.parallel, c.tasks, [&](int task) {
+  for_tasks(c.parallel, c.shares.tasks(), [&](int task) {
     Frame frame;
     T* V = frame.take<T>(E * blocks * Tp * L);
     T* Mb = frame.take<T>(E * Tp * 2 * L);
     T* out = frame.take<T>(batch * tl.TW * M * M * 2 * L);
     Vec<T>* columns = frame.take<Vec<T>>((tl.TW * M + 2) * (M + 2));
-    Range r = share(tl.rows, task, c.tasks);
+    const int part = c.shares.row(task);
+    const Range r = c.shares.rows_of(tl.batches(), task), own = c.shares.panels_of(panels<T>(c.g), task);
+    const int64_t end = min64(r.end * batch, tl.rows);
     int64_t seen = 0;
-    for (int64_t row = r.begin; row < r.end; row += batch) {
-      int64_t nr = min64(batch, r.end - row), pixels = 0;
+    for (int64_t row = r.begin * batch; row < end; row += batch) {
+      int64_t nr = min64(batch, end - row), pixels = 0;
       for (int64_t q = 0; q < nr; q++) {
         for (int64_t k = 0; k < blocks; k++) c.transform_input(tl, z, row + q, k, columns, V + (k * Tp + q * tl.TW) * L, blocks * Tp * L);
       }
-      for (int64_t p = 0; p < panels<T>(c.g); p++) {
+      for (int64_t p = own.begin; p < own.end; p++) {
         int nv = panel_vectors<T>(c.g, p);
         winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, U + p * E * blocks * L * 2 * L, nv, Mb);
         for (int j = 0; j < nv; j++) {
@@ -188,12 +207,12 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
               if (ym == M && xm == M) { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) put(u, v); }
               else { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) if (u < ym && v < xm) put(u, v); }
             }
-          if (stats) add_rows(stats[task], ch, seen, pixels, [&](int64_t i) __attribute__((always_inline)) { return load(out + i * L); });
+          if (stats) add_rows(stats[part], ch, seen, pixels, [&](int64_t i) __attribute__((always_inline)) { return load(out + i * L); });
         }
       }
       seen += pixels;
     }
-    if (stats) stats[task].count = seen;
+    if (stats && c.shares.first_panel(task)) stats[part].count = seen;
   });
 }
 
@@ -328,20 +347,20 @@ template <int M, class S> struct Conv3x3Backward {
     }
   }
 
-  bool apart() const { return shares_channels(c.tasks, E * bp * gp * int64_t(sizeof(T)), c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S))); }
-  int sets() const { return apart() ? 1 : c.tasks; }  // of sums
+  bool apart() const { return shares_channels(c.shares.rows, E * bp * gp * int64_t(sizeof(T)), c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S))); }
+  int sets() const { return apart() ? 1 : c.shares.rows; }  // of sums
   void run() const {
     int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS), vectors = ceil_div(c.b, L);
     int64_t group = max64(1, ceil_div(M == 2 ? 98 : 56, tl.TW * batch)) * batch, tiles = group * tl.TW;
     const bool apart = this->apart();
-    for_tasks(c.parallel, c.tasks, [&](int task) {
+    for_tasks(c.parallel, c.shares.rows, [&](int task) {
       Frame frame;
       parts[task].clear(apart ? 0 : E * bp * gp, bp);
       T* V = frame.take<T>(max64(E * (gp / L) * Tp, E * tiles) * L);
       T* Mb = frame.take<T>(E * Tp * 2 * L);
       T* dM = frame.take<T>(E * tiles * gp);
       Vec<T>* columns = frame.take<Vec<T>>((tl.TW * M + 2) * IN);
-      Range r = share(tl.rows, task, c.tasks);
+      Range r = share(tl.rows, task, c.shares.rows);
       for (int64_t row = r.begin; row < r.end; row += group) {
         int64_t end = min64(row + group, r.end);
         if (wants_dgrad) dgrad(row, end, batch, Tp, columns, V, Mb, parts[task]);
@@ -349,12 +368,12 @@ template <int M, class S> struct Conv3x3Backward {
       }
     });
     if (!apart || !wants_wgrad) return;
-    for_tasks(c.parallel, c.tasks, [&](int task) {
+    for_tasks(c.parallel, c.shares.rows, [&](int task) {
       Frame frame;
       T* V = frame.take<T>(E * tiles * L);
       T* dM = frame.take<T>(E * tiles * gp);
       Vec<T>* columns = frame.take<Vec<T>>((tl.TW * M + 2) * IN);
-      const Range of = share(vectors, task, c.tasks);
+      const Range of = share(vectors, task, c.shares.rows);
       for (int64_t row = 0; of.begin < of.end && row < tl.rows; row += group) {
         const int64_t end = min64(row + group, tl.rows);
         if (row == 0) wgrad<true>(row, end, of, columns, V, dM, parts[0]);
@@ -365,8 +384,8 @@ template <int M, class S> struct Conv3x3Backward {
 
   // dW2 = G^T (sum of the tasks' dU) G
   void finish(T* dW2, const Weights3x3<T>& place) const {
-    for_tasks(c.parallel, c.tasks, [&](int task) {
-      Range r = share(ceil_div(c.b, L), task, c.tasks);
+    for_tasks(c.parallel, c.shares.rows, [&](int task) {
+      Range r = share(ceil_div(c.b, L), task, c.shares.rows);
       alignas(64) T taps[Weights3x3<T>::SIZE];
       for (int64_t k = r.begin * L; k < r.end * L; k += L)
         for (int64_t o = 0; o < gp; o += L) {

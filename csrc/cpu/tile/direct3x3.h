@@ -156,18 +156,19 @@ void direct3x3_forward(const Conv3x3<S>& c, const S* z, const Unit<U>* W, S* sli
   using T = Acc<U>;
   constexpr int L = LANES<T>;
   const Tall tall{c.N, c.H, c.W};
-  for_tasks(c.parallel, c.tasks, [&](int task) {
+  for_tasks(c.parallel, c.shares.tasks(), [&](int task) {
     Frame frame;
     TileRegisters<U> registers;
     Strip<U> strip(frame, tall, c.b);
     T* sums = frame.take<T>(Strip<U>::results(tall, tall.strip()) * 2 * L);
     T* out = frame.take<T>(tall.strip() * tall.W * L);
-    const Range r = share(tall.rows(), task, c.tasks);
+    const int part = c.shares.row(task);
+    const Range r = c.shares.rows_of(tall.rows(), task), own = c.shares.panels_of(panels<T>(c.g), task);
     int64_t seen = 0;
     for (int64_t row = r.begin; row < r.end; row += tall.strip()) {
       move_input(c, z, strip, row, min64(tall.strip(), r.end - row), {0, c.b});
       int64_t pixels = 0;
-      for (int64_t p = 0; p < panels<T>(c.g); p++) {
+      for (int64_t p = own.begin; p < own.end; p++) {
         const int nv = panel_vectors<T>(c.g, p);
         multiply<U>(strip, W, p, nv, sums);
         for (int j = 0; j < nv; j++) {
@@ -181,12 +182,12 @@ void direct3x3_forward(const Conv3x3<S>& c, const S* z, const Unit<U>* W, S* sli
               pixels++;
             }
           });
-          if (stats && pixels) add_rows(stats[task], ch, seen, pixels, [&](int64_t i) __attribute__((always_inline)) { return load(out + i * L); });
+          if (stats && pixels) add_rows(stats[part], ch, seen, pixels, [&](int64_t i) __attribute__((always_inline)) { return load(out + i * L); });
         }
       }
       seen += pixels;
     }
-    if (stats) stats[task].count = seen;
+    if (stats && c.shares.first_panel(task)) stats[part].count = seen;
   });
 }
 
@@ -282,8 +283,8 @@ template <class U, class S> struct Direct3x3Backward {
     }
   }
 
-  bool apart() const { return shares_channels(c.tasks, weights(c.g, c.b) * int64_t(sizeof(T)), c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S))); }
-  int sets() const { return apart() ? 1 : c.tasks; }  // of sums
+  bool apart() const { return shares_channels(c.shares.rows, weights(c.g, c.b) * int64_t(sizeof(T)), c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S))); }
+  int sets() const { return apart() ? 1 : c.shares.rows; }  // of sums
   // The gradients of tall rows r that are wanted; wgrad of channels `of`.
   void run(Range r, bool dgrad_too, bool wgrad_too, Range of, const PartialSums<T>& sums_of_channels, const PartialSums<T>& sums_of_weights) const {
     Frame frame;
@@ -304,14 +305,14 @@ template <class U, class S> struct Direct3x3Backward {
   }
   void run() const {
     const bool apart = this->apart();
-    if (!apart || wants_dgrad) for_tasks(c.parallel, c.tasks, [&](int task) {
+    if (!apart || wants_dgrad) for_tasks(c.parallel, c.shares.rows, [&](int task) {
       parts[task].clear(apart ? 0 : weights(c.g, c.b), round_up(c.b, L));
-      run(share(tall.rows(), task, c.tasks), wants_dgrad, wants_wgrad && !apart, {0, c.b}, parts[task], parts[task]);
+      run(share(tall.rows(), task, c.shares.rows), wants_dgrad, wants_wgrad && !apart, {0, c.b}, parts[task], parts[task]);
     });
     if (!apart || !wants_wgrad) return;
     const int64_t blocks = ldw / (2 * L);
-    for_tasks(c.parallel, c.tasks, [&](int task) {
-      const Range block = share(blocks, task, c.tasks), of{block.begin * 2 * L, min64(c.b, block.end * 2 * L)};
+    for_tasks(c.parallel, c.shares.rows, [&](int task) {
+      const Range block = share(blocks, task, c.shares.rows), of{block.begin * 2 * L, min64(c.b, block.end * 2 * L)};
       if (of.begin >= of.end) return;
       for (int64_t row = 0; row < 9 * rows; row++) memset(parts[0].weight + row * ldw + of.begin, 0, size_t((block.end - block.begin) * 2 * L) * sizeof(T));
       run({0, tall.rows()}, false, true, of, parts[0], parts[0]);
@@ -320,8 +321,8 @@ template <class U, class S> struct Direct3x3Backward {
 
   // dW [g][b][9], or [g][9][b] if it is channels_last: the tasks' sums.
   void finish(T* dW, bool channels_last) const {
-    for_tasks(c.parallel, c.tasks, [&](int task) {
-      const Range r = share(c.g, task, c.tasks);
+    for_tasks(c.parallel, c.shares.rows, [&](int task) {
+      const Range r = share(c.g, task, c.shares.rows);
       for (int64_t o = r.begin; o < r.end; o++)
         for (int64_t tap = 0; tap < 9; tap++)
           for (int64_t ch = 0; ch < c.b; ch += L) {

@@ -117,12 +117,15 @@ template <class S> struct Mix {
   int64_t count;
   Splits out;
   int64_t K = 0, Kp = 0, O = out.width(), P = grid.pixels();  // reduction: real, padded by segment; columns of the output
-  int tasks;
+  int tasks;      // of backward, and of packing
+  Shares shares;  // of forward
 
   Mix(const Parallel& parallel, const Grid& grid, Segment<S>* segments, int64_t count, Splits out)
       : parallel(parallel), grid(grid), segments(segments), count(count), out(out) {
     for (int64_t i = 0; i < count; i++) segments[i].column = Kp, K += segments[i].channels, Kp += round_up(segments[i].channels, L * D);
-    tasks = choose_tasks(parallel, ceil_div(P, MR), 2.0 * double(P) * double(K) * double(O));
+    const double flops = 2.0 * double(P) * double(K) * double(O);
+    tasks = choose_pieces(parallel, ceil_div(P, MR), flops, double(O * Kp * int64_t(sizeof(T))), double(P * (Kp + O) * int64_t(sizeof(S))));
+    shares = choose_shares(parallel, ceil_div(P, MR), panels<T>(O), 1, double(O) / double(P), flops);
   }
 
   // Weights [out][K] in padded form [O][Kp], each row times scale[column] (null: 1).
@@ -167,17 +170,17 @@ template <class S> struct Mix {
   // Tiles multiplied together: large weights are read once for all of them.
   int64_t group() const { return min64(8, max64(1, O * Kp * int64_t(sizeof(T)) >> 17)); }
 
-  // emit(task, pixel, m, column, acc): m pixels of one panel.
+  // emit(part of the rows, pixel, m, column, acc): m pixels of one panel.
   template <class Emit> void forward(const Unit<U>* W, const Emit& emit) const {
     int64_t tiles = ceil_div(P, MR), blocks = Kp / (L * D), nt = group();
     int64_t chunks = ceil_div(blocks, FORWARD_CHUNK<U>), step = ceil_div(blocks, chunks), np = panels<T>(O);
-    for_tasks(parallel, tasks, [&](int task) {
+    for_tasks(parallel, shares.tasks(), [&](int task) {
       Frame frame;
       TileRegisters<U> registers;
       Unit<U>* A = frame.take<Unit<U>>(nt * step * MR * L);
       T* C = frame.take<T>(nt * np * MR * 2 * L);
       Source* source = frame.take<Source>(nt * MR);
-      Range r = share(tiles, task, tasks);
+      const Range r = shares.rows_of(tiles, task), own = shares.panels_of(np, task);
       for (int64_t t = r.begin; t < r.end; t += nt) {
         int64_t n = min64(nt, r.end - t);
         for (int64_t i = 0; i < n * MR; i++) source[i] = grid.source(min64(t * MR + i, P - 1));
@@ -185,11 +188,11 @@ template <class S> struct Mix {
           int64_t kn = min64(step, blocks - k);
           for (int64_t q = 0; q < n; q++)
             pack(k * L * D, (k + kn) * L * D, source + q * MR, rows(t + q), A + q * step * MR * L);
-          for (int64_t p = 0; p < np; p++)
+          for (int64_t p = own.begin; p < own.end; p++)
             for (int64_t q = 0; q < n; q++) {
               const Unit<U>* B = W + p * blocks * L * 2 * L;
               T* Cq = C + (q * np + p) * MR * 2 * L;
-              auto done = [&](const auto& acc) __attribute__((always_inline)) { emit(task, (t + q) * MR, rows(t + q), p * 2 * L, acc); };
+              auto done = [&](const auto& acc) __attribute__((always_inline)) { emit(shares.row(task), (t + q) * MR, rows(t + q), p * 2 * L, acc); };
               if (panel_vectors<T>(O, p) == 2) pointwise_panel<U, 2>(A + q * step * MR * L, B + k * L * 2 * L, kn, Cq, k == 0, k + kn == blocks, done);
               else pointwise_panel<U, 1>(A + q * step * MR * L, B + k * L * L, kn, Cq, k == 0, k + kn == blocks, done);
             }
@@ -201,24 +204,24 @@ template <class S> struct Mix {
 
   // z[P][pitch] (channels of it written) and its statistics, both in columns.
   void forward_raw(const Unit<U>* W, S* z, int64_t pitch, int64_t channels, Statistics<T>* stats) const {
-    auto first = [&](int task) { return share(ceil_div(P, MR), task, tasks).begin * MR; };
-    for (int t = 0; stats && t < tasks; t++) stats[t].count = min64(P, first(t + 1)) - first(t);
-    forward(W, [&](int task, int64_t pixel, int m, int64_t n, const auto& acc) __attribute__((always_inline)) {
+    auto first = [&](int part) { return share(ceil_div(P, MR), part, shares.rows).begin * MR; };
+    for (int t = 0; stats && t < shares.rows; t++) stats[t].count = min64(P, first(t + 1)) - first(t);
+    forward(W, [&](int part, int64_t pixel, int m, int64_t n, const auto& acc) __attribute__((always_inline)) {
       constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
       S* zt = z + pixel * pitch + n;
       CSP_UNROLL(16) for (int i = 0; i < MR; i++)
         if (i < m) CSP_UNROLL(2) for (int j = 0; j < NV; j++) store(zt + i * pitch + j * L, acc[i][j], channels - n - j * L);
       if (!stats) return;
-      int64_t seen = pixel - first(task);
-      if (m == MR) add_tile<T, MR, NV>(stats[task], n, seen, acc);
-      else for (int j = 0; j < NV; j++) add_rows(stats[task], n + j * L, seen, m, [&](int64_t i) { return acc[i][j]; });
+      int64_t seen = pixel - first(part);
+      if (m == MR) add_tile<T, MR, NV>(stats[part], n, seen, acc);
+      else for (int j = 0; j < NV; j++) add_rows(stats[part], n + j * L, seen, m, [&](int64_t i) { return acc[i][j]; });
     });
   }
-  // The tasks' statistics of z, in columns -> those of the channels.
+  // The statistics of z of all parts, in columns -> those of the channels.
   void merge(const Statistics<T>* stats, const S* z, int64_t pitch, double* mean, double* var) const {
     Frame frame;
     double* both = frame.take<double>(2 * O);
-    csp::CSP_ISA::merge(parallel, stats, tasks, z, pitch, P, O, both, both + O);
+    csp::CSP_ISA::merge(parallel, stats, shares.rows, z, pitch, P, O, both, both + O);
     out.each([&](int64_t, int64_t channel, int64_t column, int64_t size) {
       memcpy(mean + channel, both + column, size_t(size) * sizeof(double)), memcpy(var + channel, both + O + column, size_t(size) * sizeof(double));
     });

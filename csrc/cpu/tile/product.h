@@ -115,7 +115,9 @@ template <class V, int MR, int NV> CSP_INLINE void clear(V (&acc)[MR][NV]) {
 }
 
 // acc[MR][NV] += A * B over `blocks` blocks of LANES units.
-// A: [block][pixel][LANES], blocks a_step units apart. B: [block][LANES][NV * LANES].
+// A: [block][pixel][LANES], blocks a_step units apart. B: [block][LANES][NV * LANES], read once from front to back: asked for AHEAD
+// units before it is multiplied, or where it comes from beyond the second-level cache half of the time would be waiting.
+template <class U> constexpr int64_t AHEAD = 4096 / int64_t(sizeof(U));
 template <class U, int MR, int NV>
 CSP_INLINE void product(Vec<Acc<U>> (&acc)[MR][NV], const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks) {
   constexpr int L = LANES<Unit<U>>;
@@ -123,7 +125,7 @@ CSP_INLINE void product(Vec<Acc<U>> (&acc)[MR][NV], const Unit<U>* A, int64_t a_
     CSP_UNROLL(2)
     for (int kk = 0; kk < L; kk++) {
       Vec<Unit<U>> b[NV];
-      CSP_UNROLL(4) for (int j = 0; j < NV; j++) b[j] = load(B + (kk * NV + j) * L);
+      CSP_UNROLL(4) for (int j = 0; j < NV; j++) b[j] = load(B + (kk * NV + j) * L), __builtin_prefetch(B + (kk * NV + j) * L + AHEAD<Unit<U>>);
       CSP_UNROLL(16) for (int i = 0; i < MR; i++) {
         Unit<U> a = A[i * L + kk];
         CSP_UNROLL(4) for (int j = 0; j < NV; j++) acc[i][j] = U::fma(acc[i][j], a, b[j]);

@@ -1,7 +1,9 @@
 // Scratch memory with stack discipline, and the loop over tasks.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <exception>
+#include <limits>
 #include "../call.h"
 #include "../scratch.h"
 #include "vec.h"
@@ -89,8 +91,44 @@ inline int choose_tasks(const Parallel& parallel, int64_t items, double flops) {
   int64_t worth = int64_t(flops / 3e6) + 1;
   return int(max64(1, min64(min64(items, parallel.threads), worth)));
 }
+constexpr int PIECES = 4;  // of a thread
+inline int most_pieces(const Parallel& parallel) { return PIECES * parallel.threads; }
+// More tasks than threads, for the faster thread to take more of them, where a task leaves little behind: what all leave behind
+// (sums: bytes of one task's) is to be small beside what they read. Each is worth starting, and threads have as many.
+inline int choose_pieces(const Parallel& parallel, int64_t items, double flops, double sums = 0, double reads = 0) {
+  const int tasks = choose_tasks(parallel, items, flops);
+  if (tasks < parallel.threads || tasks == 1) return tasks;
+  double pieces = std::min({double(PIECES), double(items) / tasks, flops / 3e6 / tasks});
+  if (sums > 0) pieces = std::min(pieces, reads / (8 * sums * tasks));
+  return tasks * std::max(1, int(pieces));
+}
 struct Range { int64_t begin, end; };
 inline Range share(int64_t n, int task, int tasks) { return {n * task / tasks, n * (task + 1) / tasks}; }
+
+// How tasks share a product's output: its rows (pixels) in so many parts, its panels of channels in so many.
+struct Shares {
+  int rows, panels;
+  int tasks() const { return rows * panels; }
+  int row(int task) const { return task / panels; }
+  Range rows_of(int64_t n, int task) const { return share(n, row(task), rows); }
+  Range panels_of(int64_t n, int task) const { return share(n, task % panels, panels); }
+  bool first_panel(int task) const { return task % panels == 0; }
+};
+// A task reads the weights of its panels and the input of its rows: the least in all where both are cut so that a part of the weights
+// is as large as one of the input, i.e. panels : rows = channels : pixels. group: panels that a task has at least, or its share of
+// what is done with the input for all of them would be large.
+inline Shares choose_shares(const Parallel& parallel, int64_t rows, int64_t panels, int64_t group, double channels_to_pixels, double flops) {
+  const int most = int(max64(1, panels / group)), tasks = choose_pieces(parallel, rows * most, flops);
+  Shares best{1, 1};
+  double least = std::numeric_limits<double>::infinity();
+  for (int columns = 1; columns <= std::min(most, tasks); columns++) {
+    const Shares s{int(min64(rows, tasks / columns)), columns};
+    const int rounds = (s.tasks() + parallel.threads - 1) / parallel.threads;  // of all threads
+    const double idle = double(rounds) * std::min(tasks, parallel.threads) / s.tasks(), cost = (s.rows * channels_to_pixels + columns) * idle * idle;
+    if (cost < least) best = s, least = cost;
+  }
+  return best;
+}
 
 // What one task adds up in a backward pass: a weight gradient and two sums a channel.
 template <class T> struct PartialSums {

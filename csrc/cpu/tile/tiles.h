@@ -81,12 +81,19 @@ CSP_INLINE void add_products(const Pairs<PARTS>* a, int64_t a_pitch, int64_t a_n
   }
 }
 
+// Asks for the 16 x NV * 16 units of B that lie two such blocks further on; see AHEAD in product.h.
+template <int NV, int PARTS> CSP_INLINE void prefetch_block(const Pairs<PARTS>* B) {
+  constexpr int BYTES = 16 * NV * 16 * int(sizeof(Pairs<PARTS>));
+  const char* ahead = reinterpret_cast<const char*>(B) + 2 * BYTES;
+  CSP_UNROLL(4) for (int at = 0; at < BYTES; at += 64) __builtin_prefetch(ahead + at);
+}
+
 // sums[TILE_ROWS][NV * 16] = (first ? 0 : sums) + A * B: product() of product.h on tiles.
 template <class U, int NV> CSP_INLINE void tile_product(float* sums, const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks, bool first) {
   constexpr int L = 16;
   if (first) clear_sums<2, NV>();
   else load_sums<2, NV>(sums, NV * L);
-  for (int64_t k = 0; k < blocks; k++, A += a_step, B += L * NV * L) add_products<2, NV>(A, L, L * L, B, NV * L, L);
+  for (int64_t k = 0; k < blocks; k++, A += a_step, B += L * NV * L) prefetch_block<NV>(B), add_products<2, NV>(A, L, L * L, B, NV * L, L);
   store_sums<2, NV>(sums, NV * L);
 }
 
@@ -109,7 +116,10 @@ template <class U, int NV> CSP_NOINLINE void tile_product3x3(const Unit<U>* rows
     const Unit<U>* B = W;
     for (int64_t tap = 0; tap < 9; tap++) {
       const Unit<U>* a = rows + (q + tap / 3 * pitch + tap % 3) * units;
-      for (int64_t k = 0; k < units; k += L, B += L * NV * L) add_products<2, NV>(a + k, units, L * units, B, NV * L, L);
+      for (int64_t k = 0; k < units; k += L, B += L * NV * L) {
+        if (q == 0) prefetch_block<NV>(B);
+        add_products<2, NV>(a + k, units, L * units, B, NV * L, L);
+      }
     }
     store_sums<2, NV>(sums, NV * L);
   }

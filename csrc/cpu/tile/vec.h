@@ -19,17 +19,21 @@ namespace csp::CSP_ISA {
 constexpr int VECTOR_BYTES = 64;
 #if defined(__AMX_BF16__)
 constexpr int TILE_ROWS = 32;  // of two tile registers
+constexpr int FEW_ROWS = TILE_ROWS;
 #else
 constexpr int TILE_ROWS = 14;  // 14 x 2 accumulators of 32 registers
+constexpr int FEW_ROWS = 8;    // where fewer are left
 #endif
 constexpr int WGRAD_ROWS = 8;
 #elif defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32;
 constexpr int TILE_ROWS = 6;
+constexpr int FEW_ROWS = 4;
 constexpr int WGRAD_ROWS = 4;
 #else
 constexpr int VECTOR_BYTES = 16;
 constexpr int TILE_ROWS = 6;
+constexpr int FEW_ROWS = 4;
 constexpr int WGRAD_ROWS = 4;
 #endif
 
