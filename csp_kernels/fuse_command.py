@@ -98,10 +98,10 @@ def loss(result: Any) -> Tensor:
     return total
 
 
-def difference(plain: nn.Module, after: nn.Module, channels: int) -> float:
-    """The largest of outputs, gradients and state, in float64 on small images, part of the largest of their kind.
-    Without the dropout of modules."""
-    x = torch.randn(2, channels, 96, 96, dtype=torch.float64)
+def difference(plain: nn.Module, after: nn.Module, channels: int, size: int = 96) -> float:
+    """The largest of outputs, gradients and state, in float64 on images of size x size, part of the largest of their
+    kind. Without the dropout of modules."""
+    x = torch.randn(2, channels, size, size, dtype=torch.float64)
     worst = 0.0
     both = [copy.deepcopy(m).double() for m in (plain, after)]
     for train in (True, False):
