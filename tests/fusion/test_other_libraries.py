@@ -1,4 +1,4 @@
-"""csp.fuse on networks of libraries that tests do not install: `pip install csp_kernels[libraries]`, then `make verify`.
+"""csp.fuse on networks of libraries that tests do not install: `pip install csp_kernels[libraries]`, `make verify`.
 
 Each is checked as those of timm and torchvision are (test_libraries.py); a library that is missing is skipped by name.
 """
