@@ -10,6 +10,7 @@ from math import prod
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from csp_kernels.fusion.memory import kept_as_they_are
 from csp_kernels.fusion.trace import Operation, Trace, Value
 from csp_kernels.ops.stage import unsupported
 from csp_kernels.stage.activated import activated_once
@@ -22,7 +23,8 @@ from csp_kernels.vocabulary import COSTLY
 @dataclass(frozen=True)
 class Region:
     """operations: their numbers in the trace. holders: paths of the modules that hold the parameters of the graph, in
-    its order. inputs, outputs: values. flops: of its convolutions, on images of trace.SIZE."""
+    its order. inputs, outputs: values. On images of trace.SIZE: flops: of its convolutions; size: height and width of
+    its inputs; kept: numbers that autograd keeps of the operations as they are."""
 
     operations: tuple[int, ...]
     graph: Graph
@@ -30,6 +32,8 @@ class Region:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     flops: int
+    size: tuple[int, int]
+    kept: int
 
 
 def returned(trace: Trace) -> set[int]:
@@ -199,7 +203,10 @@ class _Region:
         graph = activated_once(self.build.graph())
         if reason := unsupported(graph):
             raise ValueError(reason)
-        return Region(tuple(self.numbers), graph, tuple(self.holders), self.inputs, self.outputs, self.flops)
+        _, _, height, width = self.trace.shapes[self.inputs[0]]
+        kept = kept_as_they_are([self.trace.operations[i] for i in self.numbers], self.trace.shapes)
+        numbers, holders, size = tuple(self.numbers), tuple(self.holders), (height, width)
+        return Region(numbers, graph, holders, self.inputs, self.outputs, self.flops, size, kept)
 
     def _behind(self, op: Operation, kind: str) -> Operation | None:
         """The operation of this kind that alone reads what this one gives."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from csp_kernels.fusion.cut import Region
+from csp_kernels.fusion.memory import kept_as_a_stage
 from csp_kernels.stage.graph import Conv
 
 
@@ -24,6 +25,12 @@ class Row:
     @property
     def flops(self) -> int:
         return sum(region.flops for region in self.regions)
+
+    @property
+    def kept(self) -> float:
+        """What its stages keep for backward, counted from sizes, as a part of what autograd kept of the same."""
+        stages = sum(kept_as_a_stage(region.graph, *region.size) for region in self.regions)
+        return stages / max(1, sum(region.kept for region in self.regions))
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,13 @@ class Report:
     def __str__(self) -> str:
         count = sum(row.convolutions for row in self.fused)
         lines = [f"{self.model}: {count} of {self.convolutions} convolutions in {len(self.fused)} fused modules"]
-        rows = [["module", "class", "stages", "convolutions", "share of their FLOPs"]]
+        rows = [["module", "class", "stages", "convolutions", "share of their FLOPs", "kept for backward"]]
         for row in self.fused:
-            share = f"{100 * row.flops / max(1, self.flops):.1f} %"
-            rows.append([row.path or "(the model)", row.kind, str(len(row.regions)), str(row.convolutions), share])
-        lines += _table(rows) if self.fused else []
+            share, kept = f"{100 * row.flops / max(1, self.flops):.1f} %", f"{100 * row.kept:.0f} %"
+            counts = [str(len(row.regions)), str(row.convolutions)]
+            rows.append([row.path or "(the model)", row.kind, *counts, share, kept])
+        if self.fused:
+            lines += [*_table(rows), "  counted from sizes, FLOPs as if all modules were given images of one size"]
         if self.left:
             lines += ["left as they were:", *_table([[left.path or "(the model)", left.reason] for left in self.left])]
         return "\n".join(lines)

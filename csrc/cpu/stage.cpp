@@ -484,7 +484,7 @@ template <class S> struct Stage {
     };
     if constexpr (M == DIRECT) one_by_one();
     else {
-      Tiling<M> tiling(grid.N, grid.H, grid.W);
+      Tiling<M> tiling(grid.N, grid.H, grid.W, b * g);
       int tasks = choose_tasks(a.parallel, tiling.rows, 2.0 * double(grid.pixels()) * double(b) * double(K + 9 * g));
       // Strip by strip, each task computes the bottleneck at its edges once more: too much where it has but a few rows.
       if (tasks > 1 && tiling.rows < 4 * tasks) return one_by_one();
@@ -514,9 +514,9 @@ template <class S> struct Stage {
     }
   }
   // What tasks share of a 3x3: rows of the image or of output tiles, forward whole batches of those.
-  template <int M> static int64_t rows3(const Grid& g, bool batches) {
+  template <int M> static int64_t rows3(const Grid& g, int64_t weights, bool batches) {
     if constexpr (M == DIRECT) return Tall{g.N, g.H, g.W}.rows();
-    else return batches ? Tiling<M>(g.N, g.H, g.W).batches() : Tiling<M>(g.N, g.H, g.W).rows;
+    else return batches ? Tiling<M>(g.N, g.H, g.W, weights).batches() : Tiling<M>(g.N, g.H, g.W, weights).rows;
   }
   static double flops3(const Grid& g, int64_t b, int64_t out) { return 18.0 * double(g.pixels()) * double(b) * double(out); }
   // The weights of a 3x3: how they lie, and those of a gradient.
@@ -762,12 +762,13 @@ template <class S> struct Stage {
       }
     if (sums) add_sums(*sums, parts, most, 0);
   }
-  template <int M, bool TRANSPOSED> const T* pack3x3(T* to, const T* w, const Weights3x3<T>& place, const T* scale = nullptr) {
-    int64_t blocks = ceil_div(TRANSPOSED ? place.g : place.b, L);
-    int tasks = choose_tasks(a.parallel, blocks, 60.0 * double(place.b * place.g * (M + 2) * (M + 2)));
-    for_tasks(a.parallel, tasks, [&](int task) { pack_winograd<T, M, TRANSPOSED>(to, w, place, scale, share(blocks, task, tasks)); });
+  template <int M, bool TRANSPOSED> const T* pack3x3(T* to, const WinogradWeights<T, M, TRANSPOSED>& weights) {
+    int tasks = choose_tasks(a.parallel, weights.blocks, 60.0 * double(weights.place.b * weights.place.g * (M + 2) * (M + 2)));
+    for_tasks(a.parallel, tasks, [&](int task) { weights.pack(to, share(weights.blocks, task, tasks)); });
     return to;
   }
+  // Whether a task multiplies each of its panels once: then it packs them itself.
+  template <int M> static bool packs_panels(const Grid& g, int64_t weights, const Shares& shares) { return shares.rows == 1 && Tiling<M>(g.N, g.H, g.W, weights).batches() == 1; }
   template <int M, class Weights> auto packed_3x3(Frame& inner, const stage::Product& i, int64_t depth, const Weights& weights) {
     const int64_t out = i.conv.out_channels;
     if constexpr (M == DIRECT) return packed<Unit<U>>(inner, direct_size<U>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](Unit<U>* to) {
@@ -776,7 +777,7 @@ template <class S> struct Stage {
     });
     else return packed<T>(inner, winograd_size<T, M>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](T* to) {
       Frame frame;
-      return pack3x3<M, false>(to, weights.weights(frame), {out, depth, weights.channels_last()}, scale_of(i));
+      return pack3x3<M, false>(to, {weights.weights(frame), {out, depth, weights.channels_last()}, scale_of(i)});
     });
   }
   // w: [out][9][in]
@@ -814,14 +815,17 @@ template <class S> struct Stage {
     const int64_t out = i.conv.out_channels;
     const Grid& g = of(i.to).grid;
     // Each task transforms what it reads: for four panels at least.
-    const Shares shares = choose_shares(a.parallel, rows3<M>(g, true), panels<T>(out), 4, double(out) / double(g.pixels()), flops3(g, in.channels, out));
+    const Shares shares = choose_shares(a.parallel, rows3<M>(g, in.channels * out, true), panels<T>(out), 4, double(out) / double(g.pixels()), flops3(g, in.channels, out));
     Dropout<T> dropout(i.conv.drop_rate, a.seed, i.drop);
     Statistics<T>* stats = statistics(inner, i.statistics, shares.rows, out);
-    const auto* w = packed_3x3<M>(inner, i, in.channels, weights);
     Conv3x3<S> conv{a.parallel, shares, g.N, g.H, g.W, in.channels, in.pitch, out, of(i.to).pitch, in.norm, dropout, in.act};
     auto run = [&](Statistics<T>* stats, const auto& after) {
-      if constexpr (M == DIRECT) direct3x3_forward<U>(conv, in.z, w, value(i.to), stats, after);
-      else conv3x3_forward<M>(conv, in.z, w, value(i.to), stats, after);
+      if constexpr (M == DIRECT) direct3x3_forward<U>(conv, in.z, packed_3x3<M>(inner, i, in.channels, weights), value(i.to), stats, after);
+      else {
+        const bool here = !shares_weights() && packs_panels<M>(g, in.channels * out, shares);
+        const Panels<T, M, false> w{{here ? weights.weights(inner) : nullptr, {out, in.channels, weights.channels_last()}, scale_of(i)}, here ? nullptr : packed_3x3<M>(inner, i, in.channels, weights)};
+        conv3x3_forward<M>(conv, in.z, w, value(i.to), stats, after);
+      }
     };
     if (!has_after(i)) run(stats, dropout);
     else with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { run(nullptr, after); });
@@ -1061,26 +1065,36 @@ template <class S> struct Stage {
     Spread<S> to = targets[0];
     if (!in.gathered.empty()) to = {wants_dgrad ? inner.take<S>(grid.pixels() * in.pitch) : nullptr, in.pitch, nullptr, 0};
     const int64_t sums = M == DIRECT ? Direct3x3Backward<U, S>::weights(out, in.channels) : E * round_up(in.channels, L) * gp;
-    const int tasks = choose_pieces(a.parallel, rows3<M>(grid, false), flops3(grid, in.channels, out), double(sums * int64_t(sizeof(T))), double(grid.pixels() * (in.channels + out) * int64_t(sizeof(S))));
-    PartialSums<T>* parts = PartialSums<T>::take(inner, tasks, sums, round_up(in.channels, L) + 2 * L);
+    const int tasks = choose_pieces(a.parallel, rows3<M>(grid, in.channels * out, false), flops3(grid, in.channels, out), double(sums * int64_t(sizeof(T))), double(grid.pixels() * (in.channels + out) * int64_t(sizeof(S))));
     Conv3x3<S> conv{a.parallel, {tasks, 1}, grid.N, grid.H, grid.W, in.channels, in.pitch, out, of(i.of).pitch, in.norm, dropout, in.act};
     const SliceGradient<T> correction{o.correction.mean, o.correction.scale, o.correction.shift, o.any};
     const ReadGradient<S> dz{to.g, to.pitch, to.in, to.in_pitch};
+    PartialSums<T>* parts;
+    int count = tasks;  // of parts
     auto run = [&](const auto& back_product, const auto& lie) {
-      back_product.run();
-      if (i.wanted.empty()) return;
-      T* dweight = weights.gradient(inner);
-      back_product.finish(dweight, lie), weights.finish(dweight);
+      T* dweight = i.wanted.empty() ? nullptr : weights.gradient(inner);
+      back_product.run(dweight, lie);
+      if (dweight) weights.finish(dweight);
     };
+    auto take = [&](int sets) { parts = PartialSums<T>::take(inner, count, sets, sums, round_up(in.channels, L) + 2 * L); };
     if constexpr (M == DIRECT) {
+      const bool apart = Direct3x3Backward<U, S>::shares(tasks, conv);
+      take(apart ? 1 : tasks);
       Unit<U>* w = pack_direct3x3<true>(inner.take<Unit<U>>(direct_size<U>(out, in.channels)), by_tap(inner, weights, out, in.channels), out, in.channels);
-      run(Direct3x3Backward<U, S>{conv, value(i.of), g, correction, in.z, w, dz, parts, wants_dgrad, !i.wanted.empty(), g_pitch}, weights.channels_last());
+      run(Direct3x3Backward<U, S>{conv, value(i.of), g, correction, in.z, w, dz, parts, wants_dgrad, apart, g_pitch}, weights.channels_last());
     } else {
       Weights3x3<T> lie{out, in.channels, weights.channels_last()};
-      const T* w = pack3x3<M, true>(inner.take<T>(winograd_size<T, M>(out, in.channels)), weights.weights(inner), lie);
-      run(Conv3x3Backward<M, S>{conv, value(i.of), g, correction, in.z, w, dz, gp, parts, wants_dgrad, !i.wanted.empty(), g_pitch}, lie);
+      const bool apart = Conv3x3Backward<M, S>::shares(tasks, conv, gp);
+      const Shares dgrad_shares = apart ? choose_shares(a.parallel, rows3<M>(grid, in.channels * out, true), panels<T>(in.channels), 4, double(in.channels) / double(grid.pixels()), flops3(grid, in.channels, out)) : conv.shares;
+      count = std::max(tasks, dgrad_shares.rows);
+      take(apart ? 0 : tasks);
+      const WinogradWeights<T, M, true> w{weights.weights(inner), lie};
+      const bool here = apart && packs_panels<M>(grid, in.channels * out, dgrad_shares);
+      const Panels<T, M, true> panels{w, here ? nullptr : pack3x3<M, true>(inner.take<T>(winograd_size<T, M>(out, in.channels)), w)};
+      run(Conv3x3Backward<M, S>{conv, value(i.of), g, correction, in.z, panels, dz, gp, parts, wants_dgrad, apart, dgrad_shares, g_pitch}, lie);
+      if (apart) count = dgrad_shares.rows;  // of those that were cleared
     }
-    if (in.gathered.empty()) return add_sums(i.segments[0], parts, tasks, 0);
+    if (in.gathered.empty()) return add_sums(i.segments[0], parts, count, 0);
     const S* from = to.g;
     for (size_t k = 0; wants_dgrad && k < i.segments.size(); k++) {
       int64_t n = in.gathered[k].channels;

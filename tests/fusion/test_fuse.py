@@ -19,6 +19,7 @@ from comparing import calls, compare, image, pair, step
 from torch import Tensor, nn
 
 import csp_kernels as csp
+from csp_kernels.analysis import saved_bytes
 
 HERE = Path(__file__).resolve().parent
 
@@ -313,3 +314,22 @@ def test_report() -> None:
     assert "1  it depends on the width of its input" in text and 0.7 < report.coverage < 0.9
     with pytest.raises(TypeError, match=r"model: got int, expected an nn\.Module"):
         csp.fuse(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", networks.FUSED)
+def test_report_says_what_is_kept(name: str) -> None:
+    """As a part of what autograd keeps of the plain modules: counted from sizes, and measured."""
+    plain, ours, report = pair(networks.FUSED[name])
+    for row in report.fused:
+        before, after = (kept(model, row.path) for model in (plain, ours))
+        assert row.kept == pytest.approx(after / before, rel=0.15), str(report)
+
+
+def kept(model: nn.Module, path: str) -> int:
+    """Bytes of the module of this path, given what the model gives it."""
+    model = model.float().to(memory_format=torch.channels_last)
+    module, given = model.get_submodule(path), []
+    with module.register_forward_pre_hook(lambda _, inputs: given.append(inputs)):
+        model(image().float().contiguous(memory_format=torch.channels_last))
+    leaves = [t.detach().requires_grad_() for t in given[0]]
+    return saved_bytes(lambda: module(*leaves), [*module.parameters(), *module.buffers()])

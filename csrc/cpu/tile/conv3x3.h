@@ -26,13 +26,15 @@ inline int64_t rows_multiplied(int64_t rows) {
 template <int M> struct Tiling {
   static constexpr int IN = M + 2, E = IN * IN;
   int64_t H, W, TH, TW, rows;  // tile rows over all images
-  Tiling(int64_t N, int64_t H, int64_t W) : H(H), W(W), TH(ceil_div(H, M)), TW(ceil_div(W, M)), rows(N * TH) {}
+  bool large;                  // weights do not stay in the second-level cache from batch to batch
+  Tiling(int64_t N, int64_t H, int64_t W, int64_t weights) : H(H), W(W), TH(ceil_div(H, M)), TW(ceil_div(W, M)), rows(N * TH), large(E * weights >> 18) {}
   int64_t batches() const { return ceil_div(rows, batch()); }
   int64_t image(int64_t row) const { return row / TH * H * W; }  // first pixel of the image of a tile row
   int64_t y(int64_t row) const { return row % TH * M; }
-  // tile rows a batch: fills the register tile, stays in the second-level cache
+  // tile rows a batch: fills the register tile, stays in the second-level cache; or all of them, if they are few and the weights many
   int64_t batch() const {
     int64_t best = 1;
+    if (large && rows * TW <= (M == 2 ? 64 : 32)) return rows;
     double best_fill = 0;
     for (int64_t n = 1; n <= rows && n * TW <= max64(TW, M == 2 ? 56 : 28); n++) {
       double fill = double(n * TW) / double(rows_multiplied(n * TW));
@@ -162,19 +164,32 @@ template <class S> struct Conv3x3 {
   }
 };
 
+// Weights as products read them: packed before, or by the task that multiplies a panel, then in its second-level cache.
+template <class T, int M, bool TRANSPOSED> struct Panels {
+  WinogradWeights<T, M, TRANSPOSED> weights;
+  const T* packed;  // null: not yet
+  T* room(Frame& frame) const { return packed ? nullptr : frame.take<T>(weights.panel_size()); }
+  const T* get(int64_t p, T* room) const {
+    if (packed) return packed + p * weights.panel_size();
+    weights.pack_panel(room, p, {0, weights.blocks});
+    return room;
+  }
+};
+
 // slice = after(conv3x3(act(norm(z))), pixel, channel), statistics of the slice.
 template <int M, class S, class After>
-void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))* U, S* slice,
+void conv3x3_forward(const Conv3x3<S>& c, const S* z, const Panels<decltype(widen(S{})), M, false>& U, S* slice,
                      Statistics<decltype(widen(S{}))>* stats, const After& after) {
   using T = decltype(widen(S{}));
   constexpr int L = LANES<T>, E = (M + 2) * (M + 2);
-  Tiling<M> tl(c.N, c.H, c.W);
+  Tiling<M> tl(c.N, c.H, c.W, c.b * c.g);
   int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS), blocks = ceil_div(c.b, L);
   for_tasks(c.parallel, c.shares.tasks(), [&](int task) {
     Frame frame;
     T* V = frame.take<T>(E * blocks * Tp * L);
     T* Mb = frame.take<T>(E * Tp * 2 * L);
     T* out = frame.take<T>(batch * tl.TW * M * M * 2 * L);
+    T* room = U.room(frame);
     Vec<T>* columns = frame.take<Vec<T>>((tl.TW * M + 2) * (M + 2));
     const int part = c.shares.row(task);
     const Range r = c.shares.rows_of(tl.batches(), task), own = c.shares.panels_of(panels<T>(c.g), task);
@@ -187,7 +202,7 @@ void conv3x3_forward(const Conv3x3<S>& c, const S* z, const decltype(widen(S{}))
       }
       for (int64_t p = own.begin; p < own.end; p++) {
         int nv = panel_vectors<T>(c.g, p);
-        winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, U + p * E * blocks * L * 2 * L, nv, Mb);
+        winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, U.get(p, room), nv, Mb);
         for (int j = 0; j < nv; j++) {
           int64_t ch = p * 2 * L + j * L, n = c.g - ch;
           pixels = 0;
@@ -234,14 +249,16 @@ template <int M, class S> struct Conv3x3Backward {
   const S *F, *G;           // the slices
   SliceGradient<T> correction;
   const S* z;
-  const T* U;               // pack_winograd, transposed
+  const Panels<T, M, true>& U;
   ReadGradient<S> dz;
   int64_t gp;               // g rounded up to a vector
   const PartialSums<T>* parts;  // a task: dU [E][bp][gp], sums [bp] of dn and of dn * (z - mean)
-  bool wants_dgrad = true, wants_wgrad = true;
+  bool wants_dgrad = true;
+  bool apart = false;       // tasks share the input's channels, for wgrad, and parts have no dU
+  Shares dgrad_shares = c.shares;  // where it is apart
   int64_t g_pitch = c.pitch;
   int64_t bp = round_up(c.b, L);
-  Tiling<M> tl{c.N, c.H, c.W};
+  Tiling<M> tl{c.N, c.H, c.W, c.b * c.g};
 
   CSP_INLINE Vec<T> dY(int64_t pixel, int64_t ch, Vec<T> mean, Vec<T> slope, Vec<T> offset) const {
     int64_t n = c.g - ch;
@@ -250,7 +267,7 @@ template <int M, class S> struct Conv3x3Backward {
     return c.dropout(g, pixel, ch);
   }
 
-  void dgrad(int64_t begin, int64_t end, int64_t batch, int64_t Tp, Vec<T>* columns, T* V, T* Mb, const PartialSums<T>& part) const {
+  void dgrad(int64_t begin, int64_t end, Range panels, int64_t batch, int64_t Tp, Vec<T>* columns, T* V, T* Mb, T* room, const PartialSums<T>& part) const {
     int64_t blocks = gp / L;
     for (int64_t row = begin; row < end; row += batch) {
       int64_t nr = min64(batch, end - row);
@@ -263,9 +280,9 @@ template <int M, class S> struct Conv3x3Backward {
                                 return dY(image + y * c.W + x, k * L, mean, slope, offset);
                               });
         }
-      for (int64_t p = 0; p < panels<T>(c.b); p++) {
+      for (int64_t p = panels.begin; p < panels.end; p++) {
         int nv = panel_vectors<T>(c.b, p);
-        winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, U + p * E * blocks * L * 2 * L, nv, Mb);
+        winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, U.get(p, room), nv, Mb);
         for (int j = 0; j < nv; j++) {
           auto put = [&](auto how) {
             constexpr Put PUT = decltype(how)::value;
@@ -305,9 +322,9 @@ template <int M, class S> struct Conv3x3Backward {
     store(part.sum + ch, load(part.sum + ch) + sum), store(part.sum_x + ch, load(part.sum_x + ch) + sum_z);
   }
 
-  // dM[e][k][tile][LANES] = A dY A^T
-  void transform_gradient(int64_t begin, int64_t nr, T* dM) const {
-    int64_t tiles = nr * tl.TW, blocks = gp / L;
+  // dM[e][k][tile][LANES] = A dY A^T; tiles: of one such row of dM
+  void transform_gradient(int64_t begin, int64_t nr, int64_t tiles, T* dM) const {
+    int64_t blocks = gp / L;
     for (int64_t q = 0; q < nr; q++)
       for (int64_t k = 0; k < blocks; k++) {
         Vec<T> mean = load(correction.mean + k * L), slope = load(correction.slope + k * L), offset = load(correction.offset + k * L);
@@ -330,54 +347,93 @@ template <int M, class S> struct Conv3x3Backward {
       }
   }
 
-  // Of tile rows begin..end and vectors `of` of input channels. FIRST: the part's sums begin here.
-  template <bool FIRST> void wgrad(int64_t begin, int64_t end, Range of, Vec<T>* columns, T* V, T* dM, const PartialSums<T>& part) const {
-    int64_t nr = end - begin, tiles = nr * tl.TW, blocks = gp / L;
-    transform_gradient(begin, nr, dM);
-    for (int64_t k = of.begin; k < of.end; k++) {
+  // dU[e] rows i.. of what vector k of the input's channels gives, V [e][k][tile][LANES], ldu: of dU. FIRST: the sums begin here.
+  template <bool FIRST> void products(const T* V, int64_t k, int64_t vectors, const T* dM, int64_t tiles, int e, T* dU) const {
+    const int64_t blocks = gp / L;
+    for (int i = 0; i < L; i += WROWS<T>)
+      for (int64_t o = 0; o < blocks; o += 2) {
+        const T *A = V + (e * vectors + k) * tiles * L + i, *b0 = dM + (e * blocks + o) * tiles * L;
+        T* to = dU + i * gp + o * L;
+        if (o + 1 < blocks) outer_product<Plain<T>, WROWS<T>, 2, FIRST>(A, b0, b0 + tiles * L, tiles, to, gp);
+        else outer_product<Plain<T>, WROWS<T>, 1, FIRST>(A, b0, b0, tiles, to, gp);
+      }
+  }
+  // Of tile rows begin..end, all channels, to a part's sums.
+  void wgrad(int64_t begin, int64_t end, Vec<T>* columns, T* V, T* dM, const PartialSums<T>& part) const {
+    int64_t nr = end - begin, tiles = nr * tl.TW;
+    transform_gradient(begin, nr, tiles, dM);
+    for (int64_t k = 0; k < bp / L; k++) {
       for (int64_t q = 0; q < nr; q++) c.transform_input(tl, z, begin + q, k, columns, V + q * tl.TW * L, tiles * L);
-      for (int e = 0; e < E; e++)
-        for (int i = 0; i < L; i += WROWS<T>)
-          for (int64_t o = 0; o < blocks; o += 2) {
-            const T *A = V + e * tiles * L + i, *b0 = dM + (e * blocks + o) * tiles * L;
-            T* dU = part.weight + (e * bp + k * L + i) * gp + o * L;
-            if (o + 1 < blocks) outer_product<Plain<T>, WROWS<T>, 2, FIRST>(A, b0, b0 + tiles * L, tiles, dU, gp);
-            else outer_product<Plain<T>, WROWS<T>, 1, FIRST>(A, b0, b0, tiles, dU, gp);
-          }
+      for (int e = 0; e < E; e++) products<false>(V, 0, 1, dM, tiles, e, part.weight + (e * bp + k * L) * gp);
     }
   }
 
-  bool apart() const { return shares_channels(c.shares.rows, E * bp * gp * int64_t(sizeof(T)), c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S))); }
-  int sets() const { return apart() ? 1 : c.shares.rows; }  // of sums
-  void run() const {
-    int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS), vectors = ceil_div(c.b, L);
+  // Whether the tasks' sums are larger than what they are of, which is small: see run_apart.
+  static bool shares(int tasks, const Conv3x3<S>& c, int64_t gp) {
+    const Tiling<M> tl(c.N, c.H, c.W, c.b * c.g);
+    return E * tl.rows * tl.TW * gp * int64_t(sizeof(T)) <= int64_t(32) << 20 &&
+           shares_channels(tasks, E * round_up(c.b, L) * gp * int64_t(sizeof(T)), c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S)));
+  }
+  int sets() const { return apart ? 0 : c.shares.rows; }  // of sums
+  // dW2 null: not wanted
+  void run(T* dW2, const Weights3x3<T>& place) const {
+    if (apart) return run_apart(dW2, place);
+    int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS);
     int64_t group = max64(1, ceil_div(M == 2 ? 98 : 56, tl.TW * batch)) * batch, tiles = group * tl.TW;
-    const bool apart = this->apart();
     for_tasks(c.parallel, c.shares.rows, [&](int task) {
       Frame frame;
-      parts[task].clear(apart ? 0 : E * bp * gp, bp);
+      parts[task].clear(E * bp * gp, bp);
       T* V = frame.take<T>(max64(E * (gp / L) * Tp, E * tiles) * L);
       T* Mb = frame.take<T>(E * Tp * 2 * L);
       T* dM = frame.take<T>(E * tiles * gp);
+      T* room = U.room(frame);
       Vec<T>* columns = frame.take<Vec<T>>((tl.TW * M + 2) * IN);
       Range r = share(tl.rows, task, c.shares.rows);
       for (int64_t row = r.begin; row < r.end; row += group) {
         int64_t end = min64(row + group, r.end);
-        if (wants_dgrad) dgrad(row, end, batch, Tp, columns, V, Mb, parts[task]);
-        if (wants_wgrad && !apart) wgrad<false>(row, end, {0, vectors}, columns, V, dM, parts[task]);
+        if (wants_dgrad) dgrad(row, end, {0, panels<T>(c.b)}, batch, Tp, columns, V, Mb, room, parts[task]);
+        if (dW2) wgrad(row, end, columns, V, dM, parts[task]);
       }
     });
-    if (!apart || !wants_wgrad) return;
-    for_tasks(c.parallel, c.shares.rows, [&](int task) {
+    if (dW2) finish(dW2, place);
+  }
+  // The gradient of the output is transformed once; then a task has some of the input's channels, whose sums stay in its
+  // second-level cache until they are the gradient of weights.
+  void run_apart(T* dW2, const Weights3x3<T>& place) const {
+    for (int t = 0; t < dgrad_shares.rows; t++) parts[t].clear(0, bp);
+    const int64_t batch = tl.batch(), Tp = round_up(batch * tl.TW, TILE_ROWS);
+    if (wants_dgrad) for_tasks(c.parallel, dgrad_shares.tasks(), [&](int task) {
       Frame frame;
-      T* V = frame.take<T>(E * tiles * L);
-      T* dM = frame.take<T>(E * tiles * gp);
+      T* V = frame.take<T>(E * gp * Tp);
+      T* Mb = frame.take<T>(E * Tp * 2 * L);
+      T* room = U.room(frame);
       Vec<T>* columns = frame.take<Vec<T>>((tl.TW * M + 2) * IN);
-      const Range of = share(vectors, task, c.shares.rows);
-      for (int64_t row = 0; of.begin < of.end && row < tl.rows; row += group) {
-        const int64_t end = min64(row + group, tl.rows);
-        if (row == 0) wgrad<true>(row, end, of, columns, V, dM, parts[0]);
-        else wgrad<false>(row, end, of, columns, V, dM, parts[0]);
+      const Range r = dgrad_shares.rows_of(tl.batches(), task);
+      dgrad(r.begin * batch, min64(r.end * batch, tl.rows), dgrad_shares.panels_of(panels<T>(c.b), task), batch, Tp, columns, V, Mb, room, parts[dgrad_shares.row(task)]);
+    });
+    if (!dW2) return;
+    Frame shared;
+    const int64_t tiles = tl.rows * tl.TW, vectors = bp / L, some = max64(1, min64(4, (int64_t(1) << 20) / (E * L * gp * int64_t(sizeof(T))))), blocks = ceil_div(vectors, some);
+    T* dM = shared.take<T>(E * tiles * gp);
+    const int by_rows = int(min64(c.shares.rows, tl.rows)), by_blocks = int(min64(blocks, most_pieces(c.parallel)));
+    for_tasks(c.parallel, by_rows, [&](int task) {
+      const Range r = share(tl.rows, task, by_rows);
+      transform_gradient(r.begin, r.end - r.begin, tiles, dM + r.begin * tl.TW * L);
+    });
+    for_tasks(c.parallel, by_blocks, [&](int task) {
+      Frame frame;
+      T* V = frame.take<T>(E * some * tiles * L);
+      T* dU = frame.take<T>(E * some * L * gp);
+      Vec<T>* columns = frame.take<Vec<T>>((tl.TW * M + 2) * IN);
+      const Range r = share(blocks, task, by_blocks);
+      for (int64_t first = r.begin * some; first < min64(r.end * some, vectors); first += some) {
+        const int64_t n = min64(some, vectors - first);
+        for (int64_t k = 0; k < n; k++)
+          for (int64_t row = 0; row < tl.rows; row++) c.transform_input(tl, z, row, first + k, columns, V + (k * tiles + row * tl.TW) * L, n * tiles * L);
+        for (int e = 0; e < E; e++)
+          for (int64_t k = 0; k < n; k++) products<true>(V, k, n, dM, tiles, e, dU + (e * n + k) * L * gp);
+        for (int64_t k = 0; k < n; k++)
+          finish((first + k) * L, dW2, place, [&](int e, int64_t i, int64_t o) __attribute__((always_inline)) { return load(dU + ((e * n + k) * L + i) * gp + o); });
       }
     });
   }
@@ -385,30 +441,34 @@ template <int M, class S> struct Conv3x3Backward {
   // dW2 = G^T (sum of the tasks' dU) G
   void finish(T* dW2, const Weights3x3<T>& place) const {
     for_tasks(c.parallel, c.shares.rows, [&](int task) {
-      Range r = share(ceil_div(c.b, L), task, c.shares.rows);
-      alignas(64) T taps[Weights3x3<T>::SIZE];
+      Range r = share(bp / L, task, c.shares.rows);
       for (int64_t k = r.begin * L; k < r.end * L; k += L)
-        for (int64_t o = 0; o < gp; o += L) {
-          for (int64_t i = 0; i < L; i++) transform_weights(k + i, o, taps + i * 9 * L);
-          place.scatter(taps, k, o, dW2);
-        }
+        finish(k, dW2, place, [&](int e, int64_t i, int64_t o) __attribute__((always_inline)) {
+          const int64_t at = (e * bp + k + i) * gp + o;
+          Vec<T> sum = load(parts[0].weight + at);
+          for (int t = 1; t < sets(); t++) sum += load(parts[t].weight + at);
+          return sum;
+        });
     });
   }
-  void transform_weights(int64_t ch, int64_t o, T* taps) const {
-    Vec<T> half[3][IN], w[3];
-    CSP_UNROLL(6) for (int j = 0; j < IN; j++) {
-      Vec<T> u[IN];
-      CSP_UNROLL(6) for (int i = 0; i < IN; i++) {
-        int64_t at = ((i * IN + j) * bp + ch) * gp + o;
-        u[i] = load(parts[0].weight + at);
-        for (int t = 1; t < sets(); t++) u[i] += load(parts[t].weight + at);
+  // Of LANES channels from k on; sum(e, channel behind k, output channel): dU
+  template <class Sum> void finish(int64_t k, T* dW2, const Weights3x3<T>& place, const Sum& sum) const {
+    alignas(64) T taps[Weights3x3<T>::SIZE];
+    for (int64_t o = 0; o < gp; o += L) {
+      for (int64_t i = 0; i < L; i++) {
+        Vec<T> half[3][IN], w[3];
+        CSP_UNROLL(6) for (int j = 0; j < IN; j++) {
+          Vec<T> u[IN];
+          CSP_UNROLL(6) for (int e = 0; e < IN; e++) u[e] = sum(e * IN + j, i, o);
+          weight_gradient_transform<T, M>(u, w);
+          CSP_UNROLL(3) for (int y = 0; y < 3; y++) half[y][j] = w[y];
+        }
+        CSP_UNROLL(3) for (int y = 0; y < 3; y++) {
+          weight_gradient_transform<T, M>(half[y], w);
+          CSP_UNROLL(3) for (int x = 0; x < 3; x++) store(taps + (i * 9 + y * 3 + x) * L, w[x]);
+        }
       }
-      weight_gradient_transform<T, M>(u, w);
-      CSP_UNROLL(3) for (int y = 0; y < 3; y++) half[y][j] = w[y];
-    }
-    CSP_UNROLL(3) for (int y = 0; y < 3; y++) {
-      weight_gradient_transform<T, M>(half[y], w);
-      CSP_UNROLL(3) for (int x = 0; x < 3; x++) store(taps + (y * 3 + x) * L, w[x]);
+      place.scatter(taps, k, o, dW2);
     }
   }
 };

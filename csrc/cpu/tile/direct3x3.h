@@ -202,7 +202,8 @@ template <class U, class S> struct Direct3x3Backward {
   const Unit<U>* W;         // pack_direct, transposed
   ReadGradient<S> dz;
   const PartialSums<T>* parts;  // a task: dW [9][round_up(g, 32)][round_up(b, 32)], sums of dn and of dn * (z - mean)
-  bool wants_dgrad = true, wants_wgrad = true;
+  bool wants_dgrad = true;
+  bool apart = false;       // tasks share the input's channels, for wgrad, and the first part's dW
   int64_t g_pitch = c.pitch;
   int64_t rows = round_up(c.g, 2 * L), ldw = round_up(c.b, 2 * L);
   Tall tall{c.N, c.H, c.W};
@@ -283,8 +284,10 @@ template <class U, class S> struct Direct3x3Backward {
     }
   }
 
-  bool apart() const { return shares_channels(c.shares.rows, weights(c.g, c.b) * int64_t(sizeof(T)), c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S))); }
-  int sets() const { return apart() ? 1 : c.shares.rows; }  // of sums
+  static bool shares(int tasks, const Conv3x3<S>& c) {
+    return shares_channels(tasks, weights(c.g, c.b) * int64_t(sizeof(T)), c.N * c.H * c.W * (c.b + c.g) * int64_t(sizeof(S)));
+  }
+  int sets() const { return apart ? 1 : c.shares.rows; }  // of sums
   // The gradients of tall rows r that are wanted; wgrad of channels `of`.
   void run(Range r, bool dgrad_too, bool wgrad_too, Range of, const PartialSums<T>& sums_of_channels, const PartialSums<T>& sums_of_weights) const {
     Frame frame;
@@ -303,23 +306,24 @@ template <class U, class S> struct Direct3x3Backward {
       wgrad(gradient, input, of.begin, dY, X, sums_of_weights);
     }
   }
-  void run() const {
-    const bool apart = this->apart();
+  // dW: [g][b][9], or [g][9][b] if it is channels_last; null: not wanted
+  void run(T* dW, bool channels_last) const {
+    const bool wants_wgrad = dW;
     if (!apart || wants_dgrad) for_tasks(c.parallel, c.shares.rows, [&](int task) {
       parts[task].clear(apart ? 0 : weights(c.g, c.b), round_up(c.b, L));
       run(share(tall.rows(), task, c.shares.rows), wants_dgrad, wants_wgrad && !apart, {0, c.b}, parts[task], parts[task]);
     });
-    if (!apart || !wants_wgrad) return;
     const int64_t blocks = ldw / (2 * L);
-    for_tasks(c.parallel, c.shares.rows, [&](int task) {
+    if (apart && wants_wgrad) for_tasks(c.parallel, c.shares.rows, [&](int task) {
       const Range block = share(blocks, task, c.shares.rows), of{block.begin * 2 * L, min64(c.b, block.end * 2 * L)};
       if (of.begin >= of.end) return;
       for (int64_t row = 0; row < 9 * rows; row++) memset(parts[0].weight + row * ldw + of.begin, 0, size_t((block.end - block.begin) * 2 * L) * sizeof(T));
       run({0, tall.rows()}, false, true, of, parts[0], parts[0]);
     });
+    if (wants_wgrad) finish(dW, channels_last);
   }
 
-  // dW [g][b][9], or [g][9][b] if it is channels_last: the tasks' sums.
+  // dW: the tasks' sums.
   void finish(T* dW, bool channels_last) const {
     for_tasks(c.parallel, c.shares.rows, [&](int task) {
       const Range r = share(c.g, task, c.shares.rows);

@@ -14,8 +14,8 @@ template <int M, class U, class S> struct FusedLayer {
   const Affine<T>& norm;
   const Unit<U>* w1;   // pack_product, second normalisation folded in
   const T* bias;       // [b]
-  const T* w2;         // pack_winograd
-  Tiling<M> tl{N, H, W};
+  const T* w2;         // WinogradWeights
+  Tiling<M> tl{N, H, W, b * g};
 
   // Rows of h kept: a power of two of image rows, counted over all images.
   struct Ring {

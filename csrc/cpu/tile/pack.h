@@ -105,20 +105,23 @@ template <class T> struct Weights3x3 {
   }
 };
 
-// -> U[panel][e][kblock][LANES][NV * LANES]; forward: reduction over b, channels g; transposed (dgrad): reduction over g,
+// The 3x3 weights w transformed -> U[panel][e][kblock][LANES][NV * LANES]; forward: reduction over b, channels g; transposed (dgrad): reduction over g,
 // channels b, taps flipped. scale: of each of those channels, null: 1. part: which blocks of the reduction this call packs.
 template <class T, int M>
 inline int64_t winograd_size(int64_t depth, int64_t channels) {
   return panels<T>(channels) * (M + 2) * (M + 2) * ceil_div(depth, LANES<T>) * LANES<T> * 2 * LANES<T>;
 }
-template <class T, int M, bool TRANSPOSED>
-inline void pack_winograd(T* out, const T* w, const Weights3x3<T>& place, const T* scale, Range part) {
-  constexpr int L = LANES<T>, IN = M + 2, E = IN * IN;
+template <class T, int M, bool TRANSPOSED> struct WinogradWeights {
+  static constexpr int L = LANES<T>, IN = M + 2, E = IN * IN;
+  const T* w;
+  Weights3x3<T> place;
+  const T* scale = nullptr;
   int64_t depth = TRANSPOSED ? place.g : place.b, channels = TRANSPOSED ? place.b : place.g, blocks = ceil_div(depth, L);
-  alignas(64) T taps[Weights3x3<T>::SIZE];
-  for (int64_t p = 0; p < panels<T>(channels); p++) {
-    int nv = panel_vectors<T>(channels, p);
-    T* o = out + p * E * blocks * L * 2 * L;
+  int64_t panel_size() const { return E * blocks * L * 2 * L; }
+
+  CSP_NOINLINE void pack_panel(T* to, int64_t p, Range part) const {
+    alignas(64) T taps[Weights3x3<T>::SIZE];
+    const int nv = panel_vectors<T>(channels, p);
     for (int64_t kb = part.begin; kb < part.end; kb++)
       for (int j = 0; j < nv; j++) {
         if (TRANSPOSED) place.gather_transposed(w, kb * L, p * 2 * L + j * L, taps);
@@ -133,11 +136,14 @@ inline void pack_winograd(T* out, const T* w, const Weights3x3<T>& place, const 
           }
           CSP_UNROLL(6) for (int i = 0; i < IN; i++) {
             weight_transform<T, M>(rows[i][0], rows[i][1], rows[i][2], line);
-            CSP_UNROLL(6) for (int x = 0; x < IN; x++) store(o + ((((i * IN + x) * blocks + kb) * L + k) * nv + j) * L, line[x]);
+            CSP_UNROLL(6) for (int x = 0; x < IN; x++) store(to + ((((i * IN + x) * blocks + kb) * L + k) * nv + j) * L, line[x]);
           }
         }
       }
   }
-}
+  void pack(T* to, Range part) const {
+    for (int64_t p = 0; p < panels<T>(channels); p++) pack_panel(to + p * panel_size(), p, part);
+  }
+};
 
 }  // namespace csp::CSP_ISA

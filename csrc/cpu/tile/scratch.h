@@ -118,7 +118,7 @@ struct Shares {
 // is as large as one of the input, i.e. panels : rows = channels : pixels. group: panels that a task has at least, or its share of
 // what is done with the input for all of them would be large.
 inline Shares choose_shares(const Parallel& parallel, int64_t rows, int64_t panels, int64_t group, double channels_to_pixels, double flops) {
-  const int most = int(max64(1, panels / group)), tasks = choose_pieces(parallel, rows * most, flops);
+  const int most = int(rows * (panels / group) < parallel.threads ? panels : panels / group), tasks = choose_pieces(parallel, rows * most, flops);
   Shares best{1, 1};
   double least = std::numeric_limits<double>::infinity();
   for (int columns = 1; columns <= std::min(most, tasks); columns++) {
@@ -133,13 +133,15 @@ inline Shares choose_shares(const Parallel& parallel, int64_t rows, int64_t pane
 // What one task adds up in a backward pass: a weight gradient and two sums a channel.
 template <class T> struct PartialSums {
   T *weight, *sum, *sum_x;
-  static PartialSums* take(Frame& frame, int tasks, int64_t weights, int64_t channels) {
+  static PartialSums* take(Frame& frame, int tasks, int64_t weights, int64_t channels) { return take(frame, tasks, tasks, weights, channels); }
+  // sets: of weight gradients, those of the first tasks
+  static PartialSums* take(Frame& frame, int tasks, int sets, int64_t weights, int64_t channels) {
     PartialSums* parts = frame.take<PartialSums>(tasks);
-    for (int t = 0; t < tasks; t++) parts[t] = {frame.take<T>(weights), frame.take<T>(channels), frame.take<T>(channels)};
+    for (int t = 0; t < tasks; t++) parts[t] = {t < sets ? frame.take<T>(weights) : nullptr, frame.take<T>(channels), frame.take<T>(channels)};
     return parts;
   }
   void clear(int64_t weights, int64_t channels) const {
-    memset(weight, 0, size_t(weights) * sizeof(T));
+    if (weights) memset(weight, 0, size_t(weights) * sizeof(T));
     memset(sum, 0, size_t(channels) * sizeof(T)), memset(sum_x, 0, size_t(channels) * sizeof(T));
   }
 };
