@@ -120,6 +120,9 @@ FAULTS = [
     Fault("scratch.h", "return share(n, task % panels, panels);", "return share(n, 0, panels);", EXACT_32),
     Fault("conv3x3.h", "std::integral_constant<int, FEW>{}), t += FEW;", "std::integral_constant<int, FEW>{}), t += MR;", BLOCK),
     Fault("conv3x3.h", "int64_t end = min64(r.end * batch, tl.rows);", "int64_t end = min64(r.end * batch, tl.rows - 1);", BLOCK),
+    # groups side by side
+    Fault("stage.cpp", "each_groups(i.conv, i.nodes[0], twice,", "each_groups(i.conv, i.nodes[0], false,", EXACT_32),
+    Fault("stage.cpp", "first * in, end * in, first * out, end * out);", "first * in, end * in, first, end * out);", EXACT_32),
     # mix.h
     Fault("mix.h", "int64_t n = s.channels - c;\n      auto at", "int64_t n = s.channels - c - 1;\n      auto at", CONCATS),
     Fault("mix.h", "(row / r * H + y) * W + x, y, x}", "(row / r * H + y) * c + x, y, x}", JOINS),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from csp_kernels.stage.build import Builder
 SIZES = [(1, 1, 1), (2, 1, 9), (3, 9, 1), (2, 7, 7), (5, 3, 5), (1, 40, 41), (2, 33, 18), (1, 3, 530)]
 CHANNELS = [(5, 3), (16, 16), (33, 17), (32, 64), (70, 96)]
 WIDE = (200, 130)  # of few pixels: tasks share channels
+GROUPED = [(160, 160, 40), (96, 192, 12), (132, 66, 33), (256, 128, 8)]  # tasks share groups, but in the last
 CONVS = {"3x3": {}, "3x3 with stride 2": {"stride": 2}, "1x1": {}, "1x1 with stride 2": {"stride": 2}}
 
 
@@ -37,33 +40,71 @@ def bounds(dtype: torch.dtype, precision: str, conv: str) -> dict[str, float]:
 def test_whole_numbers(size: tuple[int, int, int], conv: str, dtype: torch.dtype, precision: str) -> None:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(precision)
-    kernel = int(conv[0])
+    kernel, stride = int(conv[0]), CONVS[conv].get("stride", 1)
     few = size[0] * size[1] * size[2] < 100
     for channels, out in [*CHANNELS, WIDE] if few else CHANNELS:
         build = Builder(channels)
         build.write([build.read(build.conv([build.read(0)], out, kernel, **CONVS[conv]))])
-        stage = csp.Stage(build.graph())
-        (weight,) = stage.parameters()
-        weight.data.copy_(whole(*weight.shape))
-        n, h, w = size
-        x = whole(n, channels, h, w).requires_grad_()
-        exact_weight = weight.detach().double().requires_grad_()
-        stride = CONVS[conv].get("stride", 1)
-        exact = torch.nn.functional.conv2d(x, exact_weight, padding=kernel // 2, stride=stride)
-        grad = whole(*exact.shape)
-        exact.backward(grad)
-        own = x.detach().to(dtype).requires_grad_()
-        y = stage(own)
-        y.backward(grad.to(dtype))
-        assert x.grad is not None and exact_weight.grad is not None and weight.grad is not None and own.grad is not None
-        pairs = {
-            "output": (y, exact),
-            "gradient of x": (own.grad, x.grad),
-            "gradient of the weight": (weight.grad, exact_weight.grad),
-        }
+
+        def exact(x: Tensor, weight: Tensor) -> Tensor:
+            return torch.nn.functional.conv2d(x, weight, padding=kernel // 2, stride=stride)
+
         limits = bounds(dtype, precision, conv)
-        for name, (found, want) in pairs.items():
-            label = f"{name}, {channels} -> {out} channels"
-            torch.testing.assert_close(
-                found, want.detach().to(found.dtype), **limits, msg=lambda m, label=label: f"{label}: {m}"
-            )
+        check(csp.Stage(build.graph()), exact, size, channels, dtype, limits, f"{channels} -> {out} channels")
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("conv", ["3x3", "3x3 with stride 2"])
+@pytest.mark.parametrize("twice", [False, True], ids=["", "read twice"])
+@pytest.mark.parametrize("size", [(2, 7, 7), (1, 40, 41)], ids=str)
+def test_groups(size: tuple[int, int, int], twice: bool, conv: str, dtype: torch.dtype) -> None:
+    """twice: the first groups read the channels that the last ones read, whose gradient is that of both."""
+    torch.manual_seed(0)
+    stride = CONVS[conv].get("stride", 1)
+    for channels, out, groups in GROUPED:
+        build = Builder(channels)
+        read = [build.read(0)] * (1 + twice)
+        many = groups * (1 + twice)
+        build.write([build.read(build.conv(read, out * (1 + twice), 3, stride=stride, groups=many))])
+
+        def exact(x: Tensor, weight: Tensor, many: int = many) -> Tensor:
+            given = torch.cat((x, x), 1) if twice else x
+            return torch.nn.functional.conv2d(given, weight, padding=1, stride=stride, groups=many)
+
+        limits = bounds(dtype, "highest", conv)
+        check(csp.Stage(build.graph()), exact, size, channels, dtype, limits, f"{channels} -> {out}, {groups} groups")
+
+
+def check(
+    stage: csp.Stage,
+    exact: Callable[[Tensor, Tensor], Tensor],
+    size: tuple[int, int, int],
+    channels: int,
+    dtype: torch.dtype,
+    limits: dict[str, float],
+    what: str,
+) -> None:
+    """A stage of one convolution against exact(x, weight) in float64: output and both gradients."""
+    (weight,) = stage.parameters()
+    weight.data.copy_(whole(*weight.shape))
+    n, h, w = size
+    x = whole(n, channels, h, w).requires_grad_()
+    exact_weight = weight.detach().double().requires_grad_()
+    wanted = exact(x, exact_weight)
+    grad = whole(*wanted.shape)
+    wanted.backward(grad)
+    own = x.detach().to(dtype).requires_grad_()
+    y = stage(own)
+    y.backward(grad.to(dtype))
+    assert x.grad is not None and exact_weight.grad is not None and weight.grad is not None and own.grad is not None
+    pairs = {
+        "output": (y, wanted),
+        "gradient of x": (own.grad, x.grad),
+        "gradient of the weight": (weight.grad, exact_weight.grad),
+    }
+    for name, (found, want) in pairs.items():
+        label = f"{name}, {what}"
+        torch.testing.assert_close(
+            found, want.detach().to(found.dtype), **limits, msg=lambda m, label=label: f"{label}: {m}"
+        )
