@@ -347,7 +347,7 @@ template <int M, class S> struct Conv3x3Backward {
       }
   }
 
-  // dU[e] rows i.. of what vector k of the input's channels gives, V [e][k][tile][LANES], ldu: of dU. FIRST: the sums begin here.
+  // dU [LANES][gp] of e and vector k of the input's channels; V: [e][k][tile][LANES] of so many vectors. FIRST: the sums begin here.
   template <bool FIRST> void products(const T* V, int64_t k, int64_t vectors, const T* dM, int64_t tiles, int e, T* dU) const {
     const int64_t blocks = gp / L;
     for (int i = 0; i < L; i += WROWS<T>)
