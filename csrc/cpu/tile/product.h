@@ -116,7 +116,7 @@ template <class V, int MR, int NV> CSP_INLINE void clear(V (&acc)[MR][NV]) {
 
 // acc[MR][NV] += A * B over `blocks` blocks of LANES units.
 // A: [block][pixel][LANES], blocks a_step units apart. B: [block][LANES][NV * LANES], read once from front to back: asked for AHEAD
-// units before it is multiplied, or where it comes from beyond the second-level cache half of the time would be waiting.
+// units before it is multiplied, or a third of the time would be waiting where it comes from beyond the second-level cache.
 template <class U> constexpr int64_t AHEAD = 4096 / int64_t(sizeof(U));
 template <class U, int MR, int NV>
 CSP_INLINE void product(Vec<Acc<U>> (&acc)[MR][NV], const Unit<U>* A, int64_t a_step, const Unit<U>* B, int64_t blocks) {
