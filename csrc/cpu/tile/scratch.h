@@ -86,9 +86,10 @@ template <class F> inline void for_tasks(const Parallel& parallel, int tasks, F 
   }, &call);
   call.error.rethrow();
 }
-// As many tasks as threads, but each worth starting: about 20 microseconds of products.
+constexpr double WORTH = 3e6;  // FLOPs for which a task is started: about 20 microseconds of products
+// As many tasks as threads, but each worth starting.
 inline int choose_tasks(const Parallel& parallel, int64_t items, double flops) {
-  int64_t worth = int64_t(flops / 3e6) + 1;
+  int64_t worth = int64_t(flops / WORTH) + 1;
   return int(max64(1, min64(min64(items, parallel.threads), worth)));
 }
 constexpr int PIECES = 4;  // of a thread
@@ -98,7 +99,7 @@ inline int most_pieces(const Parallel& parallel) { return PIECES * parallel.thre
 inline int choose_pieces(const Parallel& parallel, int64_t items, double flops, double sums = 0, double reads = 0) {
   const int tasks = choose_tasks(parallel, items, flops);
   if (tasks < parallel.threads || tasks == 1) return tasks;
-  double pieces = std::min({double(PIECES), double(items) / tasks, flops / 3e6 / tasks});
+  double pieces = std::min({double(PIECES), double(items) / tasks, flops / WORTH / tasks});
   if (sums > 0) pieces = std::min(pieces, reads / (8 * sums * tasks));
   return tasks * std::max(1, int(pieces));
 }
