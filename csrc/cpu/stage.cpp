@@ -5,12 +5,14 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "tile/activate.h"
 #include "tile/conv3x3.h"
 #include "tile/direct3x3.h"
 #include "tile/elementwise.h"
 #include "tile/fused_layer.h"
+#include "tile/grouped3x3.h"
 #include "tile/norm.h"
 #include "tile/storage.h"
 
@@ -339,9 +341,11 @@ template <class S> struct Stage {
   }
   // Weights of the nodes in the order of a product. Calls of inference can share them: then they are behind a head, some of the
   // weights and the whole scale, by which a later call sees whether they are still those of its own parameters.
+  // number: which of the packed weights of a call they are; the call that keeps them makes them in the order of their numbers.
   static constexpr int64_t SAMPLES = 32;  // of each node
   size_t shared = 0;                      // how many were asked for
-  template <class P, class Make> const P* packed(Frame& inner, int64_t count, const std::vector<int64_t>& nodes, const T* scale, int64_t scales, const Make& make) {
+  size_t next_packed(size_t count = 1) { return std::exchange(shared, shared + count); }
+  template <class P, class Make> const P* packed(Frame& inner, int64_t count, const std::vector<int64_t>& nodes, const T* scale, int64_t scales, size_t number, const Make& make) {
     if (!shares_weights()) return make(inner.take<P>(count));
     const int64_t samples = SAMPLES * int64_t(nodes.size()), head = round_up((samples + scales) * int64_t(sizeof(T)), 64), bytes = head + round_up(count * int64_t(sizeof(P)), 64);
     std::vector<T> now;
@@ -351,10 +355,10 @@ template <class S> struct Stage {
       for (int64_t i = 0; i < SAMPLES; i++) now.push_back(static_cast<const T*>(a.weights[node].weight)[last * i / (SAMPLES - 1)]);
     }
     for (int64_t c = 0; c < scales; c++) now.push_back(scale[c]);
-    const size_t size = now.size() * sizeof(T), at = shared++;
+    const size_t size = now.size() * sizeof(T);
     if (a.packed) {
-      const PackedWeights found = at < size_t(a.packed_count) ? a.packed[at] : PackedWeights{nullptr, 0};
-      if (found.bytes != bytes) throw std::runtime_error("stage_inference: packed[" + std::to_string(at) + "]: got " + std::to_string(found.bytes) + " bytes, expected " + std::to_string(bytes) + ", as a call of the same program returned them");
+      const PackedWeights found = number < size_t(a.packed_count) ? a.packed[number] : PackedWeights{nullptr, 0};
+      if (found.bytes != bytes) throw std::runtime_error("stage_inference: packed[" + std::to_string(number) + "]: got " + std::to_string(found.bytes) + " bytes, expected " + std::to_string(bytes) + ", as a call of the same program returned them");
       if (memcmp(found.memory, now.data(), size) == 0) return reinterpret_cast<const P*>(static_cast<const char*>(found.memory) + head);
       return make(inner.take<P>(count));
     }
@@ -382,9 +386,12 @@ template <class S> struct Stage {
   }
 
   void operator()(const stage::Product& i, Frame& inner) {
-    if (i.conv.groups > 1) return grouped(i);
-    if (i.conv.stride > 1 && i.conv.kernel == 3) return strided(i, inner, Dense{a.weights[i.nodes[0]]});
-    if (i.conv.kernel == 3) return with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
+    if (i.conv.groups > 1) return narrow(i.conv, i.nodes[0]) ? narrow_groups(i, inner) : grouped(i);
+    if (i.conv.kernel == 3) {
+      const Dense weights{a.weights[i.nodes[0]], next_packed()};
+      if (i.conv.stride > 1) return strided(i, inner, weights);
+      return with_tiles(i.to, [&](auto m) { conv3x3<decltype(m)::value>(i, inner, weights); });
+    }
     Reads r = reads(inner, i.segments, i.conv);
     const Grid grid = read_by(i.segments, i.conv);
     const int64_t out = i.conv.out_channels;
@@ -429,18 +436,18 @@ template <class S> struct Stage {
   const T* scale_of(const stage::Product& i) const { return i.column < 0 ? nullptr : affine.scale + i.column; }
   const Unit<U>* packed_1x1(Frame& inner, const stage::Product& i, int64_t K, int tasks) {
     const int64_t out = i.conv.out_channels;
-    return packed<Unit<U>>(inner, packed_size<U>(K, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](Unit<U>* to) {
+    return packed<Unit<U>>(inner, packed_size<U>(K, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, next_packed(), [&](Unit<U>* to) {
       Frame frame;
       return pack<true>(to, stacked(frame, i.nodes, K), K, out, tasks, scale_of(i));
     });
   }
   const Unit<U>* packed_mix(Frame& inner, const stage::Product& i, const Mix<S>& mix) {
-    return packed_mix(inner, i, mix, [&](Frame& frame) { return stacked(frame, i.nodes, channels(i.segments)); });
+    return packed_mix(inner, i, mix, next_packed(), [&](Frame& frame) { return stacked(frame, i.nodes, channels(i.segments)); });
   }
   // weights: f(frame), [out][channels of all segments]
-  template <class Weights> const Unit<U>* packed_mix(Frame& inner, const stage::Product& i, const Mix<S>& mix, const Weights& weights) {
+  template <class Weights> const Unit<U>* packed_mix(Frame& inner, const stage::Product& i, const Mix<S>& mix, size_t number, const Weights& weights) {
     const int64_t out = i.conv.out_channels;
-    return packed<Unit<U>>(inner, mix.units(), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](Unit<U>* to) {
+    return packed<Unit<U>>(inner, mix.units(), i.nodes, scale_of(i), i.column < 0 ? 0 : out, number, [&](Unit<U>* to) {
       Frame frame;
       T* scale = frame.zeroed<T>(mix.O);
       if (i.column >= 0) copy(scale, affine.scale + i.column, out);
@@ -490,7 +497,7 @@ template <class S> struct Stage {
       if (tasks > 1 && tiling.rows < 4 * tasks) return one_by_one();
       Affine<T> before = norm(inner, s);
       const Unit<U>* w1 = packed_1x1(inner, i.reduce, K, tasks);
-      const T* w2 = packed_3x3<M>(inner, i.conv, b, Dense{a.weights[i.conv.nodes[0]]});
+      const T* w2 = packed_3x3<M>(inner, i.conv, b, Dense{a.weights[i.conv.nodes[0]], next_packed()});
       FusedLayer<M, U, S>{a.parallel, tasks, grid.N, grid.H, grid.W, K, b, g, from.pitch, to.pitch, before, w1, bias(inner, i.reduce.column, b), w2}.run(value(s.place), value(i.conv.to));
     }
   }
@@ -519,9 +526,10 @@ template <class S> struct Stage {
     else return batches ? Tiling<M>(g.N, g.H, g.W, weights).batches() : Tiling<M>(g.N, g.H, g.W, weights).rows;
   }
   static double flops3(const Grid& g, int64_t b, int64_t out) { return 18.0 * double(g.pixels()) * double(b) * double(out); }
-  // The weights of a 3x3: how they lie, and those of a gradient.
+  // The weights of a 3x3: how they lie, those of a gradient, and their number among packed ones.
   struct Dense {
     const StageWeight& w;
+    size_t number = 0;
     bool channels_last() const { return w.channels_last; }
     const T* weights(Frame&) const { return static_cast<const T*>(w.weight); }
     T* gradient(Frame&) const { return static_cast<T*>(w.dweight); }
@@ -531,6 +539,7 @@ template <class S> struct Stage {
   struct Groups {
     const StageWeight& w;
     int64_t first, groups, out, in;  // channels of a group
+    size_t number = 0;
     bool channels_last() const { return false; }
     int64_t size() const { return groups * out * groups * in * 9; }
     // f(index in the tensor, index in the dense one)
@@ -564,22 +573,23 @@ template <class S> struct Stage {
     return found;
   }
   static stage::Place cut(const stage::Place& place, int64_t from, int64_t to) { return {place.buffer, place.start + from, place.start + to}; }
-  // f(groups, first and last channel that they read, first and last that they give): as many groups at a time as fill the tile of a
-  // product, those side by side: what is a task of its own in a task runs where it is. in_order: one after the other.
+  // f(groups, first and last channel that they read, first and last that they give): as many groups at a time as fill a vector, on
+  // tiles a block; those side by side: what is a task of its own in a task runs where it is. in_order: one after the other.
   template <class F> void each_groups(const stage::Conv& conv, int64_t node, bool in_order, F f) {
-    const int64_t in = p.weights[size_t(node)].in_channels, out = conv.out_channels / conv.groups, step = ceil_div(2 * L, max64(1, min64(in, out)));
+    const int64_t in = p.weights[size_t(node)].in_channels, out = conv.out_channels / conv.groups, step = ceil_div((TILES<U> ? 2 : 1) * L, max64(1, min64(in, out)));
     const int64_t count = ceil_div(conv.groups, step);
+    const size_t number = backwards ? 0 : next_packed(size_t(count));
     auto one = [&](int part) {
       const int64_t first = part * step, end = min64(first + step, conv.groups);
-      f(Groups{a.weights[node], first, end - first, out, in}, first * in, end * in, first * out, end * out);
+      f(Groups{a.weights[node], first, end - first, out, in, number + size_t(part)}, first * in, end * in, first * out, end * out);
     };
     if (in_order || count < 2 * a.parallel.threads) for (int part = 0; part < count; part++) one(part);
     else for_tasks(a.parallel, int(count), one);
   }
-  // Whether packed weights are those of other calls, which are counted.
+  // Whether packed weights are those of other calls.
   bool shares_weights() const { return !backwards && (a.packed || a.keep); }
   void grouped(const stage::Product& i) {
-    each_groups(i.conv, i.nodes[0], shares_weights(), [&](const Groups& groups, int64_t in, int64_t in_end, int64_t out, int64_t out_end) {
+    each_groups(i.conv, i.nodes[0], !backwards && a.keep, [&](const Groups& groups, int64_t in, int64_t in_end, int64_t out, int64_t out_end) {
       stage::Product part = i;
       part.conv.groups = 1, part.conv.out_channels = out_end - out;
       part.segments = cut(i.segments, in, in_end), part.residual = cut(i.residual, out, out_end), part.to = cut(i.to, out, out_end);
@@ -631,7 +641,7 @@ template <class S> struct Stage {
     std::vector<Segment<S>> all = taps(r);
     const int64_t out = i.conv.out_channels;
     Mix<S> mix(a.parallel, every_second(of(i.segments[0].place).grid), all.data(), int64_t(all.size()), {&out, 1});
-    const Unit<U>* w = packed_mix(inner, i, mix, [&](Frame& frame) { return by_tap(frame, weights, out, channels(i.segments)); });
+    const Unit<U>* w = packed_mix(inner, i, mix, weights.number, [&](Frame& frame) { return by_tap(frame, weights, out, channels(i.segments)); });
     if (has_after(i)) return folded(i, inner, mix, w);
     Statistics<T>* stats = statistics(inner, i.statistics, mix.shares.rows, mix.O);
     mix.forward_raw(w, value(i.to), of(i.to).pitch, out, stats);
@@ -771,11 +781,11 @@ template <class S> struct Stage {
   template <int M> static bool packs_panels(const Grid& g, int64_t weights, const Shares& shares) { return shares.rows == 1 && Tiling<M>(g.N, g.H, g.W, weights).batches() == 1; }
   template <int M, class Weights> auto packed_3x3(Frame& inner, const stage::Product& i, int64_t depth, const Weights& weights) {
     const int64_t out = i.conv.out_channels;
-    if constexpr (M == DIRECT) return packed<Unit<U>>(inner, direct_size<U>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](Unit<U>* to) {
+    if constexpr (M == DIRECT) return packed<Unit<U>>(inner, direct_size<U>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, weights.number, [&](Unit<U>* to) {
       Frame frame;
       return pack_direct3x3<false>(to, by_tap(frame, weights, out, depth), out, depth, scale_of(i));
     });
-    else return packed<T>(inner, winograd_size<T, M>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, [&](T* to) {
+    else return packed<T>(inner, winograd_size<T, M>(depth, out), i.nodes, scale_of(i), i.column < 0 ? 0 : out, weights.number, [&](T* to) {
       Frame frame;
       return pack3x3<M, false>(to, {weights.weights(frame), {out, depth, weights.channels_last()}, scale_of(i)});
     });
@@ -810,6 +820,33 @@ template <class S> struct Stage {
     }
     return in;
   }
+  // What the backward of a 3x3 reads, and where its gradient goes: of one segment to that, of several to scratch memory first.
+  struct Back3x3 {
+    Input3x3 in;
+    std::vector<Spread<S>> targets;
+    Spread<S> to;
+    bool wanted;  // this gradient, or sums of it
+    ReadGradient<S> dz() const { return {to.g, to.pitch, to.in, to.in_pitch}; }
+  };
+  Back3x3 back3x3(Frame& inner, const stage::ProductBackward& i) {
+    Back3x3 back{input3x3(inner, i.segments), {}, {}, false};
+    for (const stage::Segment& s : i.segments) back.targets.push_back(spread(s)), back.wanted = back.wanted || back.targets.back().g || s.sums;
+    back.to = back.targets[0];
+    const int64_t P = of(i.segments[0].place).pixels(), pitch = back.in.pitch;
+    if (!back.in.gathered.empty()) back.to = {back.wanted ? inner.take<S>(P * pitch) : nullptr, pitch, nullptr, 0};
+    return back;
+  }
+  // parts: sums of so many tasks
+  void hand_on(const stage::ProductBackward& i, Frame& inner, const Back3x3& from, const PartialSums<T>* parts, int tasks) {
+    if (from.in.gathered.empty()) return add_sums(i.segments[0], parts, tasks, 0);
+    const S* g = from.to.g;
+    for (size_t k = 0; from.wanted && k < i.segments.size(); k++) {
+      const int64_t n = from.in.gathered[k].channels;
+      if (from.targets[k].g || i.segments[k].sums)
+        back(from.in.gathered[k], i.segments[k], from.targets[k], inner, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(g + pixel * from.in.pitch + c, n - c); });
+      g += n;
+    }
+  }
   template <int M, class Weights> void conv3x3(const stage::Product& i, Frame& inner, const Weights& weights) {
     Input3x3 in = input3x3(inner, i.segments);
     const int64_t out = i.conv.out_channels;
@@ -832,6 +869,43 @@ template <class S> struct Stage {
     merge_statistics(stats, shares.rows, i.to, i.statistics);
   }
 
+  // --- the 3x3 in narrow groups
+  // Whether groups are narrower than a vector, as many channels in as out; tiles multiply those as quickly with zeros between them.
+  bool narrow(const stage::Conv& conv, int64_t node) const {
+    const int64_t size = conv.out_channels / conv.groups;
+    return !TILES<U> && p.weights[size_t(node)].in_channels == size && Grouped3x3<S>::fits(size);
+  }
+  Grouped3x3<S> grouped3x3(const stage::Conv& conv, const stage::Place& from, const Input3x3& in, int64_t pitch) {
+    const Grid& g = of(from).grid;
+    return {a.parallel, g.N, g.H, g.W, in.channels, in.channels / conv.groups, conv.stride, in.pitch, pitch, in.norm, in.act};
+  }
+  void narrow_groups(const stage::Product& i, Frame& inner) {
+    const Input3x3 in = input3x3(inner, i.segments);
+    const Grouped3x3<S> conv = grouped3x3(i.conv, i.segments[0].place, in, of(i.to).pitch);
+    const StageWeight& w = a.weights[i.nodes[0]];
+    const T* packed = this->packed<T>(inner, conv.weights(), i.nodes, scale_of(i), i.column < 0 ? 0 : conv.channels, next_packed(), [&](T* to) {
+      conv.template pack<false>(to, static_cast<const T*>(w.weight), w.channels_last, scale_of(i));
+      return to;
+    });
+    Statistics<T>* stats = statistics(inner, i.statistics, conv.shares.rows, conv.channels);
+    if (!has_after(i)) grouped3x3_forward(conv, in.z, packed, value(i.to), stats, [](Vec<T> y, int64_t, int64_t) __attribute__((always_inline)) { return y; });
+    else with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { grouped3x3_forward(conv, in.z, packed, value(i.to), stats, after); });
+    merge_statistics(stats, conv.shares.rows, i.to, i.statistics);
+  }
+  void narrow_groups(const stage::ProductBackward& i, Frame& inner) {
+    const Owed<T> o = owed(inner, i.of, i.owed);
+    const int64_t g_pitch = gradient_pitch(i.of);
+    const S* g = gradient(i.of);
+    const Back3x3 back = back3x3(inner, i);
+    const Grouped3x3<S> conv = grouped3x3(i.conv, i.segments[0].place, back.in, of(i.of).pitch);
+    const StageWeight& w = a.weights[i.nodes[0]];
+    T* packed = back.wanted ? inner.take<T>(conv.weights()) : nullptr;
+    if (packed) conv.template pack<true>(packed, static_cast<const T*>(w.weight), w.channels_last, nullptr);
+    const PartialSums<T>* parts = PartialSums<T>::take(inner, conv.shares.rows, conv.weights(), conv.vectors() * L);
+    const Affine<T>& c = o.correction;
+    Grouped3x3Backward<S>{conv, value(i.of), g, g_pitch, {c.mean, c.scale, c.shift, o.any}, back.in.z, packed, back.dz(), parts}.run(i.wanted.empty() ? nullptr : static_cast<T*>(w.dweight), w.channels_last);
+    hand_on(i, inner, back, parts, conv.shares.rows);
+  }
   void operator()(const stage::Add& i, Frame& inner) {
     int64_t P = of(i.to).pixels(), n = i.to.channels();
     int tasks = elementwise_tasks(P, n * int64_t(i.segments.size()));
@@ -972,7 +1046,7 @@ template <class S> struct Stage {
   }
 
   void operator()(const stage::ProductBackward& i, Frame& inner) {
-    if (i.conv.groups > 1) return grouped(i);
+    if (i.conv.groups > 1) return narrow(i.conv, i.nodes[0]) ? narrow_groups(i, inner) : grouped(i);
     if (i.conv.stride > 1 && i.conv.kernel == 3) return strided(i, inner, Dense{a.weights[i.nodes[0]]});
     if (i.conv.kernel == 3) return with_tiles(i.of, [&](auto m) { conv3x3_backward<decltype(m)::value>(i, inner, Dense{a.weights[i.nodes[0]]}); });
     Owed<T> o = owed(inner, i.of, i.owed);
@@ -1056,19 +1130,16 @@ template <class S> struct Stage {
     const int64_t out = i.conv.out_channels, E = (M + 2) * (M + 2), gp = round_up(out, L);
     int64_t g_pitch = gradient_pitch(i.of);
     const S* g = gradient(i.of);
-    Input3x3 in = input3x3(inner, i.segments);
+    const Back3x3 back = back3x3(inner, i);
+    const Input3x3& in = back.in;
+    const bool wants_dgrad = back.wanted;
     const Grid& grid = of(i.of).grid;
     Dropout<T> dropout(i.conv.drop_rate, a.seed, i.drop);
-    bool wants_dgrad = false;
-    std::vector<Spread<S>> targets;
-    for (const stage::Segment& s : i.segments) targets.push_back(spread(s)), wants_dgrad = wants_dgrad || targets.back().g || s.sums;
-    Spread<S> to = targets[0];
-    if (!in.gathered.empty()) to = {wants_dgrad ? inner.take<S>(grid.pixels() * in.pitch) : nullptr, in.pitch, nullptr, 0};
     const int64_t sums = M == DIRECT ? Direct3x3Backward<U, S>::weights(out, in.channels) : E * round_up(in.channels, L) * gp;
     const int tasks = choose_pieces(a.parallel, rows3<M>(grid, in.channels * out, false), flops3(grid, in.channels, out), double(sums * int64_t(sizeof(T))), double(grid.pixels() * (in.channels + out) * int64_t(sizeof(S))));
     Conv3x3<S> conv{a.parallel, {tasks, 1}, grid.N, grid.H, grid.W, in.channels, in.pitch, out, of(i.of).pitch, in.norm, dropout, in.act};
     const SliceGradient<T> correction{o.correction.mean, o.correction.scale, o.correction.shift, o.any};
-    const ReadGradient<S> dz{to.g, to.pitch, to.in, to.in_pitch};
+    const ReadGradient<S> dz = back.dz();
     PartialSums<T>* parts;
     int count = tasks;  // of parts
     auto run = [&](const auto& back_product, const auto& lie) {
@@ -1094,14 +1165,7 @@ template <class S> struct Stage {
       run(Conv3x3Backward<M, S>{conv, value(i.of), g, correction, in.z, panels, dz, gp, parts, wants_dgrad, apart, dgrad_shares, g_pitch}, lie);
       if (apart) count = dgrad_shares.rows;  // of those that were cleared
     }
-    if (in.gathered.empty()) return add_sums(i.segments[0], parts, count, 0);
-    const S* from = to.g;
-    for (size_t k = 0; wants_dgrad && k < i.segments.size(); k++) {
-      int64_t n = in.gathered[k].channels;
-      if (targets[k].g || i.segments[k].sums)
-        back(in.gathered[k], i.segments[k], targets[k], inner, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(from + pixel * in.pitch + c, n - c); });
-      from += n;
-    }
+    hand_on(i, inner, back, parts, count);
   }
 
   void operator()(const stage::Finish& i, Frame& inner) {

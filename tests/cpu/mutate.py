@@ -66,6 +66,9 @@ GRAPHS = ("tests/stage/test_operator.py", "-k", "test_random_graphs and not chan
 GRAPHS_16 = ("tests/stage/test_operator.py", "-k", "bfloat16")
 EXACT_32 = ("tests/stage/test_exact.py", "-k", "float32")
 EXACT = ("tests/stage/test_exact.py", "-k", "bfloat16")
+GROUPS = ("tests/stage/test_exact.py", "-k", "groups and float32")
+STATISTICS = ("tests/stage/test_exact.py", "-k", "statistics")
+PACKED = ("tests/ops/test_packed.py", "-k", "groups")
 HIGH = test(DENSE, "lower_matmul_precision")
 BLOCK = test(DENSE, "test_training and float32 and (basic or odd) or without_kinks and float32 and train")
 DROPOUT = test(DENSE, "dropout")
@@ -123,6 +126,26 @@ FAULTS = [
     # groups side by side
     Fault("stage.cpp", "each_groups(i.conv, i.nodes[0], twice,", "each_groups(i.conv, i.nodes[0], false,", EXACT_32),
     Fault("stage.cpp", "first * in, end * in, first * out, end * out);", "first * in, end * in, first, end * out);", EXACT_32),
+    Fault("stage.cpp", "out, in, number + size_t(part)}", "out, in, number}", PACKED),
+    # grouped3x3.h
+    Fault("grouped3x3.h", "(I / SIZE * SIZE + K)...);\n#else", "(I / SIZE * SIZE)...);\n#else", GROUPS),
+    Fault("grouped3x3.h", "x >= 0 && x < width ? value(x) : Vec<T>{}", "value(x)", GROUPS),
+    Fault("grouped3x3.h", "if (held[at % 3] != at)", "if (held[at % 3] < 0)", GROUPS),
+    Fault("grouped3x3.h", "t = TRANSPOSED ? 8 - tap : tap;", "t = tap;", GROUPS),
+    Fault("grouped3x3.h", "out = TRANSPOSED ? c - c % size + k : c,", "out = c,", GROUPS),
+    Fault("grouped3x3.h", "const int64_t pixel = q * c.w + left + x;", "const int64_t pixel = q * c.w + x;", GROUPS),
+    Fault("grouped3x3.h", "if (first + i < outputs) f(", "f(", GROUPS),
+    Fault("grouped3x3.h", "y >= 0 && y < H) f(", "y >= 0) f(", GROUPS),
+    Fault("grouped3x3.h", "|| to >= c.h) continue;", ") continue;", GROUPS),
+    Fault("grouped3x3.h", "last = min64(end + 1, c.N * c.h);", "last = end;", GROUPS),
+    Fault("grouped3x3.h", "part < c.shares.rows; part++)", "part < 1; part++)", GROUPS),
+    Fault("grouped3x3.h", "store(to + k * L, load(to + k * L) + acc[k]);", "store(to + k * L, acc[k]);", GROUPS),
+    Fault("grouped3x3.h", "(scale ? scale[out] : T(1))", "T(1)", GRAPHS),
+    Fault("grouped3x3.h", "(begin - r.begin) * c.w, pixels, [&]", "0, pixels, [&]", STATISTICS),
+    Fault("grouped3x3.h", "c.channels - ch);\n              if (stats)", "L);\n              if (stats)", GRAPHS),
+    Fault("grouped3x3.h", "if (correction.owes) {", "if (false) {", GRAPHS),
+    Fault("grouped3x3.h", "dz.in ? load_masked(dz.in + pixel * dz.in_pitch + ch, n) + d * scale : d * scale", "d * scale", GRAPHS),
+    Fault("grouped3x3.h", "sum += d, sum_z += d * centred;", "sum += d, sum_z += d;", GRAPHS),
     # mix.h
     Fault("mix.h", "int64_t n = s.channels - c;\n      auto at", "int64_t n = s.channels - c - 1;\n      auto at", CONCATS),
     Fault("mix.h", "(row / r * H + y) * W + x, y, x}", "(row / r * H + y) * c + x, y, x}", JOINS),

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import csp_kernels as csp
 from csp_kernels.ops import _packed
+from csp_kernels.stage.build import Builder, conv_norm
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -24,7 +25,18 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "join": lambda: csp.ConcatConv([8], 6, act="silu"),
     "residual": lambda: csp.CSPStage(8, 12, 2, stride=1),
     "C2f": lambda: csp.C2f(8, 8, 1, True),
+    "groups": lambda: grouped(),
 }
+
+
+def grouped() -> csp.Stage:
+    """A 1x1, a 3x3 in two wide groups, whose weights are packed apart, and one in narrow groups."""
+    build = Builder(8)
+    read = build.read(0)
+    for channels, kernel, groups in ((64, 1, 1), (128, 3, 2), (128, 3, 32)):
+        read = conv_norm(build, [read], channels, kernel, groups=groups)
+    build.write([read])
+    return csp.Stage(build.graph())
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from csp_kernels.stage.build import Builder
 SIZES = [(1, 1, 1), (2, 1, 9), (3, 9, 1), (2, 7, 7), (5, 3, 5), (1, 40, 41), (2, 33, 18), (1, 3, 530)]
 CHANNELS = [(5, 3), (16, 16), (33, 17), (32, 64), (70, 96)]
 WIDE = (200, 130)  # of few pixels: tasks share channels
-GROUPED = [(160, 160, 40), (96, 192, 12), (132, 66, 33), (256, 128, 8)]  # tasks share groups, but in the last
+GROUPED = [(160, 160, 20), (96, 192, 12), (132, 66, 33), (256, 128, 8)]  # tasks share groups, but in the last
+NARROW = [(40, 40, 40), (36, 36, 18), (132, 132, 33), (72, 72, 9)]  # 1, 2, 4 and 8 channels
 CONVS = {"3x3": {}, "3x3 with stride 2": {"stride": 2}, "1x1": {}, "1x1 with stride 2": {"stride": 2}}
 
 
@@ -57,12 +58,12 @@ def test_whole_numbers(size: tuple[int, int, int], conv: str, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("conv", ["3x3", "3x3 with stride 2"])
 @pytest.mark.parametrize("twice", [False, True], ids=["", "read twice"])
-@pytest.mark.parametrize("size", [(2, 7, 7), (1, 40, 41)], ids=str)
+@pytest.mark.parametrize("size", [(2, 7, 7), (1, 40, 41), (3, 1, 1), (1, 2, 3), (1, 5, 530)], ids=str)
 def test_groups(size: tuple[int, int, int], twice: bool, conv: str, dtype: torch.dtype) -> None:
     """twice: the first groups read the channels that the last ones read, whose gradient is that of both."""
     torch.manual_seed(0)
     stride = CONVS[conv].get("stride", 1)
-    for channels, out, groups in GROUPED:
+    for channels, out, groups in GROUPED + NARROW:
         build = Builder(channels)
         read = [build.read(0)] * (1 + twice)
         many = groups * (1 + twice)
@@ -76,6 +77,26 @@ def test_groups(size: tuple[int, int, int], twice: bool, conv: str, dtype: torch
         check(csp.Stage(build.graph()), exact, size, channels, dtype, limits, f"{channels} -> {out}, {groups} groups")
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("size", [(2, 7, 7), (1, 40, 41), (1, 5, 530)], ids=str)
+def test_statistics_of_groups(size: tuple[int, int, int]) -> None:
+    """A norm behind groups of a 3x3 sees all pixels once: running mean and variance of several strips of rows."""
+    torch.manual_seed(0)
+    n, h, w = size
+    for channels, _, groups in NARROW:
+        build = Builder(channels)
+        conv = build.conv([build.read(0)], channels, 3, groups=groups)
+        build.write([build.read(conv, build.norm(channels))])
+        stage = csp.Stage(build.graph(), momentum=1.0)
+        x = whole(n, channels, h, w)
+        stage(x.float())
+        weight = next(p for p in stage.parameters() if p.dim() == 4).detach().double()
+        y = torch.nn.functional.conv2d(x, weight, padding=1, groups=groups)
+        norm = next(m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        torch.testing.assert_close(norm.running_mean, y.mean((0, 2, 3)).float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm.running_var, y.var((0, 2, 3)).float(), rtol=1e-5, atol=1e-6)
+
+
 def check(
     stage: csp.Stage,
     exact: Callable[[Tensor, Tensor], Tensor],
@@ -85,7 +106,8 @@ def check(
     limits: dict[str, float],
     what: str,
 ) -> None:
-    """A stage of one convolution against exact(x, weight) in float64: output and both gradients."""
+    """A stage of one convolution against exact(x, weight) in float64: output and both gradients, and inference, whose
+    second call packs weights for the third."""
     (weight,) = stage.parameters()
     weight.data.copy_(whole(*weight.shape))
     n, h, w = size
@@ -98,8 +120,11 @@ def check(
     y = stage(own)
     y.backward(grad.to(dtype))
     assert x.grad is not None and exact_weight.grad is not None and weight.grad is not None and own.grad is not None
+    with torch.no_grad():
+        inferred = [stage(own) for _ in range(3)]
     pairs = {
         "output": (y, wanted),
+        **{f"output of call {i} of inference": (found, wanted) for i, found in enumerate(inferred, 1)},
         "gradient of x": (own.grad, x.grad),
         "gradient of the weight": (weight.grad, exact_weight.grad),
     }
