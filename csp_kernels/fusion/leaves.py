@@ -14,7 +14,7 @@ from csp_kernels.layers._children import _behaves as behaves
 from csp_kernels.layers._children import _untouched as untouched
 from csp_kernels.reference.activations import FUNCTIONS
 
-NARROWEST = 4  # channels of a group: kernels run groups as dense products, of zeros for the most part
+NARROWEST = 4  # channels of a group: on tiles and on GPUs kernels run them as dense products, mostly of zeros
 
 
 def operation(tracer: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:

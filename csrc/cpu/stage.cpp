@@ -578,7 +578,7 @@ template <class S> struct Stage {
   template <class F> void each_groups(const stage::Conv& conv, int64_t node, bool in_order, F f) {
     const int64_t in = p.weights[size_t(node)].in_channels, out = conv.out_channels / conv.groups, step = ceil_div((TILES<U> ? 2 : 1) * L, max64(1, min64(in, out)));
     const int64_t count = ceil_div(conv.groups, step);
-    const size_t number = backwards ? 0 : next_packed(size_t(count));
+    const size_t number = next_packed(size_t(count));
     auto one = [&](int part) {
       const int64_t first = part * step, end = min64(first + step, conv.groups);
       f(Groups{a.weights[node], first, end - first, out, in, number + size_t(part)}, first * in, end * in, first * out, end * out);
@@ -589,7 +589,7 @@ template <class S> struct Stage {
   // Whether packed weights are those of other calls.
   bool shares_weights() const { return !backwards && (a.packed || a.keep); }
   void grouped(const stage::Product& i) {
-    each_groups(i.conv, i.nodes[0], !backwards && a.keep, [&](const Groups& groups, int64_t in, int64_t in_end, int64_t out, int64_t out_end) {
+    each_groups(i.conv, i.nodes[0], a.keep != nullptr, [&](const Groups& groups, int64_t in, int64_t in_end, int64_t out, int64_t out_end) {
       stage::Product part = i;
       part.conv.groups = 1, part.conv.out_channels = out_end - out;
       part.segments = cut(i.segments, in, in_end), part.residual = cut(i.residual, out, out_end), part.to = cut(i.to, out, out_end);
@@ -883,13 +883,13 @@ template <class S> struct Stage {
     const Input3x3 in = input3x3(inner, i.segments);
     const Grouped3x3<S> conv = grouped3x3(i.conv, i.segments[0].place, in, of(i.to).pitch);
     const StageWeight& w = a.weights[i.nodes[0]];
-    const T* packed = this->packed<T>(inner, conv.weights(), i.nodes, scale_of(i), i.column < 0 ? 0 : conv.channels, next_packed(), [&](T* to) {
+    const T* weights = packed<T>(inner, conv.weights(), i.nodes, scale_of(i), i.column < 0 ? 0 : conv.channels, next_packed(), [&](T* to) {
       conv.template pack<false>(to, static_cast<const T*>(w.weight), w.channels_last, scale_of(i));
       return to;
     });
     Statistics<T>* stats = statistics(inner, i.statistics, conv.shares.rows, conv.channels);
-    if (!has_after(i)) grouped3x3_forward(conv, in.z, packed, value(i.to), stats, [](Vec<T> y, int64_t, int64_t) __attribute__((always_inline)) { return y; });
-    else with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { grouped3x3_forward(conv, in.z, packed, value(i.to), stats, after); });
+    if (!has_after(i)) grouped3x3_forward(conv, in.z, weights, value(i.to), stats, [](Vec<T> y, int64_t, int64_t) __attribute__((always_inline)) { return y; });
+    else with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { grouped3x3_forward(conv, in.z, weights, value(i.to), stats, after); });
     merge_statistics(stats, conv.shares.rows, i.to, i.statistics);
   }
   void narrow_groups(const stage::ProductBackward& i, Frame& inner) {
@@ -899,11 +899,11 @@ template <class S> struct Stage {
     const Back3x3 back = back3x3(inner, i);
     const Grouped3x3<S> conv = grouped3x3(i.conv, i.segments[0].place, back.in, of(i.of).pitch);
     const StageWeight& w = a.weights[i.nodes[0]];
-    T* packed = back.wanted ? inner.take<T>(conv.weights()) : nullptr;
-    if (packed) conv.template pack<true>(packed, static_cast<const T*>(w.weight), w.channels_last, nullptr);
+    T* weights = back.wanted ? inner.take<T>(conv.weights()) : nullptr;
+    if (weights) conv.template pack<true>(weights, static_cast<const T*>(w.weight), w.channels_last, nullptr);
     const PartialSums<T>* parts = PartialSums<T>::take(inner, conv.shares.rows, conv.weights(), conv.vectors() * L);
     const Affine<T>& c = o.correction;
-    Grouped3x3Backward<S>{conv, value(i.of), g, g_pitch, {c.mean, c.scale, c.shift, o.any}, back.in.z, packed, back.dz(), parts}.run(i.wanted.empty() ? nullptr : static_cast<T*>(w.dweight), w.channels_last);
+    Grouped3x3Backward<S>{conv, value(i.of), g, g_pitch, {c.mean, c.scale, c.shift, o.any}, back.in.z, weights, back.dz(), parts}.run(i.wanted.empty() ? nullptr : static_cast<T*>(w.dweight), w.channels_last);
     hand_on(i, inner, back, parts, conv.shares.rows);
   }
   void operator()(const stage::Add& i, Frame& inner) {

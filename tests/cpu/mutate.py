@@ -68,7 +68,6 @@ EXACT_32 = ("tests/stage/test_exact.py", "-k", "float32")
 EXACT = ("tests/stage/test_exact.py", "-k", "bfloat16")
 GROUPS = ("tests/stage/test_exact.py", "-k", "groups and float32")
 STATISTICS = ("tests/stage/test_exact.py", "-k", "statistics")
-PACKED = ("tests/ops/test_packed.py", "-k", "groups")
 HIGH = test(DENSE, "lower_matmul_precision")
 BLOCK = test(DENSE, "test_training and float32 and (basic or odd) or without_kinks and float32 and train")
 DROPOUT = test(DENSE, "dropout")
@@ -126,13 +125,13 @@ FAULTS = [
     # groups side by side
     Fault("stage.cpp", "each_groups(i.conv, i.nodes[0], twice,", "each_groups(i.conv, i.nodes[0], false,", EXACT_32),
     Fault("stage.cpp", "first * in, end * in, first * out, end * out);", "first * in, end * in, first, end * out);", EXACT_32),
-    Fault("stage.cpp", "out, in, number + size_t(part)}", "out, in, number}", PACKED),
+    Fault("stage.cpp", "out, in, number + size_t(part)}", "out, in, number}", GROUPS),
     # grouped3x3.h
     Fault("grouped3x3.h", "(I / SIZE * SIZE + K)...);\n#else", "(I / SIZE * SIZE)...);\n#else", GROUPS),
     Fault("grouped3x3.h", "x >= 0 && x < width ? value(x) : Vec<T>{}", "value(x)", GROUPS),
     Fault("grouped3x3.h", "if (held[at % 3] != at)", "if (held[at % 3] < 0)", GROUPS),
     Fault("grouped3x3.h", "t = TRANSPOSED ? 8 - tap : tap;", "t = tap;", GROUPS),
-    Fault("grouped3x3.h", "out = TRANSPOSED ? c - c % size + k : c,", "out = c,", GROUPS),
+    Fault("grouped3x3.h", "out = TRANSPOSED ? group + k : group + i,", "out = group + i,", GROUPS),
     Fault("grouped3x3.h", "const int64_t pixel = q * c.w + left + x;", "const int64_t pixel = q * c.w + x;", GROUPS),
     Fault("grouped3x3.h", "if (first + i < outputs) f(", "f(", GROUPS),
     Fault("grouped3x3.h", "y >= 0 && y < H) f(", "y >= 0) f(", GROUPS),
@@ -145,6 +144,7 @@ FAULTS = [
     Fault("grouped3x3.h", "c.channels - ch);\n              if (stats)", "L);\n              if (stats)", GRAPHS),
     Fault("grouped3x3.h", "if (correction.owes) {", "if (false) {", GRAPHS),
     Fault("grouped3x3.h", "dz.in ? load_masked(dz.in + pixel * dz.in_pitch + ch, n) + d * scale : d * scale", "d * scale", GRAPHS),
+    Fault("grouped3x3.h", "+ d * scale : d * scale, n);", "+ d * scale : d * scale, L);", GROUPS),
     Fault("grouped3x3.h", "sum += d, sum_z += d * centred;", "sum += d, sum_z += d;", GRAPHS),
     # mix.h
     Fault("mix.h", "int64_t n = s.channels - c;\n      auto at", "int64_t n = s.channels - c - 1;\n      auto at", CONCATS),

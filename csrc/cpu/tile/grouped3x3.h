@@ -109,10 +109,11 @@ template <class S> struct Grouped3x3 {
     for (int64_t v = 0; v < vectors(); v++)
       for (int64_t tap = 0; tap < 9; tap++)
         for (int64_t k = 0; k < size; k++)
-          for (int64_t c = v * L; c < v * L + L; c++, to++) {
-            const int64_t out = TRANSPOSED ? c - c % size + k : c, in = TRANSPOSED ? c % size : k, t = TRANSPOSED ? 8 - tap : tap;
-            *to = c < channels ? from[channels_last ? (out * 9 + t) * size + in : (out * size + in) * 9 + t] * (scale ? scale[out] : T(1)) : T(0);
-          }
+          for (int64_t group = v * L; group < v * L + L; group += size)  // its first channel
+            for (int64_t i = 0; i < size; i++, to++) {
+              const int64_t out = TRANSPOSED ? group + k : group + i, in = TRANSPOSED ? i : k, t = TRANSPOSED ? 8 - tap : tap;
+              *to = group < channels ? from[channels_last ? (out * 9 + t) * size + in : (out * size + in) * 9 + t] * (scale ? scale[out] : T(1)) : T(0);
+            }
   }
 
   // Columns `of` of row `row` of all images of act(norm(z)), channels ch on, spread. Asks for the next row meanwhile.
