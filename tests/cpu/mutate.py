@@ -67,6 +67,7 @@ GRAPHS_16 = ("tests/stage/test_operator.py", "-k", "bfloat16")
 EXACT_32 = ("tests/stage/test_exact.py", "-k", "float32")
 EXACT = ("tests/stage/test_exact.py", "-k", "bfloat16")
 GROUPS = ("tests/stage/test_exact.py", "-k", "groups and float32")
+FOLDED = ("tests/stage/test_exact.py", "-k", "folded")
 STATISTICS = ("tests/stage/test_exact.py", "-k", "statistics")
 HIGH = test(DENSE, "lower_matmul_precision")
 BLOCK = test(DENSE, "test_training and float32 and (basic or odd) or without_kinks and float32 and train")
@@ -139,7 +140,7 @@ FAULTS = [
     Fault("grouped3x3.h", "last = min64(end + 1, c.N * c.h);", "last = end;", GROUPS),
     Fault("grouped3x3.h", "part < c.shares.rows; part++)", "part < 1; part++)", GROUPS),
     Fault("grouped3x3.h", "store(to + k * L, load(to + k * L) + acc[k]);", "store(to + k * L, acc[k]);", GROUPS),
-    Fault("grouped3x3.h", "(scale ? scale[out] : T(1))", "T(1)", GRAPHS),
+    Fault("grouped3x3.h", "(scale ? scale[out] : T(1))", "T(1)", FOLDED),
     Fault("grouped3x3.h", "(begin - r.begin) * c.w, pixels, [&]", "0, pixels, [&]", STATISTICS),
     Fault("grouped3x3.h", "c.channels - ch);\n              if (stats)", "L);\n              if (stats)", GRAPHS),
     Fault("grouped3x3.h", "if (correction.owes) {", "if (false) {", GRAPHS),

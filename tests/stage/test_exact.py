@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -95,6 +96,35 @@ def test_statistics_of_groups(size: tuple[int, int, int]) -> None:
         norm = next(m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
         torch.testing.assert_close(norm.running_mean, y.mean((0, 2, 3)).float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(norm.running_var, y.var((0, 2, 3)).float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("size", [(2, 7, 7), (1, 40, 41)], ids=str)
+@pytest.mark.parametrize("conv", ["3x3", "3x3 with stride 2"])
+def test_folded_norms_of_groups(conv: str, size: tuple[int, int, int]) -> None:
+    """In inference the norm behind groups of a 3x3 is in their weights: the channels of a group differ in scale."""
+    torch.manual_seed(0)
+    n, h, w = size
+    stride = CONVS[conv].get("stride", 1)
+    for channels, out, groups in GROUPED + NARROW:
+        build = Builder(channels)
+        value = build.conv([build.read(0)], out, 3, stride=stride, groups=groups)
+        build.write([build.read(value, build.norm(out), "relu")])
+        stage = csp.Stage(build.graph()).eval()
+        norm = next(m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        with torch.no_grad():
+            norm.running_mean.copy_(torch.randn(out))
+            norm.running_var.copy_(torch.rand(out) + 0.5)
+            norm.weight.copy_(torch.rand(out) + 0.5)
+            norm.bias.copy_(torch.randn(out))
+            x = whole(n, channels, h, w)
+            found = [stage(x.float()) for _ in range(3)]
+            weight = next(p for p in stage.parameters() if p.dim() == 4).double()
+            y = torch.nn.functional.conv2d(x, weight, padding=1, stride=stride, groups=groups)
+            wanted = copy.deepcopy(norm).double()(y).relu().float()
+        for call, result in enumerate(found, 1):
+            label = f"call {call}, {groups} groups"
+            torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5, msg=lambda m, label=label: f"{label}: {m}")
 
 
 def check(
