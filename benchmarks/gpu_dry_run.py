@@ -13,7 +13,7 @@ from race import Case
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from csp_kernels.ops import _program
+from csp_kernels.ops import _packed
 from csp_kernels.programs import calls
 
 SHARED = {  # bytes that a program may have
@@ -26,11 +26,11 @@ class Triton(TorchDispatchMode):
     """Calls the operators' Triton functions, as for CUDA tensors, wherever the tensors are."""
 
     def __enter__(self) -> Any:
-        self.before, _program.SHARES = _program.SHARES, False
+        self.before, _packed.SHARES = _packed.SHARES, False
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _program.SHARES = self.before
+        _packed.SHARES = self.before
         super().__exit__(*error)
 
     def __torch_dispatch__(

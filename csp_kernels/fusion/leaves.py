@@ -14,7 +14,7 @@ from csp_kernels.layers._children import _behaves as behaves
 from csp_kernels.layers._children import _untouched as untouched
 from csp_kernels.reference.activations import FUNCTIONS
 
-NARROWEST = 4  # channels of a group: on tiles and on GPUs kernels run them as dense products, mostly of zeros
+NARROWEST = 4  # channels of a group that gives more or fewer: those run as dense products, of zeros for the most part
 
 
 def operation(tracer: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
@@ -88,8 +88,10 @@ def _conv(tracer: Any, conv: Any, path: str, x: Symbol, call: Any) -> Any:
     padding = (size // 2, size // 2) if conv.padding == "same" else (0, 0) if conv.padding == "valid" else conv.padding
     plain = conv.kernel_size in ((1, 1), (3, 3)) and conv.stride in ((1, 1), (2, 2)) and conv.dilation == (1, 1)
     plain = plain and padding == (size // 2, size // 2) and conv.padding_mode == "zeros"
-    wide = conv.groups == 1 or (size == 3 and conv.in_channels // conv.groups >= NARROWEST)
-    if not plain or not wide or channels != conv.in_channels:
+    even = conv.in_channels == conv.out_channels
+    groups = conv.groups == 1 or (size == 3 and (even or conv.in_channels // conv.groups >= NARROWEST))
+    one_pixel = (height, width) == (1, 1)  # attention to channels: no stage is as fast as PyTorch there
+    if not plain or not groups or one_pixel or channels != conv.in_channels:
         return NotImplemented
     step = conv.stride[0]
     shape = n, conv.out_channels, -(-height // step), -(-width // step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -16,7 +17,7 @@ from csp_kernels.fusion.cut import Region
 from csp_kernels.fusion.leaves import NUMBERS
 from csp_kernels.fusion.trace import STATE, Operation, Trace, Value, own_attributes
 from csp_kernels.layers._children import hooked_globally, why_touched
-from csp_kernels.layers._norms import consecutive, frozen_norms, update_running
+from csp_kernels.layers._norms import consecutive, frozen_norms, parameters, update_running
 from csp_kernels.ops.stage import stage_sizes
 from csp_kernels.stage.cost import side
 from csp_kernels.stage.graph import Graph
@@ -131,7 +132,9 @@ class _Content(tuple[Any, ...]):
 
 
 def _simple(value: Any, depth: int = 3) -> Any:
-    """Lists, dictionaries and objects by what they hold, others as they are."""
+    """Lists, dictionaries and objects by what they hold, others as they are: also tuples of what cannot change."""
+    if type(value) is tuple and all(type(item) in _SIMPLE for item in value):
+        return value
     if depth and isinstance(value, (list, tuple, set)):
         return _Content((type(value), *(_simple(item, depth - 1) for item in value)))
     if depth and isinstance(value, dict):
@@ -146,7 +149,7 @@ class Bound:
     """A plan with the modules of one owner."""
 
     def __init__(self, owner: nn.Module, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.result = plan, _filler(plan.result)
         modules = dict(owner.named_modules(remove_duplicate=False))
         self.guarded: list[tuple[Guard, nn.Module, list[tuple[str, Any]]]] = [
             (guard, modules[guard.path], [(n, modules[guard.path]._modules[n]) for n in guard.children or ()])
@@ -194,7 +197,7 @@ class Bound:
             values[number] = x
         for step in self.steps:
             step.run(values)
-        return _filled(self.plan.result, values)
+        return self.result(values)
 
 
 def _attributes(module: nn.Module) -> int:
@@ -212,19 +215,34 @@ def _equal(now: Any, number: Any) -> bool:
     return type(now) is type(number) and isinstance(now, (*_SIMPLE, tuple)) and bool(now == number)
 
 
-def _filled(tree: Any, values: Sequence[Any]) -> Any:
+_Filler = Callable[[Sequence[Any]], Any]
+
+
+def _filler(tree: Any) -> _Filler:
+    """What makes of all values the tree with those in the places of its `Value`s."""
     if isinstance(tree, Value):
-        return values[tree.number]
-    return tree_map(lambda leaf: values[leaf.number] if isinstance(leaf, Value) else leaf, tree)
+        return itemgetter(tree.number)
+    if type(tree) is tuple:
+        fillers = [_filler(item) for item in tree]
+        if len(fillers) == 1:
+            return lambda values: (fillers[0](values),)
+        return lambda values: tuple([fill(values) for fill in fillers])
+    if type(tree) in _SIMPLE:
+        return lambda values: tree
+    return lambda values: tree_map(lambda leaf: values[leaf.number] if isinstance(leaf, Value) else leaf, tree)
 
 
 class _Call:
     def __init__(self, op: Operation, target: Callable[..., Any]) -> None:
         self.op, self.target = op, target
+        _, args, kwargs = op.call
+        self.args, self.kwargs = _filler(args), _filler(kwargs) if kwargs else None
 
     def run(self, values: list[Any]) -> None:
-        _, args, kwargs = self.op.call
-        result = self.target(*_filled(args, values), **_filled(kwargs, values))
+        if self.kwargs is None:
+            result = self.target(*self.args(values))
+        else:
+            result = self.target(*self.args(values), **self.kwargs(values))
         if self.op.result is None or isinstance(self.op.result, Value):
             values[self.op.outputs[0]] = result
             return
@@ -240,25 +258,16 @@ class _Stage:
         graph = region.graph
         norms = {item.index: m for item, m in zip(graph.order, holders, strict=True) if item.kind == "norm"}
         self.norms = [norms[i] for i in range(len(norms))]
-        self.is_norm = [item.kind == "norm" for item in graph.order]
 
     def run(self, values: list[Any]) -> None:
         graph, inputs = self.region.graph, [values[v] for v in self.region.inputs]
         frozen, running = frozen_norms(self.norms)
         eps = [norm.eps for norm in self.norms]
-        outputs, stats = ops.stage(graph, inputs, self.parameters(), running, frozen=frozen, eps=eps)
+        outputs, stats = ops.stage(graph, inputs, parameters(self.holders), running, frozen=frozen, eps=eps)
         if not all(frozen):
             self.advance(graph, stats, inputs[0])
         for number, y in zip(self.region.outputs, outputs, strict=True):
             values[number] = y
-
-    def parameters(self) -> list[Tensor | None]:
-        found: list[Tensor | None] = []
-        for module, is_norm in zip(self.holders, self.is_norm, strict=True):
-            found.append(module.weight)
-            if is_norm or module.bias is not None:
-                found.append(module.bias)
-        return found
 
     def advance(self, graph: Graph, stats: Tensor, x: Tensor) -> None:
         n, _, height, width = x.shape

@@ -30,7 +30,7 @@ from csp_kernels.ops._packed import forget
 from csp_kernels.ops._transforms import transforming
 
 MOST = 128  # convolutions of a module that is fused as a whole
-OF_A_BLOCK = 5  # convolutions of what a plain nn.Sequential is fused across
+OF_A_BLOCK = 5  # convolutions of what is fused across children that it only calls
 
 
 def fuse(model: nn.Module) -> Report:
@@ -136,7 +136,7 @@ def _why_not_here(module: nn.Module, convs: int) -> str:
         found = _traced(module, regions=False)
         if isinstance(found, str):
             return found
-        return "" if _joins(module, found.trace) else "it only calls its children"
+        return "" if convs <= OF_A_BLOCK or _joins(module, found.trace) else "it only calls its children"
     return ""
 
 

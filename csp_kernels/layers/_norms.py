@@ -12,12 +12,14 @@ from csp_kernels import native
 
 
 def parameters(children: Sequence[Any]) -> list[Tensor | None]:
-    """Of convolutions and norms, in order, as the operators take them."""
+    """Of convolutions and norms, in order, as the operators take them: weight and bias, but no bias that is None of a
+    convolution."""
     params: list[Tensor | None] = []
     for m in children:
         params.append(_own(m, m._parameters, "weight"))
-        if isinstance(m, nn.BatchNorm2d):
-            params.append(_own(m, m._parameters, "bias"))
+        bias = _own(m, m._parameters, "bias")
+        if bias is not None or isinstance(m, nn.BatchNorm2d):
+            params.append(bias)
     return params
 
 

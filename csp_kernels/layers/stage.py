@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from csp_kernels import ops
-from csp_kernels.layers._children import Fused, not_a, recorded, warn_once
-from csp_kernels.layers._norms import consecutive, frozen_norms, update_running
+from csp_kernels.layers._children import Fused, not_a, recorded, shape_of, warn_once
+from csp_kernels.layers._norms import consecutive, frozen_norms, parameters, update_running
 from csp_kernels.ops.stage import stage_sizes, unsupported
 from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.check import check
@@ -57,14 +57,13 @@ class Stage(Fused, nn.Module):
             else:
                 child = nn.BatchNorm2d(graph.norms[item.index], eps=eps, momentum=momentum)
             _attach(self, item.name, child)
+        self._shape = shape_of(self)
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         children, reason = self.holders()
         norms = self._norms(children)
         frozen, running = frozen_norms(norms)
-        params: list[Any] = []
-        for child in children:
-            params += [child.weight, child.bias] if child.bias is not None or child in norms else [child.weight]
+        params = parameters(children)
         graph = self.graph if self.training else self._evaluated
         eps = [norm.eps for norm in norms]
         if any(isinstance(x, Proxy) for x in inputs):
@@ -86,8 +85,11 @@ class Stage(Fused, nn.Module):
     def holders(self) -> tuple[list[Any], str]:
         """What holds the operator's parameters, in order, and why the operator cannot stand for it; "" if it can.
         Raises RuntimeError if a child, called, would do something else."""
-        children = [self.get_submodule(item.name) for item in self.graph.order]
-        self._check_children(children)
+        found: dict[str, Any] = {}
+        if self._shape.differs(self, found):
+            found = {item.name: self.get_submodule(item.name) for item in self.graph.order}
+            self._check_children([found[item.name] for item in self.graph.order])
+        children = [found[item.name] for item in self.graph.order]
         return children, unsupported(self.graph if self.training else self._evaluated)
 
     def _check_children(self, children: Sequence[Any]) -> None:

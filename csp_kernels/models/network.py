@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from csp_kernels.fusion.swap import fuse
+from csp_kernels.reference.csp_residual_stage import ResidualBlock
+
 
 class Features(nn.Sequential):
     """Named modules in order: [N, in_channels, H, W] -> the outputs of those named in `taps`, finest first.
@@ -59,6 +62,14 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.features(x)[-1].mean((2, 3))))
+
+
+def plain_stages_fused(network: Network) -> Network:
+    """The network, in which stages of plain modules run as `csp.fuse` has them; layers of this package are left."""
+    for stage in network.features:
+        if isinstance(stage, (nn.Sequential, ResidualBlock)):
+            fuse(stage)
+    return network
 
 
 def initialise(module: nn.Module) -> None:

@@ -30,6 +30,7 @@ class _Known(NamedTuple):
     packed: list[Tensor] | None
 
 
+SHARES = True  # packed weights between calls; False where tests run programs otherwise
 _lock = threading.Lock()
 _known: Any = WeakIdKeyDictionary()  # by the first weight of a call
 

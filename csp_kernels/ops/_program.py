@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from csp_kernels._tracing import cached_constant
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops import _node as node
-from csp_kernels.ops._packed import forget, inference
+from csp_kernels.ops import _packed as packed
+from csp_kernels.ops._repeated import Call
 from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.cost import side
@@ -44,9 +45,12 @@ class Moments(NamedTuple):
 
     text: str
     stats: Tensor
+    learn: Callable[[Callable[[Tensor], Tensor]], None] | None = None  # of a call that may be made again
 
     def of(self, parts: tuple[Part, ...] | None) -> Tensor:
         """[2, channels] of the parts side by side (None: of all norms); 0 where no norm needs them."""
+        if self.learn is not None:
+            self.learn(lambda stats: Moments(self.text, stats).of(parts))
         # what traces (torch.compile, FakeTensorMode, make_fx) must not leave its tensors to real calls
         traced = torch.compiler.is_compiling() or type(self.stats) is not Tensor
         if not traced and not self.stats.shape[1]:  # inference: no norm needs any
@@ -78,11 +82,12 @@ def run(
     backend: str,
     recompute: str = "none",
     seed: Tensor | None = None,
+    call: Call | None = None,
 ) -> tuple[list[Tensor], Moments]:
     """The outputs of a graph in the memory format of inputs[0], by the kernels; all arguments have been checked.
 
-    params: none missing, in the dtype of sums. backend: "native" or "triton". running, frozen, eps, recompute: see
-    `csp.ops.stage`.
+    params: none missing, in the dtype of sums. backend: "native" or "triton". call: what is learned of it, for the
+    next one like it. running, frozen, eps, recompute: see `csp.ops.stage`.
     """
     x = inputs[0]
     channels_last = checks.is_channels_last(x)
@@ -93,21 +98,19 @@ def run(
     op = torch.ops.csp_kernels.stage.default
     arguments = used, params, fixed, seed, text, eps, node.winograd(x.dtype, backend)
     if not wants:
-        shares = SHARES and backend == "native" and x.is_cpu and not torch.compiler.is_compiling()
-        found = inference(used, params, fixed, text, eps, arguments[-1]) if shares else None
+        shares = packed.SHARES and backend == "native" and x.is_cpu and not torch.compiler.is_compiling()
+        found = packed.inference(used, params, fixed, text, eps, arguments[-1]) if shares else None
         y, stats = found or node.without_gradients(op, arguments)[::2]
-        return [checks.formatted(t, channels_last) for t in y], Moments(text, stats)
+        learn = None if found is None or call is None else partial(call.learned, params, fixed, text, eps)
+        return [checks.formatted(t, channels_last) for t in y], Moments(text, stats, learn)
     if not torch.compiler.is_compiling():
-        forget(params)
+        packed.forget(params)
     y, _, stats = node.call(op, _FORMULA, arguments)
     outputs = [checks.formatted(t, channels_last) for t in y]
     given = [*inputs, *outputs]
     for i in read_again(text):
         node.watch(y[0], [*names.inputs, *names.outputs][i], given[i], [*used, *y][i])
     return outputs, Moments(text, stats)
-
-
-SHARES = True  # packed weights between calls of inference; False where tests run programs otherwise
 
 
 _GRAPHS: dict[

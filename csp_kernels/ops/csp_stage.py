@@ -9,6 +9,7 @@ from torch import Tensor
 from csp_kernels._tracing import cached_constant
 from csp_kernels.ops import _checks as checks
 from csp_kernels.ops._program import Names, Part, Source, run
+from csp_kernels.ops._repeated import begin
 from csp_kernels.ops._transforms import backend_of
 from csp_kernels.ops.dense_block import LAYER as PRE
 from csp_kernels.ops.dense_block import features_and_bottlenecks
@@ -60,6 +61,9 @@ def csp_stage(
     Running statistics are the caller's to update: `csp.CSPDenseStage` does.
     Raises TypeError or ValueError for bad arguments before any work, RuntimeError if the chosen backend cannot run.
     """
+    call = begin("csp_stage", [x], params, running, frozen, eps, part_channels, layer, fusion, pool, recompute)
+    if call is not None and (found := call.again()) is not None:
+        return found[0][0], found[1]
     x = checks.autocast(checks.check_image(x))
     order = "pre" if layer == "pre" else "post"
     checks.check_choice("layer", layer, LAYERS)
@@ -83,7 +87,9 @@ def csp_stage(
         return checks.formatted(y, channels_last), stats
     source = source_of(part_channels, checks.weights(params), layer, fusion, pool)
     full = checks.filled(params, shapes, x)
-    (y,), moments = run(source, [x], full, running, frozen, eps, _NAMES, recompute=recompute, backend=backend)
+    (y,), moments = run(
+        source, [x], full, running, frozen, eps, _NAMES, recompute=recompute, backend=backend, call=call
+    )  # fmt: skip
     return y, moments.of(_parts((len(norms) - last // 3) // 2, len(norms)) if layer == "pre" else None)
 
 

@@ -225,6 +225,21 @@ class Copies(nn.Module):
         return self.act(w + 0) + w + y
 
 
+class Separable(nn.Module):
+    """A depthwise convolution between two 1x1, attention to channels, no join."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.project = ConvNorm(8, 24, 1), ConvNorm(24, 8, 1, act=nn.Identity())
+        self.depthwise, self.norm = nn.Conv2d(24, 24, 3, 2, 1, groups=24, bias=False), nn.BatchNorm2d(24)
+        self.squeeze, self.excite = nn.Conv2d(24, 6, 1), nn.Conv2d(6, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.norm(self.depthwise(self.expand(x))))
+        weight = self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))).sigmoid()
+        return self.project(y * weight)
+
+
 class InPlaceInside(nn.Module):
     """A child that cannot be traced changes what it is given, which is read again."""
 
@@ -243,11 +258,17 @@ class OnSizeInPlace(nn.Module):
 
 
 FUSED: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__: kind for kind in (Functional, Lists, Lambdas, Depth, Pools, Attention, Twice, Configured, Copies)
+    kind.__name__: kind
+    for kind in (Functional, Lists, Lambdas, Depth, Pools, Attention, Twice, Configured, Copies, Separable)
 }
 FUSED["Sequential"] = lambda: nn.Sequential(
     nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(True), nn.Conv2d(12, 8, 1), nn.LeakyReLU(0.3, True)
 )
+FUSED["depthwise, then with twice the channels"] = lambda: nn.Sequential(
+    nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+    nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16),
+    nn.Conv2d(16, 32, 3, padding=1, groups=16),
+)  # fmt: skip
 FUSED["residual blocks in a row"] = lambda: nn.Sequential(Functional(), Functional(), Functional())
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "OnSize": (OnSize, "it depends on the width of its input"),

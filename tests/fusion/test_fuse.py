@@ -307,6 +307,18 @@ def test_children_that_are_fused_themselves() -> None:
     assert calls(lambda: model(image().float())) == 2
 
 
+def test_depthwise_and_attention_to_channels() -> None:
+    """The former are in stages; what gives one pixel, and a depthwise one that gives more than it takes, are called."""
+    for name, expected in (
+        ("Separable", {"expand.conv", "depthwise"}),
+        ("depthwise, then with twice the channels", {"0", "3"}),
+    ):
+        model = networks.FUSED[name]()
+        report = csp.fuse(model)
+        held = {path for row in report.fused for region in row.regions for path in region.holders}
+        assert {path for path in held if isinstance(model.get_submodule(path), nn.Conv2d)} == expected
+
+
 def test_report() -> None:
     report = csp.fuse(nn.Sequential(networks.Lists(), networks.OnSize()))
     text = str(report)

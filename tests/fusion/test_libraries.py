@@ -15,7 +15,7 @@ from csp_kernels.fuse_command import build, difference
 CORE = {
     "torchvision/densenet121": 0.99, "torchvision/resnet18": 0.9, "torchvision/googlenet": 0.95,
     "torchvision/squeezenet1_1": 0.9, "timm/densenet121": 0.99, "timm/cs3darknet_s": 0.99, "timm/dla34": 0.8,
-    "timm/ese_vovnet19b_slim": 0.8, "timm/hgnetv2_b0": 0.2, "timm/res2net50_48w_2s": 0.95,
+    "timm/ese_vovnet19b_slim": 0.8, "timm/hgnetv2_b0": 0.2, "timm/res2net50_48w_2s": 0.95, "timm/mobilenetv2_050": 0.95,
 }  # fmt: skip
 MORE = [
     "torchvision/densenet161", "torchvision/densenet169", "torchvision/densenet201", "torchvision/resnet50",

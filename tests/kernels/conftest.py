@@ -150,11 +150,11 @@ def operators() -> Iterator[None]:
     """csp.ops and torch.ops.csp_kernels.stage* run by the launchers, on CPU tensors."""
     import csp_kernels as csp
     from csp_kernels.kernels import stage
-    from csp_kernels.ops import _program
+    from csp_kernels.ops import _packed
 
     csp.use_backend("native")
     with (
-        patch.object(_program, "SHARES", False),
+        patch.object(_packed, "SHARES", False),
         torch.library._scoped_library("csp_kernels", "IMPL") as library,
     ):
         library.impl("stage", stage.forward, "CPU", allow_override=True)

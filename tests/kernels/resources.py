@@ -154,11 +154,11 @@ def run(precision: str, case: Case) -> None:
 def on_triton() -> Iterator[None]:
     """The operators on CPU tensors call the Triton functions."""
     from csp_kernels.kernels import stage
-    from csp_kernels.ops import _program
+    from csp_kernels.ops import _packed
 
     csp.use_backend("native")
     with (
-        patch.object(_program, "SHARES", False),
+        patch.object(_packed, "SHARES", False),
         torch.library._scoped_library("csp_kernels", "IMPL") as library,
     ):
         library.impl("stage", stage.forward, "CPU", allow_override=True)

@@ -101,6 +101,16 @@ def test_csp_densenet_costs_less_traffic(depth: int) -> None:
     assert partial["params"] < 1.07 * plain["params"]
 
 
+@pytest.mark.parametrize(("name", "stages"), [("resnet50", 4), ("resnext50", 4), ("darknet53", 5), ("csp_resnet10", 1)])
+def test_plain_stages_are_fused(name: str, stages: int) -> None:
+    """As csp.fuse does it: by the class, which a pickle does not show; outputs are those of the plain modules."""
+    model = build(name, num_classes=10).double().eval()
+    assert len(csp.fuse(model).fused) == stages
+    x = images(name, 64, 2, torch.float64)
+    ours = model(x)
+    assert_same(ours, csp.unfuse(model)(x))
+
+
 @pytest.mark.parametrize("depth", [121, 161, 169, 201])
 def test_torchvision_keys(depth: int) -> None:
     with torch.device("meta"):

@@ -9,8 +9,7 @@
 namespace csp::CSP_ISA {
 
 // Cuts rows into those of register tiles, the last one or two of which may be smaller; f(first, integral_constant of their rows).
-template <class F> CSP_INLINE void each_rows(int64_t rows, F f) {
-  constexpr int MR = TILE_ROWS, FEW = FEW_ROWS;
+template <int MR = TILE_ROWS, int FEW = FEW_ROWS, class F> CSP_INLINE void each_rows(int64_t rows, F f) {
   for (int64_t t = 0; t < rows;) {
     const int64_t left = rows - t;
     if (left > 2 * FEW || (left > FEW && left <= MR)) f(t, std::integral_constant<int, MR>{}), t += MR;

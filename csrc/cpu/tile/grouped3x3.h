@@ -43,7 +43,7 @@ template <class T> class SpreadRows {
 
  public:
   // For so many outputs of a row, each `step` positions from the last.
-  SpreadRows(Frame& frame, int64_t outputs, int64_t step, int64_t size) : length(((outputs + TILE_ROWS) * step + 2) * size * LANES<T>), memory(frame.take<T>(3 * length)) { forget(); }
+  SpreadRows(Frame& frame, int64_t outputs, int64_t step, int64_t size) : length(((outputs + REGISTER_ROWS) * step + 2) * size * LANES<T>), memory(frame.take<T>(3 * length)) { forget(); }
   void forget() { held[0] = held[1] = held[2] = -1; }
   // Row `at`, which make(memory) makes unless it is there.
   template <class Make> const T* row(int64_t at, const Make& make) {
@@ -61,7 +61,7 @@ template <class T> struct SpreadTaps {
   void add(const T* x, const T* w, int64_t count) { runs[used++] = {x, w, count}; }
   // f(output, its sum) of `outputs` of them, `step` values from one to the next.
   template <class F> CSP_INLINE void each_output(int64_t outputs, int64_t step, F f) const {
-    each_rows(outputs, [&](int64_t first, auto rows) __attribute__((always_inline)) {
+    each_rows<REGISTER_ROWS, FEW_REGISTER_ROWS>(outputs, [&](int64_t first, auto rows) __attribute__((always_inline)) {
       constexpr int MR = decltype(rows)::value, L = LANES<T>;
       Vec<T> acc[MR] = {};
       for (int r = 0; r < used; r++) {
@@ -85,7 +85,9 @@ template <class S> struct Grouped3x3 {
   const Affine<T>& norm;   // of z
   OnLoad<T> act;           // of norm(z)
   int64_t h = ceil_div(H, stride), w = ceil_div(W, stride);
-  Shares shares = choose_shares(parallel, N * h, vectors(), 1, double(channels) / double(N * h * w), 18.0 * double(N * h * w * channels * size));
+  Shares shares = choose_shares(parallel, N * h, vectors(), 1, double(channels) / double(N * h * w), double(N * h * w * channels) * (18.0 * double(size) + BESIDE));
+
+  static constexpr double BESIDE = 100;  // FLOPs of products in whose time a value is read, spread and written
 
   static bool fits(int64_t size) { return size < L && L % size == 0; }
   int64_t vectors() const { return ceil_div(channels, L); }
@@ -94,8 +96,8 @@ template <class S> struct Grouped3x3 {
   int64_t strip() const { return max64(1, 512 / w); }  // rows of the output at a time
   // Outputs of a row at a time: whole register tiles whose spread rows are 24 KiB, or one.
   int64_t columns(int64_t step) const {
-    const int64_t tile = 3 * TILE_ROWS * step * size * L * int64_t(sizeof(T));
-    return max64(1, (int64_t(24) << 10) / tile) * TILE_ROWS;
+    const int64_t tile = 3 * REGISTER_ROWS * step * size * L * int64_t(sizeof(T));
+    return max64(1, (int64_t(24) << 10) / tile) * REGISTER_ROWS;
   }
   // f(begin, end) of the columns of a row of so many outputs
   template <class F> CSP_INLINE void each_block(int64_t outputs, int64_t step, F f) const {
@@ -137,15 +139,16 @@ template <class S> struct Grouped3x3 {
   }
 };
 
-// y = after(conv3x3(act(norm(z))), pixel, channel), statistics of y. weights: packed.
-template <class S, class After>
-void grouped3x3_forward(const Grouped3x3<S>& c, const S* z, const decltype(widen(S{}))* weights, S* y, Statistics<decltype(widen(S{}))>* stats, const After& after) {
+// write(sums, pixel, count, ch) of conv3x3(act(norm(z))): [count][LANES], of pixels that follow each other, channels ch on; statistics of
+// the sums. weights: packed.
+template <class S, class Write>
+void grouped3x3_forward(const Grouped3x3<S>& c, const S* z, const decltype(widen(S{}))* weights, Statistics<decltype(widen(S{}))>* stats, const Write& write) {
   using T = decltype(widen(S{}));
   constexpr int L = LANES<T>;
   for_tasks(c.parallel, c.shares.tasks(), [&](int task) {
     Frame frame;
     SpreadRows<T> rows(frame, min64(c.w, c.columns(c.stride)), c.stride, c.size);
-    T* out = frame.take<T>(c.strip() * c.w * L);
+    T* sums = frame.take<T>(c.strip() * c.w * L);  // of a strip, of a vector
     const int part = c.shares.row(task);
     const Range r = c.shares.rows_of(c.N * c.h, task), own = c.shares.panels_of(c.vectors(), task);
     for (int64_t begin = r.begin; begin < r.end; begin += c.strip()) {
@@ -160,16 +163,13 @@ void grouped3x3_forward(const Grouped3x3<S>& c, const S* z, const decltype(widen
             c.each_row_read(q, [&](int64_t row, int64_t ky) {
               taps.add(rows.row(row, [&](T* to) { c.spread_input(z, ch, row, c.columns_read(left, right), to); }), weights + v * c.set() + ky * 3 * c.size * L, 3 * c.size);
             });
-            taps.each_output(right - left, c.stride * c.size * L, [&](int64_t x, Vec<T> sum) __attribute__((always_inline)) {
-              const int64_t pixel = q * c.w + left + x;
-              const Vec<T> result = after(sum, pixel, ch);
-              store_masked(y + pixel * c.pitch + ch, result, c.channels - ch);
-              if (stats) store(out + pixels * L, result);
-              pixels++;
-            });
+            T* to = sums + pixels * L;
+            taps.each_output(right - left, c.stride * c.size * L, [&](int64_t x, Vec<T> sum) __attribute__((always_inline)) { store(to + x * L, sum); });
+            write(to, q * c.w + left, right - left, ch);
+            pixels += right - left;
           }
         });
-        if (stats) add_rows(stats[part], ch, (begin - r.begin) * c.w, pixels, [&](int64_t i) __attribute__((always_inline)) { return load(out + i * L); });
+        if (stats) add_rows(stats[part], ch, (begin - r.begin) * c.w, pixels, [&](int64_t i) __attribute__((always_inline)) { return load(sums + i * L); });
       }
     }
     if (stats && c.shares.first_panel(task)) stats[part].count = (r.end - r.begin) * c.w;

@@ -15,26 +15,29 @@
 
 namespace csp::CSP_ISA {
 
+// REGISTER_ROWS x 2 vectors of sums fit into the registers, FEW_REGISTER_ROWS x 2 where fewer are left.
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
+constexpr int REGISTER_ROWS = 14;
+constexpr int FEW_REGISTER_ROWS = 8;
+constexpr int WGRAD_ROWS = 8;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+constexpr int REGISTER_ROWS = 6;
+constexpr int FEW_REGISTER_ROWS = 4;
+constexpr int WGRAD_ROWS = 4;
+#else
+constexpr int VECTOR_BYTES = 16;
+constexpr int REGISTER_ROWS = 6;
+constexpr int FEW_REGISTER_ROWS = 4;
+constexpr int WGRAD_ROWS = 4;
+#endif
 #if defined(__AMX_BF16__)
 constexpr int TILE_ROWS = 32;  // of two tile registers
 constexpr int FEW_ROWS = TILE_ROWS;
 #else
-constexpr int TILE_ROWS = 14;  // 14 x 2 accumulators of 32 registers
-constexpr int FEW_ROWS = 8;    // where fewer are left
-#endif
-constexpr int WGRAD_ROWS = 8;
-#elif defined(__AVX2__)
-constexpr int VECTOR_BYTES = 32;
-constexpr int TILE_ROWS = 6;
-constexpr int FEW_ROWS = 4;
-constexpr int WGRAD_ROWS = 4;
-#else
-constexpr int VECTOR_BYTES = 16;
-constexpr int TILE_ROWS = 6;
-constexpr int FEW_ROWS = 4;
-constexpr int WGRAD_ROWS = 4;
+constexpr int TILE_ROWS = REGISTER_ROWS;
+constexpr int FEW_ROWS = FEW_REGISTER_ROWS;
 #endif
 
 struct BFloat16 { uint16_t bits; };
