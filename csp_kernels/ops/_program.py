@@ -50,7 +50,8 @@ class Moments(NamedTuple):
     def of(self, parts: tuple[Part, ...] | None) -> Tensor:
         """[2, channels] of the parts side by side (None: of all norms); 0 where no norm needs them."""
         if self.learn is not None:
-            self.learn(lambda stats: Moments(self.text, stats).of(parts))
+            text = self.text  # what is learned outlives the call: it may hold none of its tensors
+            self.learn(lambda stats: Moments(text, stats).of(parts))
         # what traces (torch.compile, FakeTensorMode, make_fx) must not leave its tensors to real calls
         traced = torch.compiler.is_compiling() or type(self.stats) is not Tensor
         if not traced and not self.stats.shape[1]:  # inference: no norm needs any

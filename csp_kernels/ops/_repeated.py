@@ -83,7 +83,7 @@ def begin(
         return None
     if transforming() or forward_ad._current_level >= 0 or selected() not in ("auto", "native"):
         return None
-    if torch.is_autocast_enabled("cpu") or type(inputs) is not list or not params:
+    if torch.is_autocast_enabled("cpu") or type(inputs) not in (list, tuple) or not params:
         return None
     if any(type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided for x in inputs):
         return None

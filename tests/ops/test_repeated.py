@@ -3,6 +3,8 @@ errors for what has become wrong since."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -290,6 +292,31 @@ def test_what_was_converted_is_not_known() -> None:
     for _ in range(4):
         arguments.call()
     assert not _repeated._known
+
+
+@operators
+def test_holds_no_tensors(name: str) -> None:
+    arguments = Arguments(CASES[name])
+    arguments.known()
+    alive = [weakref.ref(t) for t in (*arguments.leaves.values(), *arguments.running)]
+    del arguments
+    gc.collect()
+    assert _repeated._known and not any(ref() is not None for ref in alive)
+
+
+def test_layers_are_known() -> None:
+    """Each of these calls its operator in a way of its own."""
+    for layer in (
+        csp.C2f(8, 8, 1),
+        csp.CSPStage(8, 8, 1, stride=1),
+        csp.DenseBlock(2, 8, 4, 2),
+        csp.ConcatConv([8], 6),
+    ):
+        _repeated._known.clear()
+        layer.eval()
+        for _ in range(2):
+            layer(torch.randn(1, 8, 6, 5))
+        assert len(_repeated._known) == 1
 
 
 def test_which_norms_are_frozen() -> None:
