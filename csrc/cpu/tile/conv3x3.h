@@ -241,6 +241,38 @@ template <class S> struct ReadGradient {
   int64_t in_pitch = 0;
 };
 
+// Makes of what a product gives at a pixel, the gradient of act(norm(z)), that of z, for one vector of channels: dn = act'(norm(z)) times
+// it, dz as ReadGradient says, sums of dn and of dn * (z - mean).
+enum class Put { Nothing, Write, Add };  // dz
+template <Put PUT, bool LEAKY, class S> struct PixelBackward {
+  using T = decltype(widen(S{}));
+  const S* z;
+  int64_t zp;
+  ReadGradient<S> dz;
+  int64_t ch, n;  // the vector's first channel, those from there on
+  Vec<T> mean, scale, shift, number, sum{}, sum_z{};
+  CSP_INLINE PixelBackward(const S* z, int64_t zp, int64_t channels, const Affine<T>& norm, const OnLoad<T>& act, const ReadGradient<S>& dz, int64_t ch)
+      : z(z), zp(zp), dz(dz), ch(ch), n(channels - ch), mean(load(norm.mean + ch)), scale(load(norm.scale + ch)), shift(load(norm.shift + ch)), number(Vec<T>{} + act.number) {}
+  CSP_INLINE void operator()(int64_t pixel, Vec<T> product) {
+    const Vec<T> centred = load_masked(z + pixel * zp + ch, n) - mean, dn = on_load_gradient<LEAKY, T>(centred * scale + shift, product, number);
+    if constexpr (PUT == Put::Write) store_masked(dz.g + pixel * dz.pitch + ch, dn * scale, n);
+    if constexpr (PUT == Put::Add) store_masked(dz.g + pixel * dz.pitch + ch, load_masked(dz.in + pixel * dz.in_pitch + ch, n) + dn * scale, n);
+    sum += dn, sum_z += dn * centred;
+  }
+  // Adds the sums so far, which begin anew: short ones lose less.
+  CSP_INLINE void add_to(const PartialSums<T>& part) {
+    store(part.sum + ch, load(part.sum + ch) + sum), store(part.sum_x + ch, load(part.sum_x + ch) + sum_z);
+    sum = sum_z = Vec<T>{};
+  }
+};
+// f(integral_constant of Put, bool_constant of leaky)
+template <class S, class F> CSP_INLINE void with_put(const ReadGradient<S>& dz, bool leaky, F f) {
+  auto put = [&](auto how) __attribute__((always_inline)) { leaky ? f(how, std::true_type{}) : f(how, std::false_type{}); };
+  if (!dz.g) put(std::integral_constant<Put, Put::Nothing>{});
+  else if (dz.in) put(std::integral_constant<Put, Put::Add>{});
+  else put(std::integral_constant<Put, Put::Write>{});
+}
+
 template <int M, class S> struct Conv3x3Backward {
   using T = decltype(widen(S{}));
   static constexpr int L = LANES<T>, IN = M + 2, E = IN * IN;
@@ -282,43 +314,28 @@ template <int M, class S> struct Conv3x3Backward {
       for (int64_t p = panels.begin; p < panels.end; p++) {
         int nv = panel_vectors<T>(c.b, p);
         winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, U.get(p, room), nv, Mb);
-        for (int j = 0; j < nv; j++) {
-          auto put = [&](auto how) {
-            constexpr Put PUT = decltype(how)::value;
-            c.act.leaky ? emit<PUT, true>(row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L, part)
-                        : emit<PUT, false>(row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L, part);
-          };
-          if (!dz.g) put(std::integral_constant<Put, Put::Nothing>{});
-          else if (dz.in) put(std::integral_constant<Put, Put::Add>{});
-          else put(std::integral_constant<Put, Put::Write>{});
-        }
+        for (int j = 0; j < nv; j++)
+          with_put(dz, c.act.leaky, [&](auto how, auto leaky) {
+            emit<decltype(how)::value, decltype(leaky)::value>(row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L, part);
+          });
       }
     }
   }
 
   // Transforms back one channel vector of a batch, masks it, sums it.
-  enum class Put { Nothing, Write, Add };
   template <Put PUT, bool LEAKY> void emit(int64_t row, int64_t nr, int64_t ch, const T* Mb, int64_t e_step, int64_t t_step, const PartialSums<T>& part) const {
-    Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch), number = Vec<T>{} + c.act.number;
-    int64_t n = c.b - ch;
-    Vec<T> sum{}, sum_z{};  // of this batch: short sums lose less
+    PixelBackward<PUT, LEAKY, S> back(z, c.zp, c.b, c.norm, c.act, dz, ch);
     for (int64_t q = 0; q < nr; q++)
       for (int64_t tx = 0; tx < tl.TW; tx++) {
         int64_t y0 = tl.y(row + q), x0 = tx * M, first = tl.image(row + q) + y0 * c.W + x0;
         int ym = int(min64(M, c.H - y0)), xm = int(min64(M, c.W - x0));
         Vec<T> y[M][M];
         untransform<T, M>(Mb + (q * tl.TW + tx) * t_step, e_step, y);
-        auto put = [&](int u, int v) __attribute__((always_inline)) {
-          int64_t pixel = first + u * c.W + v;
-          Vec<T> centred = load_masked(z + pixel * c.zp + ch, n) - mean, d = on_load_gradient<LEAKY, T>(centred * scale + shift, y[u][v], number);
-          if constexpr (PUT == Put::Write) store_masked(dz.g + pixel * dz.pitch + ch, d * scale, n);
-          if constexpr (PUT == Put::Add) store_masked(dz.g + pixel * dz.pitch + ch, load_masked(dz.in + pixel * dz.in_pitch + ch, n) + d * scale, n);
-          sum += d, sum_z += d * centred;
-        };
+        auto put = [&](int u, int v) __attribute__((always_inline)) { back(first + u * c.W + v, y[u][v]); };
         if (ym == M && xm == M) { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) put(u, v); }
         else { CSP_UNROLL(4) for (int u = 0; u < M; u++) CSP_UNROLL(4) for (int v = 0; v < M; v++) if (u < ym && v < xm) put(u, v); }
       }
-    store(part.sum + ch, load(part.sum + ch) + sum), store(part.sum_x + ch, load(part.sum_x + ch) + sum_z);
+    back.add_to(part);
   }
 
   // dM[e][k][tile][LANES] = A dY A^T; tiles: of one such row of dM

@@ -221,35 +221,19 @@ template <class U, class S> struct Direct3x3Backward {
     });
   }
 
-  enum class Put { Nothing, Write, Add };
   template <Put PUT, bool LEAKY> void emit(const Strip<U>& strip, int64_t ch, const T* sums, int64_t step, const PartialSums<T>& part) const {
-    const Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch), number = Vec<T>{} + c.act.number;
-    const int64_t n = c.b - ch;
+    PixelBackward<PUT, LEAKY, S> back(z, c.zp, c.b, c.norm, c.act, dz, ch);
     strip.each_row([&](int64_t first, int64_t position) __attribute__((always_inline)) {
-      Vec<T> sum{}, sum_z{};  // of this row: short sums lose less
-      for (int64_t x = 0; x < tall.W; x++) {
-        const int64_t pixel = first + x;
-        const Vec<T> centred = load_masked(z + pixel * c.zp + ch, n) - mean, d = on_load_gradient<LEAKY, T>(centred * scale + shift, load(sums + (position + x) * step), number);
-        if constexpr (PUT == Put::Write) store_masked(dz.g + pixel * dz.pitch + ch, d * scale, n);
-        if constexpr (PUT == Put::Add) store_masked(dz.g + pixel * dz.pitch + ch, load_masked(dz.in + pixel * dz.in_pitch + ch, n) + d * scale, n);
-        sum += d, sum_z += d * centred;
-      }
-      store(part.sum + ch, load(part.sum + ch) + sum), store(part.sum_x + ch, load(part.sum_x + ch) + sum_z);
+      for (int64_t x = 0; x < tall.W; x++) back(first + x, load(sums + (position + x) * step));
+      back.add_to(part);
     });
   }
   void dgrad(const Strip<U>& strip, T* sums, const PartialSums<T>& part) const {
     for (int64_t p = 0; p < panels<T>(c.b); p++) {
       const int nv = panel_vectors<T>(c.b, p);
       multiply<U>(strip, W, p, nv, sums);
-      for (int j = 0; j < nv; j++) {
-        auto put = [&](auto how) {
-          constexpr Put PUT = decltype(how)::value;
-          c.act.leaky ? emit<PUT, true>(strip, p * 2 * L + j * L, sums + j * L, nv * L, part) : emit<PUT, false>(strip, p * 2 * L + j * L, sums + j * L, nv * L, part);
-        };
-        if (!dz.g) put(std::integral_constant<Put, Put::Nothing>{});
-        else if (dz.in) put(std::integral_constant<Put, Put::Add>{});
-        else put(std::integral_constant<Put, Put::Write>{});
-      }
+      for (int j = 0; j < nv; j++)
+        with_put(dz, c.act.leaky, [&](auto how, auto leaky) { emit<decltype(how)::value, decltype(leaky)::value>(strip, p * 2 * L + j * L, sums + j * L, nv * L, part); });
     }
   }
 

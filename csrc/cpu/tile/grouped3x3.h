@@ -225,7 +225,7 @@ template <class S> struct Grouped3x3Backward {
               else taps.add(x + size, of_row, c.size), taps.add(x + 2 * size, of_row + 2 * size, c.size);
             }
             const int64_t outputs = min64(right, (c.W - column + c.stride - 1) / c.stride) - left, from = (image * c.H + y) * c.W + left * c.stride + column;
-            c.act.leaky ? emit<true>(taps, from, outputs, v * L, part) : emit<false>(taps, from, outputs, v * L, part);
+            with_put(dz, c.act.leaky, [&](auto how, auto leaky) { emit<decltype(how)::value, decltype(leaky)::value>(taps, from, outputs, v * L, part); });
           }
       }
     });
@@ -234,17 +234,10 @@ template <class S> struct Grouped3x3Backward {
     spread_row(of, c.w, c.size, to, [&](int64_t x) __attribute__((always_inline)) { return load(dy + x * L); });
   }
   // Of `count` pixels from `first` on, each `stride` from the last.
-  template <bool LEAKY> void emit(const SpreadTaps<T>& taps, int64_t first, int64_t count, int64_t ch, const PartialSums<T>& part) const {
-    const Vec<T> mean = load(c.norm.mean + ch), scale = load(c.norm.scale + ch), shift = load(c.norm.shift + ch), number = Vec<T>{} + c.act.number;
-    const int64_t n = c.channels - ch;
-    Vec<T> sum{}, sum_z{};  // of this row: short sums lose less
-    taps.each_output(count, c.size * L, [&](int64_t i, Vec<T> product) __attribute__((always_inline)) {
-      const int64_t pixel = first + i * c.stride;
-      const Vec<T> centred = load_masked(z + pixel * c.zp + ch, n) - mean, d = on_load_gradient<LEAKY, T>(centred * scale + shift, product, number);
-      if (dz.g) store_masked(dz.g + pixel * dz.pitch + ch, dz.in ? load_masked(dz.in + pixel * dz.in_pitch + ch, n) + d * scale : d * scale, n);
-      sum += d, sum_z += d * centred;
-    });
-    store(part.sum + ch, load(part.sum + ch) + sum), store(part.sum_x + ch, load(part.sum_x + ch) + sum_z);
+  template <Put PUT, bool LEAKY> void emit(const SpreadTaps<T>& taps, int64_t first, int64_t count, int64_t ch, const PartialSums<T>& part) const {
+    PixelBackward<PUT, LEAKY, S> back(z, c.zp, c.channels, c.norm, c.act, dz, ch);
+    taps.each_output(count, c.size * L, [&](int64_t i, Vec<T> product) __attribute__((always_inline)) { back(first + i * c.stride, product); });
+    back.add_to(part);
   }
 
   // dW[tap][k][lane] += sum over the pixels of rows begin..end of dY[pixel][lane] * spread x[pixel of the tap][k][lane]
