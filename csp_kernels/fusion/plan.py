@@ -131,18 +131,26 @@ class _Content(tuple[Any, ...]):
     """What an attribute holds that may change and stay the same object."""
 
 
-def _simple(value: Any, depth: int = 3) -> Any:
+def _simple(value: Any, depth: int = 6) -> Any:
     """Lists, dictionaries and objects by what they hold, others as they are: also tuples of what cannot change."""
     if type(value) is tuple and all(type(item) in _SIMPLE for item in value):
         return value
     if depth and isinstance(value, (list, tuple, set)):
-        return _Content((type(value), *(_simple(item, depth - 1) for item in value)))
+        return _Content((type(value), *(_typed(_simple(item, depth - 1)) for item in value)))
     if depth and isinstance(value, dict):
-        return _Content((dict, *((key, _simple(item, depth - 1)) for key, item in value.items())))
+        return _Content((dict, *((_typed(key), _typed(_simple(item, depth - 1))) for key, item in value.items())))
     known = (nn.Module, Tensor, type, FunctionType, BuiltinFunctionType, MethodType, *_SIMPLE)
     if depth and hasattr(value, "__dict__") and not isinstance(value, known):
-        return _Content((type(value), *((key, _simple(item, depth - 1)) for key, item in vars(value).items())))
+        items = vars(value).items()
+        return _Content((type(value), *((key, _typed(_simple(item, depth - 1))) for key, item in items)))
     return value
+
+
+def _typed(value: Any) -> Any:
+    """Not equal to the same number of another type: True is not 1, nor is (True,) (1,)."""
+    if type(value) is tuple:
+        return (*map(type, value), value)
+    return (type(value), value) if type(value) in (bool, float) else value
 
 
 class Bound:
@@ -212,7 +220,8 @@ _MISSING = object()
 def _equal(now: Any, number: Any) -> bool:
     if isinstance(number, _Content):
         return bool(_simple(now) == number)
-    return type(now) is type(number) and isinstance(now, (*_SIMPLE, tuple)) and bool(now == number)
+    same = type(now) is type(number) and isinstance(now, (*_SIMPLE, tuple)) and bool(now == number)
+    return same and (type(now) is not tuple or [*map(type, now)] == [*map(type, number)])
 
 
 _Filler = Callable[[Sequence[Any]], Any]

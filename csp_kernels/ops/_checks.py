@@ -111,15 +111,21 @@ def dense(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
-def filled(params: Sequence[Tensor | None], shapes: Sequence[Shape], x: Tensor) -> list[Tensor]:
-    """Parameters in the dtype of sums, contiguous or channels_last; missing norm weights are ones, biases zeros."""
+def filled(
+    params: Sequence[Tensor | None], shapes: Sequence[Shape], x: Tensor, biases: Sequence[bool] | None = None
+) -> list[Tensor]:
+    """Parameters in the dtype of sums, contiguous or channels_last; missing norm weights are ones, biases zeros.
+
+    biases: which of them are biases; None: no convolution has one, so vectors are weight and bias of a norm in turn.
+    """
     dtype, tensors, bias = ACCUMULATE[x.dtype], [], False
-    for p, shape in zip(params, shapes, strict=True):
+    for i, (p, shape) in enumerate(zip(params, shapes, strict=True)):
         if p is None:
-            tensors.append((torch.zeros if bias else torch.ones)(shape, dtype=dtype, device=x.device))
+            zeros = bias if biases is None else biases[i]
+            tensors.append((torch.zeros if zeros else torch.ones)(shape, dtype=dtype, device=x.device))
         else:
             tensors.append(converted(p, dtype))
-        bias = len(shape) == 1 and not bias  # weight and bias of a norm follow each other
+        bias = len(shape) == 1 and not bias
     return tensors
 
 

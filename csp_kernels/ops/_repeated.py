@@ -83,15 +83,25 @@ def begin(
         return None
     if transforming() or forward_ad._current_level >= 0 or selected() not in ("auto", "native"):
         return None
-    if torch.is_autocast_enabled("cpu") or type(inputs) not in (list, tuple) or not params:
+    if torch.is_autocast_enabled("cpu") or any(type(given) not in _SEQUENCES for given in (inputs, params, running)):
         return None
-    if any(type(x) is not Tensor or not x.is_cpu or x.layout is not torch.strided for x in inputs):
+    if not params or any(type(x) is not Tensor or not x.is_cpu or x.is_nested or _sparse(x) for x in inputs):
+        return None
+    choices = [*_plain(frozen), *_plain(eps), *(item for option in options for item in _plain(option))]
+    if any(type(item) not in _PLAIN for item in choices):
         return None
     images = [(x.dtype, x.shape, x.stride()) for x in inputs]
-    numbers = tuple(eps) if type(eps) is list else eps
-    try:
-        key = operator, id(params[0]), *images, None if frozen is None else tuple(frozen), numbers, options
-        hash(key)
-    except TypeError:
-        return None
-    return Call(key, inputs, params, running)
+    return Call((operator, id(params[0]), *images, *choices, *map(type, choices)), inputs, params, running)
+
+
+_SEQUENCES = (list, tuple)
+_PLAIN = (bool, int, float, str, type(None))  # a tensor is its identity in a key, whatever its value has become
+
+
+def _plain(option: Any) -> list[Any]:
+    """An option for a key: the items of a sequence and how many they are, or itself."""
+    return [*option, len(option)] if type(option) in _SEQUENCES else [option]
+
+
+def _sparse(x: Tensor) -> bool:
+    return x.layout is not torch.strided

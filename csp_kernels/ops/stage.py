@@ -65,7 +65,7 @@ def stage(
         channels_last = checks.is_channels_last(x)
         y, stats = reference_stage(graph, inputs, params, running, frozen=flags, eps=numbers, seed=seed)
         return [checks.formatted(t, channels_last) for t in y], stats
-    full = checks.filled(params, parameter_shapes(graph)[1], x)
+    full = checks.filled(params, parameter_shapes(graph)[1], x, _biases_of(graph))
     options: dict[str, Any] = {"recompute": recompute, "seed": seed, "backend": backend}
     if not has_biases(graph):
         y, moments = run(graph, inputs, full, running, flags, numbers, _names(graph), call=call, **options)
@@ -133,6 +133,12 @@ def parameter_shapes(graph: Graph) -> tuple[tuple[str, ...], tuple[tuple[int, ..
         names += [f"{item.name}.weight", f"{item.name}.bias"][: len(found)]
         shapes += found
     return tuple(names), tuple(shapes)
+
+
+@cached_constant
+def _biases_of(graph: Graph) -> tuple[bool, ...]:
+    """Which parameters are biases, of convolutions or norms."""
+    return tuple(name.endswith(".bias") for name in parameter_shapes(graph)[0])
 
 
 def _check_params(graph: Graph, params: Sequence[Tensor | None], x: Tensor) -> None:

@@ -19,7 +19,7 @@ def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module, csp.fusio
     torch.manual_seed(0)
     plain = make().double()
     for m in plain.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm2d) and m.affine:
             nn.init.uniform_(m.weight, 0.5, 1.5)
             nn.init.normal_(m.bias, 0, 0.3)
     ours = copy.deepcopy(plain)

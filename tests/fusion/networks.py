@@ -201,13 +201,16 @@ class Configured(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = ConvNorm(8, 8), ConvNorm(8, 8, 1)
-        self.config = SimpleNamespace(shortcut=True, order=["a", "b"])
+        self.config = SimpleNamespace(
+            shortcut=True, order=["a", "b"], more={"x": {"y": {"z": [True]}}}, flags=(True, 2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for name in self.config.order:
             y = getattr(self, name)(y)
-        return F.leaky_relu(y + x if self.config.shortcut else y, self.slope)
+        shortcut = self.config.shortcut and self.config.more["x"]["y"]["z"][0] is True and self.config.flags[0] is True
+        return F.leaky_relu(y + x if shortcut else y, self.slope)
 
 
 class Copies(nn.Module):
@@ -269,6 +272,9 @@ FUSED["depthwise, then with twice the channels"] = lambda: nn.Sequential(
     nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16),
     nn.Conv2d(16, 32, 3, padding=1, groups=16),
 )  # fmt: skip
+FUSED["biases in front of norms without parameters"] = lambda: nn.Sequential(
+    nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12, affine=False), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1), nn.BatchNorm2d(8)
+)
 FUSED["residual blocks in a row"] = lambda: nn.Sequential(Functional(), Functional(), Functional())
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "OnSize": (OnSize, "it depends on the width of its input"),

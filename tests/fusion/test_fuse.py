@@ -213,6 +213,9 @@ def test_attributes_that_forward_reads() -> None:
 CONFIGURED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an object": (lambda m: setattr(m.config, "shortcut", False), "has another config"),
     "a list in it": (lambda m: m.config.order.append("b"), "has another config"),
+    "deep in it": (lambda m: m.config.more["x"]["y"].update(z=[False]), "has another config"),
+    "1 for True": (lambda m: m.config.more["x"]["y"].update(z=[1]), "has another config"),
+    "(1, 2) for (True, 2)": (lambda m: setattr(m.config, "flags", (1, 2)), "has another config"),
     "over the class": (lambda m: setattr(m, "slope", 0.5), "has other attributes"),
 }
 

@@ -333,6 +333,43 @@ def _stage(arguments: Arguments, x: Tensor) -> Tensor:
     return arguments.call()[0]
 
 
+def test_tensors_as_options() -> None:
+    """What they are now counts, and nothing holds them."""
+    arguments = Arguments(CASES["concat_conv"])
+    slope = torch.tensor(0.1)
+    arguments.case = replace(arguments.case, options={"act": "leaky_relu", "negative_slope": slope})
+    for _ in range(4):
+        arguments.call()
+    slope.fill_(0.7)
+    assert same(arguments.call(), arguments.as_new())
+    stage = Arguments(CASES["stage"])
+    eps = [torch.tensor(1e-5) for _ in stage.case.norms]
+    stage.case = replace(stage.case, options={"eps": eps})
+    for _ in range(4):
+        stage.call()
+    eps[0].fill_(3.0)
+    assert same(stage.call(), stage.as_new()) and not _repeated._known
+
+
+def test_arguments_of_other_kinds() -> None:
+    """The checks see them first, also where a right call is known: 1 is not True."""
+    arguments = Arguments(CASES["concat_conv"])
+    arguments.known()
+    x, y, *params = arguments.leaves.values()
+    wrong: list[tuple[Any, Any, Any]] = [
+        ([x, y], arguments.running, 1),
+        ([torch.nested.nested_tensor([x[0], x[1]]), y], arguments.running, True),
+        (x, arguments.running, True),
+    ]
+    for inputs, running, frozen in wrong:
+        with pytest.raises(TypeError, match=r"^(frozen|inputs(\[0\])?): got"):
+            csp.ops.concat_conv(inputs, *params, running, frozen=frozen)
+    graph = CASES["stage"].graph  # type: ignore[attr-defined]
+    for params in (torch.ones(3), {"a": 1}):
+        with pytest.raises(ValueError, match=r"^params"):
+            csp.ops.stage(graph, [torch.randn(1, c, 4, 4) for c in graph.inputs], params)
+
+
 def test_biases_are_checked() -> None:
     """A stage with biases is run as one without them, with other parameters: nothing of it is known."""
     arguments = Arguments(GraphCase(graph=graph(bias=True)))
