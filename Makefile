@@ -16,8 +16,8 @@ ISA_TESTS ?= instruction_set or one_channel or training or large_means or withou
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo   train networks on 5,000 MNIST digits, fused and naive side by side (needs no download of data)"
-	@echo "make test   run the tests: every kind of them, a sample of the many; ten minutes from nothing"
+	@echo "make demo   train networks on 5,000 MNIST digits, fused and naive side by side: eight minutes from nothing"
+	@echo "make test   run the tests, a sample of those that are many: fifteen minutes from nothing"
 	@echo "make verify run the others: the many, all instruction sets, CUDA by nvcc, sanitizers; an hour"
 	@echo "make many   run the many alone, ARGS='tests/fuzz' for some of them; a part of make verify"
 	@echo "make isas   run tests of the operators under each instruction set that runs here; a part of make verify"
@@ -125,7 +125,7 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.t
 
 # The library for this machine alone, where there is none for all: enough to try and to test, in a quarter of the time.
 $(VENV)/.native: $(VENV)/.torch setup.py $(NATIVE)
-	$(call step,4/4 compiling for this machine: a minute or two,CSP_KERNELS_ISAS="$${CSP_KERNELS_ISAS:-native}" CSP_KERNELS_CUDA="$${CSP_KERNELS_CUDA:-0}" $(PY) setup.py -q build_ext --inplace)
+	$(call step,4/4 compiling for this machine: three to seven minutes,CSP_KERNELS_ISAS="$${CSP_KERNELS_ISAS:-native}" CSP_KERNELS_CUDA="$${CSP_KERNELS_CUDA:-0}" $(PY) setup.py -q build_ext --inplace)
 	@grep ' builds ' $(LOG) || true
 	@touch $@
 

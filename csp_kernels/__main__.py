@@ -44,7 +44,7 @@ def bench(arguments: list[str]) -> int:
     try:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
-        print(f"bench: {error.name} is missing; run `pip install csp_kernels[bench]`", file=sys.stderr)
+        print(f'bench: {error.name} is missing; run `pip install ".[bench]"` in the source tree', file=sys.stderr)
         return 1
     return int(module.main(arguments))
 

@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"profile: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(f"profile: {error.name} is missing; run `pip install csp_kernels[demo]`", file=sys.stderr)
+        print(f'profile: {error.name} is missing; run `pip install ".[demo]"` in the source tree', file=sys.stderr)
         return 1
     return 0
 

@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs the demo; 0 when done, 1 when something is missing, 130 when interrupted (after a partial report)."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f'The demo needs {", ".join(missing)}: pip install "csp_kernels[demo]"', file=sys.stderr)
+        print(f'The demo needs {", ".join(missing)}: pip install ".[demo]", in the source tree', file=sys.stderr)
         return 1
     from .run import run_demo
     from .train import Settings
