@@ -141,7 +141,7 @@ FAULTS = [
     Fault("grouped3x3.h", "(scale ? scale[out] : T(1))", "T(1)", FOLDED),
     Fault("grouped3x3.h", "(begin - r.begin) * c.w, pixels, [&]", "0, pixels, [&]", STATISTICS),
     Fault("stage.cpp", "pixel, ch), conv.channels - ch);", "pixel, ch), L);", GRAPHS),
-    Fault("stage.cpp", "act, plain.residual}); });", "act, nullptr}); });", GRAPHS),
+    Fault("stage.cpp", "act, plain.residual}); });", "act, nullptr}); });", FOLDED),
     Fault("grouped3x3.h", "if (correction.owes) {", "if (false) {", GRAPHS),
     # mix.h
     Fault("mix.h", "int64_t n = s.channels - c;\n      auto at", "int64_t n = s.channels - c - 1;\n      auto at", CONCATS),

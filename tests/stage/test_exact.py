@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -102,14 +103,19 @@ def test_statistics_of_groups(size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("size", [(2, 7, 7), (1, 40, 41)], ids=str)
 @pytest.mark.parametrize("conv", ["3x3", "3x3 with stride 2"])
 def test_folded_norms_of_groups(conv: str, size: tuple[int, int, int]) -> None:
-    """In inference the norm behind groups of a 3x3 is in their weights: the channels of a group differ in scale."""
+    """In inference the norm behind groups of a 3x3 is in their weights (the channels of a group differ in scale), the
+    activation and a shortcut behind it are in what follows the product."""
     torch.manual_seed(0)
     n, h, w = size
     stride = CONVS[conv].get("stride", 1)
-    for channels, out, groups in GROUPED + NARROW:
+    shortcuts = [False] if stride > 1 else [False, True]
+    for (channels, out, groups), shortcut in itertools.product(GROUPED + NARROW, shortcuts):
+        if shortcut and channels != out:
+            continue
         build = Builder(channels)
         value = build.conv([build.read(0)], out, 3, stride=stride, groups=groups)
-        build.write([build.read(value, build.norm(out), "relu")])
+        read = build.read(value, build.norm(out), "silu")
+        build.write([build.read(build.sum([read, build.read(0)])) if shortcut else read])
         stage = csp.Stage(build.graph()).eval()
         norm = next(m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
         with torch.no_grad():
@@ -121,9 +127,10 @@ def test_folded_norms_of_groups(conv: str, size: tuple[int, int, int]) -> None:
             found = [stage(x.float()) for _ in range(3)]
             weight = next(p for p in stage.parameters() if p.dim() == 4).double()
             y = torch.nn.functional.conv2d(x, weight, padding=1, stride=stride, groups=groups)
-            wanted = copy.deepcopy(norm).double()(y).relu().float()
+            wanted = torch.nn.functional.silu(copy.deepcopy(norm).double()(y))
+            wanted = (wanted + x if shortcut else wanted).float()
         for call, result in enumerate(found, 1):
-            label = f"call {call}, {groups} groups"
+            label = f"call {call}, {groups} groups, shortcut {shortcut}"
             torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5, msg=lambda m, label=label: f"{label}: {m}")
 
 
