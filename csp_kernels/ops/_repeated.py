@@ -60,7 +60,8 @@ class Call:
                 return None
             return [checks.formatted(y, known.channels_last) for y in found[0]], known.statistics(found[1])
         except (RuntimeError, TypeError, ValueError, AttributeError):
-            return None  # the checks find words for it
+            _known.pop(self.key, None)  # the next one is not refused again; the checks find words for this one
+            return None
 
     def learned(
         self, params: Sequence[Tensor], running: Sequence[Tensor], text: str, eps: list[float],
