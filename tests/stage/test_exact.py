@@ -80,23 +80,29 @@ def test_groups(size: tuple[int, int, int], twice: bool, conv: str, dtype: torch
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("size", [(2, 7, 7), (1, 40, 41), (1, 5, 530)], ids=str)
-def test_statistics_of_groups(size: tuple[int, int, int]) -> None:
-    """A norm behind groups of a 3x3 sees all pixels once: running mean and variance of several strips of rows."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("conv", CONVS)
+@pytest.mark.parametrize("size", [(2, 7, 7), (1, 40, 41), (3, 1, 1), (1, 5, 530)], ids=str)
+def test_statistics(size: tuple[int, int, int], conv: str, dtype: torch.dtype) -> None:
+    """A norm behind a convolution sees all pixels once: running mean and variance of several strips of rows."""
     torch.manual_seed(0)
-    n, h, w = size
-    for channels, _, groups in NARROW:
+    (n, h, w), kernel, stride = size, int(conv[0]), CONVS[conv].get("stride", 1)
+    dense = [(channels, out, 1) for channels, out in CHANNELS]
+    for channels, out, groups in dense + NARROW if kernel == 3 else dense:
         build = Builder(channels)
-        conv = build.conv([build.read(0)], channels, 3, groups=groups)
-        build.write([build.read(conv, build.norm(channels))])
+        value = build.conv([build.read(0)], out, kernel, groups=groups, **CONVS[conv])
+        build.write([build.read(value, build.norm(out))])
         stage = csp.Stage(build.graph(), momentum=1.0)
+        weight = next(p for p in stage.parameters() if p.dim() == 4)
+        weight.data = torch.randint(-1, 2, weight.shape).to(dtype)  # outputs are below 256: whole in bfloat16, too
         x = whole(n, channels, h, w)
-        stage(x.float())
-        weight = next(p for p in stage.parameters() if p.dim() == 4).detach().double()
-        y = torch.nn.functional.conv2d(x, weight, padding=1, groups=groups)
+        stage(x.to(dtype))
+        y = torch.nn.functional.conv2d(x, weight.double(), padding=kernel // 2, stride=stride, groups=groups)
         norm = next(m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
-        torch.testing.assert_close(norm.running_mean, y.mean((0, 2, 3)).float(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(norm.running_var, y.var((0, 2, 3)).float(), rtol=1e-5, atol=1e-6)
+        limits = bounds(dtype, "highest", conv)
+        limits = {"rtol": limits["rtol"] or 1e-5, "atol": limits["atol"] or 1e-6}
+        for found, values in (norm.running_mean, y.mean((0, 2, 3))), (norm.running_var, y.var((0, 2, 3))):
+            torch.testing.assert_close(found, values.float(), **limits)
 
 
 @pytest.mark.usefixtures("two_threads")
