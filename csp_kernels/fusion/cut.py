@@ -69,14 +69,15 @@ def cut(trace: Trace) -> tuple[list[Region], list[str]]:
 
 def _pays(operations: Sequence[Operation], trace: Trace) -> bool:
     """Whether a stage of them is faster than they are (docs/fusion.md): not one convolution alone, but for a 3x3 with
-    stride 1 of enough channels, and a 1x1 with a join or an average."""
+    stride 1 of enough channels or with stride 2 of few, and a 1x1 with a join or an average."""
     convs = [op for op in operations if op.kind == "conv"]
     if len(convs) > 1 or len(operations) == 1:
         return len(convs) > 1
     options = convs[0].options
     if options["kernel"] == 1:
         return any(op.kind in ("cat", "avg_pool", "add") for op in operations)
-    return bool(options["stride"] == options["groups"] == 1) and trace.shapes[convs[0].inputs[0]][1] >= 16
+    channels = trace.shapes[convs[0].inputs[0]][1]
+    return bool(options["groups"] == 1) and (channels >= 16 if options["stride"] == 1 else channels < 64)
 
 
 class _Sizes(ValueError):

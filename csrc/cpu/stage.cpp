@@ -15,6 +15,7 @@
 #include "tile/grouped3x3.h"
 #include "tile/norm.h"
 #include "tile/storage.h"
+#include "tile/strided3x3.h"
 
 #if defined(__AMX_BF16__)
 namespace csp::v4bf16 {
@@ -407,9 +408,7 @@ template <class S> struct Stage {
       return merge_statistics(stats, tasks, i.to, i.statistics);
     }
     Mix<S> mix(a.parallel, grid, r.segments.data(), int64_t(r.segments.size()), {&out, 1});
-    Statistics<T>* stats = statistics(inner, i.statistics, mix.shares.rows, mix.O);
-    mix.forward_raw(packed_mix(inner, i, mix), value(i.to), to.pitch, out, stats);
-    merge_statistics(stats, mix.shares.rows, i.to, i.statistics);
+    raw(i, inner, mix, packed_mix(inner, i, mix));
   }
   // The pixels that a 1x1 reads: all, their averages, or each second in each second row.
   Grid read_by(const std::vector<stage::Segment>& segments, const stage::Conv& conv) {
@@ -471,10 +470,15 @@ template <class S> struct Stage {
     else run(AnyActivation<T>{i.act, T(i.slope)});
   }
   void folded(const stage::Product& i, Frame& inner, const Mix<S>& mix) { folded(i, inner, mix, packed_mix(inner, i, mix)); }
-  void folded(const stage::Product& i, Frame& inner, const Mix<S>& mix, const Unit<U>* w) {
+  template <class M, class W> void folded(const stage::Product& i, Frame& inner, const M& product, const W* w) {
     with_activation<T>(i.act, i.slope, [&](auto act) {
-      with_after(i, inner, act, [&](const auto& after) { mix_after(mix, w, after, value(i.to), of(i.to).pitch, i.to.channels()); });
+      with_after(i, inner, act, [&](const auto& after) { forward_after(product, w, after, value(i.to), of(i.to).pitch, i.to.channels()); });
     });
+  }
+  template <class M, class W> void raw(const stage::Product& i, Frame& inner, const M& product, const W* w) {
+    Statistics<T>* stats = statistics(inner, i.statistics, product.shares.rows, padded_channels(i.conv.out_channels));
+    forward_raw(product, w, value(i.to), of(i.to).pitch, i.conv.out_channels, stats);
+    merge_statistics(stats, product.shares.rows, i.to, i.statistics);
   }
   void operator()(const stage::Bottleneck& i, Frame& inner) {
     with_tiles(i.conv.to, [&](auto m) { bottleneck<decltype(m)::value>(i, inner); });
@@ -638,14 +642,34 @@ template <class S> struct Stage {
   }
   template <class Weights> void strided(const stage::Product& i, Frame& inner, const Weights& weights) {
     Reads r = reads(inner, i.segments, i.conv);
-    std::vector<Segment<S>> all = taps(r);
     const int64_t out = i.conv.out_channels;
+    const bool done = by_rows(r, of(i.segments[0].place).grid, out, [&](const auto& rows) {
+      const T* w = packed<T>(inner, rows.packed(), i.nodes, scale_of(i), i.column < 0 ? 0 : out, weights.number, [&](T* to) {
+        Frame frame;
+        return rows.pack(to, by_tap(frame, weights, out, rows.C), scale_of(i));
+      });
+      has_after(i) ? folded(i, inner, rows, w) : raw(i, inner, rows, w);
+    });
+    if (done) return;
+    std::vector<Segment<S>> all = taps(r);
     Mix<S> mix(a.parallel, every_second(of(i.segments[0].place).grid), all.data(), int64_t(all.size()), {&out, 1});
     const Unit<U>* w = packed_mix(inner, i, mix, weights.number, [&](Frame& frame) { return by_tap(frame, weights, out, channels(i.segments)); });
-    if (has_after(i)) return folded(i, inner, mix, w);
-    Statistics<T>* stats = statistics(inner, i.statistics, mix.shares.rows, mix.O);
-    mix.forward_raw(w, value(i.to), of(i.to).pitch, out, stats);
-    merge_statistics(stats, mix.shares.rows, i.to, i.statistics);
+    has_after(i) ? folded(i, inner, mix, w) : raw(i, inner, mix, w);
+  }
+  // f(Strided3x3) and true where a 3x3 with stride 2 is one; not of 16 bits, which would be a third more of code to compile.
+  static constexpr bool HAS_ROWS = sizeof(S) == sizeof(T) && !TILES<U>;
+  template <class F> bool by_rows(const Reads& r, const Grid& in, int64_t out, F f) {
+    if constexpr (HAS_ROWS) {
+      int64_t C = 0, count = int64_t(r.segments.size());
+      for (const Segment<S>& s : r.segments) C += s.channels;
+      auto with = [&](auto pixel) {
+        using Rows = Strided3x3<S, decltype(pixel)::value>;
+        if (!Rows::fits(in, count, C)) return false;
+        f(Rows(a.parallel, in, r.segments.data(), count, C, out));
+        return true;
+      };
+      return with(std::integral_constant<int, COLOURS>{}) || with(std::integral_constant<int, L>{});
+    } else return false;
   }
   template <class Weights> void strided(const stage::ProductBackward& i, Frame& inner, const Weights& weights) {
     const int64_t out = i.conv.out_channels, P = of(i.of).pixels();
@@ -661,22 +685,20 @@ template <class S> struct Stage {
     std::vector<Spread<S>> targets;
     for (const stage::Segment& s : i.segments) targets.push_back(spread(s));
     if (!i.wanted.empty()) strided_wgrad(i, r, dz, dz_pitch, weights);
-    const T* w = weights.weights(inner);
+    const T* w = by_tap(inner, weights, out, channels(i.segments));
     const std::vector<bool> scratch = apart(i.segments, i.conv);
     for (size_t k = 0, at = 0; k < i.segments.size(); at += size_t(r.segments[k].channels), k++) {
       const stage::Segment& s = i.segments[k];
       if (!targets[k].g && !s.sums) continue;
       Frame frame;
       if (!scratch[k]) {
-        strided_dgrad(i, int64_t(at), read(frame, s), act_of(s), targets[k], &s, dz, dz_pitch, w, weights.channels_last());
+        strided_dgrad(i, int64_t(at), read(frame, s), act_of(s), targets[k], s.column < 0 && s.act == Activation::Identity ? nullptr : &s, dz, dz_pitch, w);
         continue;
       }
       const int64_t pitch = r.segments[k].pitch, n = r.segments[k].channels;
       S* g = frame.take<S>(of(s.place).pixels() * pitch);
-      stage::Segment plain;  // what lies in scratch memory
-      Read<S> activated{r.segments[k].x, pitch, n, Affine<T>(frame, n), {Activation::Identity, T(0)}};
-      std::fill(activated.norm.scale, activated.norm.scale + n, T(1));
-      strided_dgrad(i, int64_t(at), activated, act_of(plain), {g, pitch, nullptr, 0}, nullptr, dz, dz_pitch, w, weights.channels_last());
+      const Read<S> activated{r.segments[k].x, pitch, n, Affine<T>(frame, n), {Activation::Identity, T(0)}};
+      strided_dgrad(i, int64_t(at), activated, {}, {g, pitch, nullptr, 0}, nullptr, dz, dz_pitch, w);
       back(read(frame, s), s, targets[k], frame, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(g + pixel * pitch + c, n - c); });
     }
   }
@@ -695,82 +717,95 @@ template <class S> struct Stage {
   }
   template <class Weights> void strided_wgrad(const stage::ProductBackward& i, const Reads& r, const S* dz, int64_t dz_pitch, const Weights& weights) {
     Frame inner;
-    std::vector<Segment<S>> all = taps(r);
     const int64_t out = i.conv.out_channels, C = channels(i.segments);
-    Mix<S> mix(a.parallel, every_second(of(i.segments[0].place).grid), all.data(), int64_t(all.size()), {&out, 1});
-    PartialSums<T>* parts = PartialSums<T>::take(inner, mix.tasks, MixBackward<S>::weights(mix), MixBackward<S>::pitch(mix));
-    const Owed<T> nothing(inner, out);
-    ValueGradient<S> gradient(dz, dz_pitch, dz, dz_pitch, out, nothing);
-    MixBackward<S> back_product{mix, gradient, nullptr, parts, true, false};
-    back_product.run();
     T* dweight = weights.gradient(inner);
-    if (weights.channels_last()) return back_product.weight_gradient(dweight);
-    T* dw = inner.take<T>(out * C * 9);
-    back_product.weight_gradient(dw);
+    T* dw = weights.channels_last() ? dweight : inner.take<T>(out * C * 9);
+    const Grid& grid = of(i.segments[0].place).grid;
+    const bool done = by_rows(r, grid, out, [&](const auto& rows) { rows.wgrad(dz, dz_pitch, PartialSums<T>::take(inner, rows.shares.rows, rows.weights(), 0), dw); });
+    if (!done) {
+      std::vector<Segment<S>> all = taps(r);
+      Mix<S> mix(a.parallel, every_second(grid), all.data(), int64_t(all.size()), {&out, 1});
+      PartialSums<T>* parts = PartialSums<T>::take(inner, mix.tasks, MixBackward<S>::weights(mix), MixBackward<S>::pitch(mix));
+      const Owed<T> nothing(inner, out);
+      ValueGradient<S> gradient(dz, dz_pitch, dz, dz_pitch, out, nothing);
+      MixBackward<S>{mix, gradient, nullptr, parts, dw, false}.run();
+    }
+    if (weights.channels_last()) return;
     for (int64_t n = 0; n < out * C * 9; n += C * 9)
       for (int64_t t = 0; t < 9; t++)
         for (int64_t c = 0; c < C; c++) dweight[n + c * 9 + t] = dw[n + t * C + c];
     weights.finish(dweight);
   }
-  // The gradient of channels at.. of the input, `from`, read through `act`. Pixels of even or odd row and column are each a product of
+  // The gradient of channels at.. of the input, `from`, read through `act` and a norm of `sums`, null: as it is. Pixels of even or odd row and column are each a product of
   // the taps that reach them: a row 2y is read by the middle tap of row y alone, 2y + 1 by the last tap of y and the first of y + 1.
-  void strided_dgrad(const stage::ProductBackward& i, int64_t at, const Read<S>& from, const OnLoad<T>& act, const Spread<S>& to, const stage::Segment* sums, const S* dz, int64_t dz_pitch,
-                     const T* w, bool channels_last) {
+  void strided_dgrad(const stage::ProductBackward& i, int64_t at, const Read<S>& from, const OnLoad<T>& act, const Spread<S>& to, const stage::Segment* sums, const S* dz, int64_t dz_pitch, const T* w) {
     Frame inner;
     const Grid in = of(i.segments[0].place).grid, z = of(i.of).grid;
     const int64_t n = from.channels, out = i.conv.out_channels, C = channels(i.segments);
     const int most = most_pieces(a.parallel);
     PartialSums<T>* parts = PartialSums<T>::take(inner, most, 0, round_up(n, 2 * L));
     for (int t = 0; t < most; t++) parts[t].clear(0, round_up(n, 2 * L));
-    for (int64_t odd_y = 0; odd_y < 2; odd_y++)
-      for (int64_t odd_x = 0; odd_x < 2; odd_x++) {
-        const Grid pixels{z.N, z.H, z.W, false, 1, (in.H + 1 - odd_y) / 2, (in.W + 1 - odd_x) / 2};
-        if (!pixels.h || !pixels.w) continue;
-        Frame frame;
-        std::vector<Segment<S>> read;
-        std::vector<int64_t> kernel;
-        for (int64_t ky = odd_y ? 0 : 1; ky < 3; ky += 2)
-          for (int64_t kx = odd_x ? 0 : 1; kx < 3; kx += 2) {
-            Segment<S> s{dz, dz_pitch, out, nullptr, nullptr, 0, 0};
-            s.tap = true, s.dy = ky == 0, s.dx = kx == 0;
-            read.push_back(s), kernel.push_back(ky * 3 + kx);
+    auto with = [&](auto load_of) {
+      constexpr Load LOAD = decltype(load_of)::value;
+      // acc: nv vectors of each of m pixels
+      auto emit = [&](int part, int64_t odd_y, int64_t odd_x, int64_t pixel, int m, int64_t column, const Vec<T>* acc, int nv) {
+        const int64_t rows = (in.H + 1 - odd_y) / 2, columns = (in.W + 1 - odd_x) / 2;
+        for (int j = 0; j < nv && column + j * L < n; j++) {
+          const int64_t c = column + j * L, left = n - c;
+          const Vec<T> mean = load(from.norm.mean + c), scale = load(from.norm.scale + c), shift = load(from.norm.shift + c), number = Vec<T>{} + act.number;
+          Vec<T> sum{}, sum_x{};
+          int64_t image = pixel / (rows * columns), y = pixel / columns % rows, x = pixel % columns;
+          for (int row = 0; row < m; row++) {
+            const int64_t q = (image * in.H + 2 * y + odd_y) * in.W + 2 * x + odd_x;
+            if (++x == columns && (x = 0, ++y == rows)) y = 0, image++;
+            Vec<T> d = acc[row * nv + j];
+            if constexpr (LOAD != Load::Raw) {
+              const Vec<T> centred = load(from.x + q * from.pitch + c, left) - mean;
+              d = on_load_gradient<LOAD == Load::Leaky, T>(centred * scale + shift, d, number);
+              sum += d, sum_x += d * centred, d *= scale;
+            }
+            if (to.g) store(to.g + q * to.pitch + c, to.in ? load(to.in + q * to.in_pitch + c, left) + d : d, left);
           }
-        Mix<S> mix(a.parallel, pixels, read.data(), int64_t(read.size()), {&n, 1});
-        T* rows = frame.zeroed<T>(mix.Kp * mix.O);
-        for_tasks(a.parallel, mix.tasks, [&](int task) {
-          Range r = share(out, task, mix.tasks);
-          for (size_t k = 0; k < read.size(); k++)
-            for (int64_t f = r.begin; f < r.end; f++) {
-              T* row = rows + (read[k].column + f) * mix.O;
-              if (channels_last) memcpy(row, w + (f * 9 + kernel[k]) * C + at, size_t(n) * sizeof(T));
-              else for (int64_t c = 0; c < n; c++) row[c] = w[(f * C + at + c) * 9 + kernel[k]];
-            }
-        });
-        Unit<U>* packed = pack<false>(frame.take<Unit<U>>(packed_size<U>(mix.Kp, mix.O)), rows, mix.Kp, mix.O, mix.tasks);
-        auto emit = [&](auto leaky) {
-          mix.forward(packed, [&](int part, int64_t pixel, int m, int64_t column, const auto& acc) __attribute__((always_inline)) {
-            constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
-            for (int j = 0; j < NV && column + j * L < n; j++) {
-              const int64_t c = column + j * L, left = n - c;
-              const Vec<T> mean = load(from.norm.mean + c), scale = load(from.norm.scale + c), shift = load(from.norm.shift + c), number = Vec<T>{} + act.number;
-              Vec<T> sum{}, sum_x{};
-              int64_t image = pixel / (pixels.h * pixels.w), y = pixel / pixels.w % pixels.h, x = pixel % pixels.w;
-              for (int row = 0; row < m; row++) {
-                const int64_t q = (image * in.H + 2 * y + odd_y) * in.W + 2 * x + odd_x;
-                if (++x == pixels.w && (x = 0, ++y == pixels.h)) y = 0, image++;
-                const Vec<T> centred = load(from.x + q * from.pitch + c, left) - mean, d = on_load_gradient<decltype(leaky)::value, T>(centred * scale + shift, acc[row][j], number);
-                if (to.g) store(to.g + q * to.pitch + c, to.in ? load(to.in + q * to.in_pitch + c, left) + d * scale : d * scale, left);
-                sum += d, sum_x += d * centred;
-              }
-              T *s = parts[part].sum + c, *sx = parts[part].sum_x + c;
-              store(s, load(s) + sum), store(sx, load(sx) + sum_x);
-            }
-          });
-        };
-        if (act.leaky) emit(std::true_type{});
-        else emit(std::false_type{});
+          if constexpr (LOAD == Load::Raw) continue;
+          T *s = parts[part].sum + c, *sx = parts[part].sum_x + c;
+          store(s, load(s) + sum), store(sx, load(sx) + sum_x);
+        }
+      };
+      if constexpr (HAS_ROWS) if (Strided3x3<S, L>::fits(in, 1, C)) {
+        const Strided3x3Dgrad<S> dgrad{a.parallel, in.N, in.H, in.W, out, n};
+        return dgrad.run_all(dz, dz_pitch, dgrad.pack(inner.take<T>(dgrad.packed()), w, C, at), emit);
       }
+      for (int64_t parity = 0; parity < 4; parity++) strided_dgrad_of(parity / 2, parity % 2, in, z, at, n, out, C, dz, dz_pitch, w, emit);
+    };
+    if (!sums) with(std::integral_constant<Load, Load::Raw>{});
+    else if (act.leaky) with(std::integral_constant<Load, Load::Leaky>{});
+    else with(std::integral_constant<Load, Load::Floor>{});
     if (sums) add_sums(*sums, parts, most, 0);
+  }
+  // Of pixels of odd or even row and column: a product over the taps that reach them.
+  template <class Emit> void strided_dgrad_of(int64_t odd_y, int64_t odd_x, const Grid& in, const Grid& z, int64_t at, int64_t n, int64_t out, int64_t C, const S* dz, int64_t dz_pitch, const T* w, const Emit& emit) {
+    Frame frame;
+    const Grid pixels{z.N, z.H, z.W, false, 1, (in.H + 1 - odd_y) / 2, (in.W + 1 - odd_x) / 2};
+    if (!pixels.h || !pixels.w) return;
+    std::vector<Segment<S>> read;
+    std::vector<int64_t> kernel;
+    for (int64_t ky = odd_y ? 0 : 1; ky < 3; ky += 2)
+      for (int64_t kx = odd_x ? 0 : 1; kx < 3; kx += 2) {
+        Segment<S> s{dz, dz_pitch, out, nullptr, nullptr, 0, 0};
+        s.tap = true, s.dy = ky == 0, s.dx = kx == 0;
+        read.push_back(s), kernel.push_back(ky * 3 + kx);
+      }
+    Mix<S> mix(a.parallel, pixels, read.data(), int64_t(read.size()), {&n, 1});
+    T* rows = frame.zeroed<T>(mix.Kp * mix.O);
+    for_tasks(a.parallel, mix.tasks, [&](int task) {
+      Range r = share(out, task, mix.tasks);
+      for (size_t k = 0; k < read.size(); k++)
+        for (int64_t f = r.begin; f < r.end; f++) memcpy(rows + (read[k].column + f) * mix.O, w + (f * 9 + kernel[k]) * C + at, size_t(n) * sizeof(T));
+    });
+    Unit<U>* packed = pack<false>(frame.take<Unit<U>>(packed_size<U>(mix.Kp, mix.O)), rows, mix.Kp, mix.O, mix.tasks);
+    mix.forward(packed, [&](int part, int64_t pixel, int m, int64_t column, const auto& acc) __attribute__((always_inline)) {
+      emit(part, odd_y, odd_x, pixel, m, column, &acc[0][0], int(sizeof(acc[0]) / sizeof(acc[0][0])));
+    });
   }
   template <int M, bool TRANSPOSED> const T* pack3x3(T* to, const WinogradWeights<T, M, TRANSPOSED>& weights) {
     int tasks = choose_tasks(a.parallel, weights.blocks, 60.0 * double(weights.place.b * weights.place.g * (M + 2) * (M + 2)));
@@ -1086,9 +1121,9 @@ template <class S> struct Stage {
     PartialSums<T>* parts = PartialSums<T>::take(inner, mix.tasks, MixBackward<S>::weights(mix), MixBackward<S>::pitch(mix));
     auto* packed = mix.template packed<true>(inner, w);
     auto run = [&](const Gradient<S>& dz) {
-      MixBackward<S> back_product{mix, dz, packed, parts, !i.wanted.empty()};
-      back_product.run();
-      if (!i.wanted.empty()) hand_out(i, inner, K, [&](T* dw) { back_product.weight_gradient(dw); });
+      auto with = [&](T* dw) { MixBackward<S>{mix, dz, packed, parts, dw}.run(); };
+      if (i.wanted.empty()) with(nullptr);
+      else hand_out(i, inner, K, with);
     };
     if (g) run(ValueGradient<S>(g, g_pitch, value(i.of), of(i.of).pitch, out, o));
     else with_value_gradient(i, inner, o, run);

@@ -126,10 +126,12 @@ class RandomGraph:
             self.post[value] = self.build.norm(channels)
 
 
-def arguments(graph: Graph, frozen: tuple[bool, ...]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Inputs, parameters in the order of the graph, running statistics."""
+def arguments(
+    graph: Graph, frozen: tuple[bool, ...], size: tuple[int, int] = (9, 10)
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Inputs of height and width `size`, parameters in the order of the graph, running statistics."""
     wide = {"dtype": torch.float64}
-    inputs = [torch.randn(2, c, 9, 10, **wide) for c in graph.inputs]
+    inputs = [torch.randn(2, c, *size, **wide) for c in graph.inputs]
     params = []
     for item in graph.order:
         node = graph.nodes[item.index] if item.kind == "conv" else None

@@ -42,9 +42,9 @@ def packed(t: Tensor) -> Tensor:
 class Case:
     """A graph with arguments in float64, and what the reference makes of them."""
 
-    def __init__(self, graph: Graph, frozen: tuple[bool, ...]) -> None:
+    def __init__(self, graph: Graph, frozen: tuple[bool, ...], size: tuple[int, int] = (9, 10)) -> None:
         self.graph, self.frozen = graph, frozen
-        self.inputs, self.params, self.running = arguments(graph, frozen)
+        self.inputs, self.params, self.running = arguments(graph, frozen, size)
         self.eps = [1e-5 * (i + 1) for i in range(len(graph.norms))]
         leaves = [t.requires_grad_() for t in (*self.inputs, *self.params)]
         self.exact, self.stats = reference(
@@ -108,6 +108,28 @@ def test_random_graphs(seed: int) -> None:
     case.compare(compile_stage(case.graph, case.frozen))  # keeps nothing
     case = Case(case.graph, (True,) * len(case.frozen))
     case.compare(compile_stage(case.graph, case.frozen))  # folds what it can
+
+
+@pytest.mark.parametrize("size", [(6, 35), (5, 58)], ids=str)
+@pytest.mark.parametrize("seed", range(20))
+def test_stride_2_on_wide_images(seed: int, size: tuple[int, int]) -> None:
+    """Few channels and rows wide enough for them to be multiplied as they lie, from several reads side by side, of an
+    image's three colours too; outputs of odd and even rows and columns."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    channels = rng.choice([3, 3, 5, 9, 17])
+    build = Builder(channels)
+    first = build.conv([build.read(0)], channels, 1)
+    read = build.read(first, build.norm(channels), rng.choice(["relu", "leaky_relu", "silu", "identity"]), slope=0.1)
+    reads = rng.choice([[read], [build.read(0)], [read, build.read(0)], [build.read(0), read, read]])
+    out = rng.choice([3, 8, 20, 35])
+    value = build.conv(reads, out, 3, stride=2)
+    build.write([build.read(value, build.norm(out), rng.choice(["identity", "relu", "silu"]))])
+    build.write([read])
+    graph = build.graph()
+    frozen = rng.random() < 0.5, rng.random() < 0.5
+    Case(graph, frozen, size).compare(compile_stage(graph, frozen, Wanted.all(graph)))
+    Case(graph, (True, True), size).compare(compile_stage(graph, (True, True)))
 
 
 def test_a_1x1_that_reads_channels_twice() -> None:

@@ -51,14 +51,17 @@ template <class S, class A> struct After {
 };
 
 // to[P][pitch] = after(the product of the segments).
-template <class S, class A>
-void mix_after(const Mix<S>& mix, const Unit<typename Types<S>::Product>* W, const After<S, A>& after, S* to, int64_t pitch, int64_t channels) {
-  constexpr int L = LANES<typename Types<S>::T>, MR = TILE_ROWS;
-  mix.forward(W, [&](int, int64_t pixel, int m, int64_t n, const auto& acc) __attribute__((always_inline)) {
+template <class M, class W, class S, class A>
+void forward_after(const M& product, const W* weight, const After<S, A>& after, S* to, int64_t pitch, int64_t channels) {
+  constexpr int L = LANES<typename M::T>, MR = M::MR;
+  product.forward(weight, [&](int, int64_t pixel, int m, int64_t n, const auto& acc) __attribute__((always_inline)) {
     constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
-    CSP_UNROLL(2) for (int j = 0; j < NV; j++)
-      CSP_UNROLL(16) for (int i = 0; i < MR; i++)
-        if (i < m) store(to + (pixel + i) * pitch + n + j * L, after(acc[i][j], pixel + i, n + j * L), channels - n - j * L);
+    auto one = [&](int i, int j) __attribute__((always_inline)) { store(to + (pixel + i) * pitch + n + j * L, after(acc[i][j], pixel + i, n + j * L), channels - n - j * L); };
+    if constexpr (M::IN_MEMORY) {
+      for (int j = 0; j < NV; j++) for (int i = 0; i < m; i++) one(i, j);
+    } else {
+      CSP_UNROLL(2) for (int j = 0; j < NV; j++) CSP_UNROLL(16) for (int i = 0; i < MR; i++) if (i < m) one(i, j);
+    }
   });
 }
 

@@ -36,21 +36,9 @@ template <class T, class Value> CSP_INLINE void spread_row(Range of, int64_t wid
   });
 }
 
-// The last three rows of some columns of one vector of channels, spread.
-template <class T> class SpreadRows {
-  int64_t length, held[3];
-  T* memory;
-
- public:
-  // For so many outputs of a row, each `step` positions from the last.
-  SpreadRows(Frame& frame, int64_t outputs, int64_t step, int64_t size) : length(((outputs + REGISTER_ROWS) * step + 2) * size * LANES<T>), memory(frame.take<T>(3 * length)) { forget(); }
-  void forget() { held[0] = held[1] = held[2] = -1; }
-  // Row `at`, which make(memory) makes unless it is there.
-  template <class Make> const T* row(int64_t at, const Make& make) {
-    T* to = memory + at % 3 * length;
-    if (held[at % 3] != at) held[at % 3] = at, make(to);
-    return to;
-  }
+// The last three rows of some columns of one vector of channels, spread: for so many outputs of a row, each `step` positions from the last.
+template <class T> struct SpreadRows : LastRows<T> {
+  SpreadRows(Frame& frame, int64_t outputs, int64_t step, int64_t size) : LastRows<T>(frame, ((outputs + REGISTER_ROWS) * step + 2) * size * LANES<T>) {}
 };
 
 // Taps of a row of outputs whose positions and weights follow each other: what the first output reads, [count][LANES], and its weights.

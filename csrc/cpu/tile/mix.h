@@ -60,9 +60,9 @@ template <class S, class F> CSP_INLINE void with_load(const Segment<S>& s, bool 
   else with(std::integral_constant<Load, Load::Floor>{});
 }
 
-// A[block][MR][LANES] from channels c0..c1 of one segment; source: first pixel behind each of m rows.
+// Blocks of [MR][LANES], `step` units apart, from channels c0..c1 of one segment; source: first pixel behind each of m rows.
 template <class U, Load LOAD, Pixel PIXEL, class S>
-CSP_NOINLINE void pack_segment(const Segment<S>& s, const Source* source, const Grid& grid, int m, int64_t c0, int64_t c1, Unit<U>* A) {
+CSP_NOINLINE void pack_segment(const Segment<S>& s, const Source* source, const Grid& grid, int m, int64_t c0, int64_t c1, Unit<U>* A, int64_t step) {
   using T = Acc<U>;
   constexpr int MR = TILE_ROWS, L = LANES<T>, LAST = U::DEPTH - 1;
   const Vec<T> number = Vec<T>{} + s.act.number;
@@ -70,7 +70,7 @@ CSP_NOINLINE void pack_segment(const Segment<S>& s, const Source* source, const 
     constexpr bool POOL = PIXEL == Pixel::Average;
     const int64_t first = PIXEL == Pixel::Tap ? s.at(grid, source[i]) : source[i].pixel, W = grid.W;
     if (PIXEL == Pixel::Tap && first < 0) {
-      for (int64_t c = c0; c < c1; c += L * U::DEPTH) store(A + ((c - c0) / (L * U::DEPTH) * MR + i) * L, Vec<Unit<U>>{});
+      for (int64_t c = c0; c < c1; c += L * U::DEPTH) store(A + (c - c0) / (L * U::DEPTH) * step + i * L, Vec<Unit<U>>{});
       continue;
     }
     const S* f = s.x + first * s.pitch;
@@ -87,13 +87,13 @@ CSP_NOINLINE void pack_segment(const Segment<S>& s, const Source* source, const 
       else return at(0);
     };
     Unit<U>* o = A + i * L;
-    for (int64_t c = c0; c < c1; c += L * U::DEPTH, o += MR * L) {
+    for (int64_t c = c0; c < c1; c += L * U::DEPTH, o += step) {
       __builtin_prefetch(f + (POOL ? 4 * MR : MR) * s.pitch + c);  // about where the next tile begins
       store(o, U::join(read(c), LAST ? read(c + LAST * L) : Vec<T>{}));
     }
   }
   for (int i = m; i < MR; i++)
-    for (int64_t c = c0; c < c1; c += L * U::DEPTH) store(A + ((c - c0) / (L * U::DEPTH) * MR + i) * L, Vec<Unit<U>>{});
+    for (int64_t c = c0; c < c1; c += L * U::DEPTH) store(A + (c - c0) / (L * U::DEPTH) * step + i * L, Vec<Unit<U>>{});
 }
 
 // Channels of the output, cut into splits that each begin at a multiple of 16 columns.
@@ -111,6 +111,7 @@ template <class S> struct Mix {
   using T = typename Types<S>::T;
   using U = typename Types<S>::Product;
   static constexpr int MR = TILE_ROWS, L = LANES<T>, D = U::DEPTH;
+  static constexpr bool IN_MEMORY = false;  // the sums that are emitted: they are in registers
   const Parallel& parallel;
   Grid grid;
   Segment<S>* segments;
@@ -156,14 +157,15 @@ template <class S> struct Mix {
     return to;
   }
 
-  void pack(int64_t k0, int64_t k1, const Source* source, int m, Unit<U>* A) const {
+  // Blocks of MR rows of what the product reads, `step` units apart.
+  void pack(int64_t k0, int64_t k1, const Source* source, int m, Unit<U>* A, int64_t step = MR * L) const {
     for (int64_t i = 0; i < count; i++) {
       const Segment<S>& s = segments[i];
       int64_t end = s.column + round_up(s.channels, L * D), c0 = max64(k0, s.column), c1 = min64(k1, end);
       if (c0 >= c1) continue;
-      Unit<U>* to = A + (c0 - k0) / D * MR;
+      Unit<U>* to = A + (c0 - k0) / (L * D) * step;
       c0 -= s.column, c1 -= s.column;
-      with_load(s, grid.pool, [&](auto load, auto pixel) { pack_segment<U, decltype(load)::value, decltype(pixel)::value>(s, source, grid, m, c0, c1, to); });
+      with_load(s, grid.pool, [&](auto load, auto pixel) { pack_segment<U, decltype(load)::value, decltype(pixel)::value>(s, source, grid, m, c0, c1, to, step); });
     }
   }
 
@@ -202,31 +204,30 @@ template <class S> struct Mix {
   }
   int rows(int64_t tile) const { return int(min64(MR, P - tile * MR)); }
 
-  // z[P][pitch] (channels of it written) and its statistics, both in columns.
-  void forward_raw(const Unit<U>* W, S* z, int64_t pitch, int64_t channels, Statistics<T>* stats) const {
-    auto first = [&](int part) { return share(ceil_div(P, MR), part, shares.rows).begin * MR; };
-    for (int t = 0; stats && t < shares.rows; t++) stats[t].count = min64(P, first(t + 1)) - first(t);
-    forward(W, [&](int part, int64_t pixel, int m, int64_t n, const auto& acc) __attribute__((always_inline)) {
-      constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
-      S* zt = z + pixel * pitch + n;
+  int64_t first_pixel(int part) const { return min64(P, share(ceil_div(P, MR), part, shares.rows).begin * MR); }
+};
+
+// z[P][pitch] (channels of it written) = the product, and its statistics, both in columns.
+template <class M, class W, class S>
+void forward_raw(const M& product, const W* weight, S* z, int64_t pitch, int64_t channels, Statistics<typename M::T>* stats) {
+  using T = typename M::T;
+  constexpr int MR = M::MR, L = LANES<T>;
+  for (int t = 0; stats && t < product.shares.rows; t++) stats[t].count = product.first_pixel(t + 1) - product.first_pixel(t);
+  product.forward(weight, [&](int part, int64_t pixel, int m, int64_t n, const auto& acc) __attribute__((always_inline)) {
+    constexpr int NV = int(sizeof(acc[0]) / sizeof(acc[0][0]));
+    S* zt = z + pixel * pitch + n;
+    if constexpr (M::IN_MEMORY) {
+      for (int i = 0; i < m; i++) for (int j = 0; j < NV; j++) store(zt + i * pitch + j * L, acc[i][j], channels - n - j * L);
+    } else {
       CSP_UNROLL(16) for (int i = 0; i < MR; i++)
         if (i < m) CSP_UNROLL(2) for (int j = 0; j < NV; j++) store(zt + i * pitch + j * L, acc[i][j], channels - n - j * L);
-      if (!stats) return;
-      int64_t seen = pixel - first(part);
-      if (m == MR) add_tile<T, MR, NV>(stats[part], n, seen, acc);
-      else for (int j = 0; j < NV; j++) add_rows(stats[part], n + j * L, seen, m, [&](int64_t i) { return acc[i][j]; });
-    });
-  }
-  // The statistics of z of all parts, in columns -> those of the channels.
-  void merge(const Statistics<T>* stats, const S* z, int64_t pitch, double* mean, double* var) const {
-    Frame frame;
-    double* both = frame.take<double>(2 * O);
-    csp::CSP_ISA::merge(parallel, stats, shares.rows, z, pitch, P, O, both, both + O);
-    out.each([&](int64_t, int64_t channel, int64_t column, int64_t size) {
-      memcpy(mean + channel, both + column, size_t(size) * sizeof(double)), memcpy(var + channel, both + O + column, size_t(size) * sizeof(double));
-    });
-  }
-};
+    }
+    if (!stats) return;
+    int64_t seen = pixel - product.first_pixel(part);
+    if (m == MR) add_tile<T, MR, NV>(stats[part], n, seen, acc);
+    else for (int j = 0; j < NV; j++) add_rows(stats[part], n + j * L, seen, m, [&](int64_t i) { return acc[i][j]; });
+  });
+}
 
 // Where dz comes from, packed by pack_gradient.
 template <class S> struct Gradient {
@@ -259,7 +260,7 @@ template <class S> struct MixBackward {
   const Gradient<S>& gradient;
   const Unit<U>* W;             // packed<true>
   const PartialSums<T>* parts;  // a task: dW [O rounded to a vector][pitch()], sums [pitch()] of dn and dn * (x - mean)
-  bool wgrad = true;
+  T* dw;                        // dW [out][K]; null: not wanted
   bool dgrad_too = true;        // else segments have no g and no sums are wanted; W is null
 
   static int64_t pitch(const Mix<S>& mix) { return round_up(mix.Kp, 2 * L); }
@@ -347,20 +348,29 @@ template <class S> struct MixBackward {
   }
 
   bool apart() const {
-    return wgrad && mix.Kp >= 2 * L * mix.tasks && shares_channels(mix.tasks, weights(mix) * int64_t(sizeof(T)), mix.P * (mix.Kp + mix.O) * int64_t(sizeof(S)));
+    return dw && mix.Kp >= 2 * L * mix.tasks && shares_channels(mix.tasks, weights(mix) * int64_t(sizeof(T)), mix.P * (mix.Kp + mix.O) * int64_t(sizeof(S)));
   }
   int sets() const { return apart() ? 1 : mix.tasks; }  // of sums
+  // Whether dW itself is the one set of sums.
+  bool in_place() const { return dw && sets() == 1 && mix.K == mix.Kp && mix.O == mix.out.channels(); }
   void run() const {
-    int64_t P = mix.P, O = mix.O, Kp = mix.Kp, tiles = ceil_div(P, MR), blocks = ceil_div(O, depth_block<U>()), ldw = pitch(mix);
+    const bool in_place = this->in_place();
+    add_up(in_place ? dw : nullptr, in_place ? mix.K : pitch(mix));
+    if (dw && !in_place) weight_gradient();
+  }
+
+ private:
+  // to: the set of sums of all tasks, null: each has its own; rows of it lie ldw apart.
+  void add_up(T* to, int64_t ldw) const {
+    int64_t P = mix.P, O = mix.O, Kp = mix.Kp, tiles = ceil_div(P, MR), blocks = ceil_div(O, depth_block<U>());
     int64_t chunk = round_up(ceil_div(Kp, ceil_div(Kp, CHUNK)), 2 * L), nt = group();
     const bool apart = this->apart();
     for_tasks(mix.parallel, mix.tasks, [&](int task) {
       Frame frame;
       TileRegisters<U> registers;
-      const PartialSums<T> part{parts[apart ? 0 : task].weight, parts[task].sum, parts[task].sum_x};
-      part.clear(apart ? 0 : weights(mix), ldw);
+      const PartialSums<T> part{to ? to : parts[apart ? 0 : task].weight, parts[task].sum, parts[task].sum_x};
+      part.clear(0, pitch(mix));
       const Range whole{0, Kp}, own = share(ceil_div(Kp, 2 * L), task, mix.tasks), of = apart ? Range{own.begin * 2 * L, min64(Kp, own.end * 2 * L)} : whole;
-      for (int64_t o = 0; apart && o < round_up(O, L); o++) memset(part.weight + o * ldw + of.begin, 0, size_t((own.end - own.begin) * 2 * L) * sizeof(T));
       Unit<U>* by_channel = frame.take<Unit<U>>(round_up(O, L * D) * nt * MR);
       Unit<U>* by_pixel = D == 1 ? by_channel : frame.take<Unit<U>>(round_up(O, L * D) * pixel_room<U>(nt * MR));
       Unit<U>* a = frame.take<Unit<U>>((chunk + 2 * L) * pixel_room<U>(nt * MR));
@@ -373,7 +383,9 @@ template <class S> struct MixBackward {
         gradient.pack(O, p0, min64(M, P - p0), M, by_channel, by_pixel);
         for (int64_t k0 = of.begin; k0 < of.end; k0 += chunk) {
           int64_t k1 = min64(of.end, k0 + chunk);
-          for (int64_t k = k0; k < k1; k += 2 * L)
+          if constexpr (D == 1)
+            for (int64_t q = 0; !dgrad_too && q < n; q++) mix.pack(k0, k1, source + q * MR, mix.rows(t + q), a + q * MR * L, units * L);
+          for (int64_t k = k0; (D > 1 || dgrad_too) && k < k1; k += 2 * L)
             for (int64_t q = 0; q < n; q++) {
               if (const Segment<S>* s = plain(k)) {
                 if (!s->g) continue;
@@ -389,20 +401,21 @@ template <class S> struct MixBackward {
               for (int j = 0; j < nv; j++)
                 emit_vector(k + j * L, source + q * MR, mix.rows(t + q), da + j, nv, a + ((k - k0) / L + j) * units * L + q * MR / D * L, part);
             }
-          if (wgrad) clear_tail<U>(a, ceil_div(k1 - k0, L), M);
-          for (int64_t k = k0; wgrad && k < k1; k += 2 * L)
+          if (dw) clear_tail<U>(a, ceil_div(k1 - k0, L), M);
+          for (int64_t k = k0; dw && k < k1; k += 2 * L)
             for (int64_t o = 0; o < O; o += L) {
               const Unit<U>*A = by_pixel + o * units, *ak = a + (k - k0) * units;
               T* dW = part.weight + o * ldw + k;
               if constexpr (D == 1 && sizeof(S) == sizeof(T)) {
                 if (const Segment<S>* s = plain(k)) {
                   const S* x = s->x + p0 * s->pitch + (k - s->column);
-                  for (int row = 0; row < L; row += WROWS<T>) outer_product<U, WROWS<T>, 2>(A + row, x, x + L, min64(M, P - p0), dW + row * ldw, ldw, s->pitch);
+                  for (int row = 0; row < L; row += WROWS<T>)
+                    if (t == r.begin) outer_product<U, WROWS<T>, 2, true>(A + row, x, x + L, min64(M, P - p0), dW + row * ldw, ldw, s->pitch);
+                    else outer_product<U, WROWS<T>, 2>(A + row, x, x + L, min64(M, P - p0), dW + row * ldw, ldw, s->pitch);
                   continue;
                 }
               }
-              if (Kp - k > L) wgrad_panel<U, 2>(A, ak, units, dW, ldw);
-              else wgrad_panel<U, 1>(A, ak, units, dW, ldw);
+              wgrad_panel<U>(A, ak, units, dW, ldw, t == r.begin, Kp - k <= L);
             }
         }
       }
@@ -413,21 +426,17 @@ template <class S> struct MixBackward {
     }
   }
 
-  // dW [out][K], the tasks' sums.
-  void weight_gradient(T* dw) const {
-    int64_t ldw = pitch(mix);
+  // dW, the tasks' sums.
+  void weight_gradient() const {
+    const int64_t ldw = pitch(mix);
+    const int sets = this->sets();
     mix.out.each([&](int64_t, int64_t channel, int64_t column, int64_t size) {
       for_tasks(mix.parallel, mix.tasks, [&](int task) {
         Range r = share(size, task, mix.tasks);
         for (int64_t n = r.begin; n < r.end; n++) {
           T* to = dw + (channel + n) * mix.K;
           for (int64_t i = 0; i < mix.count; to += mix.segments[i].channels, i++)
-            for (int64_t c = 0; c < mix.segments[i].channels; c++) {
-              int64_t at = (column + n) * ldw + mix.segments[i].column + c;
-              T sum = parts[0].weight[at];
-              for (int t = 1; t < sets(); t++) sum += parts[t].weight[at];
-              to[c] = sum;
-            }
+            add_weights(parts, sets, (column + n) * ldw + mix.segments[i].column, mix.segments[i].channels, to);
         }
       });
     });

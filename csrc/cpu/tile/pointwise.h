@@ -155,12 +155,25 @@ void pointwise_activated(const Parallel& parallel, int tasks, int64_t P, const S
 template <class U> CSP_INLINE int64_t pixel_units(int64_t M) { return TILES<U> ? round_up(M / U::DEPTH, 16) : M / U::DEPTH; }
 // Of a buffer of M pixels that is read in either order.
 template <class U> CSP_INLINE int64_t pixel_room(int64_t M) { return max64(M, pixel_units<U>(M)); }
-// dW rows n .. of L channels += by_pixel^T a for NV vectors of columns; a: [vector][units][L].
-template <class U, int NV> CSP_INLINE void wgrad_panel(const Unit<U>* by_pixel, const Unit<U>* a, int64_t units, Acc<U>* dW, int64_t ldw) {
+// L rows of dW += by_pixel^T a (FIRST: =) for NV vectors of columns; a: [vector][units][L].
+template <class U, int NV, bool FIRST> CSP_INLINE void wgrad_panel(const Unit<U>* by_pixel, const Unit<U>* a, int64_t units, Acc<U>* dW, int64_t ldw) {
   constexpr int L = LANES<Acc<U>>;
   const Unit<U>* a1 = NV > 1 ? a + units * L : a;
-  if constexpr (TILES<U>) tile_outer_product<U, NV>(by_pixel, a, a1, units, dW, ldw);
-  else for (int row = 0; row < L; row += WROWS<Acc<U>>) outer_product<U, WROWS<Acc<U>>, NV>(by_pixel + row, a, a1, units, dW + row * ldw, ldw);
+  if constexpr (TILES<U>) tile_outer_product<U, NV, FIRST>(by_pixel, a, a1, units, dW, ldw);
+  else for (int row = 0; row < L; row += WROWS<Acc<U>>) outer_product<U, WROWS<Acc<U>>, NV, FIRST>(by_pixel + row, a, a1, units, dW + row * ldw, ldw);
+}
+// first: dW begins here; one: of the one vector of columns that is left.
+template <class U> CSP_INLINE void wgrad_panel(const Unit<U>* by_pixel, const Unit<U>* a, int64_t units, Acc<U>* dW, int64_t ldw, bool first, bool one) {
+  if (one) first ? wgrad_panel<U, 1, true>(by_pixel, a, units, dW, ldw) : wgrad_panel<U, 1, false>(by_pixel, a, units, dW, ldw);
+  else first ? wgrad_panel<U, 2, true>(by_pixel, a, units, dW, ldw) : wgrad_panel<U, 2, false>(by_pixel, a, units, dW, ldw);
+}
+// to [n] = the sum over tasks of what lies at `at` in their weight gradients, padded to a vector.
+template <class T> CSP_INLINE void add_weights(const PartialSums<T>* parts, int tasks, int64_t at, int64_t n, T* to) {
+  for (int64_t c = 0; c < n; c += LANES<T>) {
+    Vec<T> sum = load(parts[0].weight + at + c);
+    for (int t = 1; t < tasks; t++) sum += load(parts[t].weight + at + c);
+    store(to + c, sum, n - c);
+  }
 }
 // On tiles: nothing is where M pixels fill no whole tile.
 template <class U> CSP_INLINE void clear_tail(Unit<U>* rows, int64_t vectors, int64_t M) {
@@ -282,7 +295,7 @@ template <class U, class S> struct PointwiseBackward {
       Frame frame;
       TileRegisters<U> registers;
       const PartialSums<T>& part = parts[task];
-      part.clear(rows * Kp, Kp);
+      part.clear(0, Kp);
       Range r = share(tiles, task, tasks);
       int64_t chunks = ceil_div(K, CHUNK), chunk = round_up(ceil_div(K, chunks), 2 * L);
       Unit<U>* by_channel = frame.take<Unit<U>>(round_up(rows, L * D) * ROWS);
@@ -302,11 +315,8 @@ template <class U, class S> struct PointwiseBackward {
             }
           if (wgrad) clear_tail<U>(a, ceil_div(k1 - k0, L), M);
           for (int64_t k = k0; wgrad && k < k1; k += 2 * L)
-            for (int64_t n = 0; n < b; n += L) {
-              const Unit<U>*A = by_pixel + n * units, *ak = a + (k - k0) * units;
-              if (K - k > L) wgrad_panel<U, 2>(A, ak, units, part.weight + n * Kp + k, Kp);
-              else wgrad_panel<U, 1>(A, ak, units, part.weight + n * Kp + k, Kp);
-            }
+            for (int64_t n = 0; n < b; n += L)
+              wgrad_panel<U>(by_pixel + n * units, a + (k - k0) * units, units, part.weight + n * Kp + k, Kp, t == r.begin, K - k <= L);
         }
       }
     });
@@ -316,12 +326,7 @@ template <class U, class S> struct PointwiseBackward {
   void weight_gradient(const Parallel& parallel, int tasks, T* dw) const {
     for_tasks(parallel, tasks, [&](int task) {
       Range r = share(b, task, tasks);
-      for (int64_t n = r.begin; n < r.end; n++)
-        for (int64_t k = 0; k < K; k++) {
-          T sum = parts[0].weight[n * Kp + k];
-          for (int t = 1; t < tasks; t++) sum += parts[t].weight[n * Kp + k];
-          dw[n * K + k] = sum;
-        }
+      for (int64_t n = r.begin; n < r.end; n++) add_weights(parts, tasks, n * Kp, K, dw + n * K);
     });
   }
 };

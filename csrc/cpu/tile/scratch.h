@@ -59,6 +59,22 @@ class Frame {
   char* at_;
 };
 
+// The last three rows of a map that a loop over rows made, each `length` values.
+template <class T> class LastRows {
+  int64_t length, held[3];
+  T* memory;
+
+ public:
+  LastRows(Frame& frame, int64_t length) : length(length), memory(frame.take<T>(3 * length)) { forget(); }
+  void forget() { held[0] = held[1] = held[2] = -1; }
+  // Row `at`, which make(memory) makes unless it is there.
+  template <class Make> const T* row(int64_t at, const Make& make) {
+    T* to = memory + at % 3 * length;
+    if (held[at % 3] != at) held[at % 3] = at, make(to);
+    return to;
+  }
+};
+
 // The first exception of the tasks, to be thrown where they were started: threads that run them know nothing of exceptions.
 class TaskError {
  public:

@@ -97,11 +97,12 @@ template <class U, int NV> CSP_INLINE void tile_product(float* sums, const Unit<
   store_sums<2, NV>(sums, NV * L);
 }
 
-// dW[16][NV * 16] += A^T B over n pairs of pixels, n a multiple of 16: outer_product() of product.h on tiles. A: [n / 16][row of dW][16
+// dW[16][NV * 16] += A^T B (FIRST: =) over n pairs of pixels, n a multiple of 16: outer_product() of product.h on tiles. A: [n / 16][row of dW][16
 // pairs]; b0, b1: [n][16]. dW rows lie ldw apart.
-template <class U, int NV> CSP_INLINE void tile_outer_product(const Unit<U>* A, const Unit<U>* b0, const Unit<U>* b1, int64_t n, float* dW, int64_t ldw) {
+template <class U, int NV, bool FIRST> CSP_INLINE void tile_outer_product(const Unit<U>* A, const Unit<U>* b0, const Unit<U>* b1, int64_t n, float* dW, int64_t ldw) {
   constexpr int L = 16;
-  load_sums<1, NV>(dW, ldw);
+  if constexpr (FIRST) clear_sums<1, NV>();
+  else load_sums<1, NV>(dW, ldw);
   for (int64_t p = 0; p < n * L; p += L * L) add_products<1, NV>(A + p, L, 0, b0 + p, L, b1 - b0);
   store_sums<1, NV>(dW, ldw);
 }
