@@ -267,9 +267,15 @@ class _Stage:
         graph = region.graph
         norms = {item.index: m for item, m in zip(graph.order, holders, strict=True) if item.kind == "norm"}
         self.norms = [norms[i] for i in range(len(norms))]
+        convs = [m for item, m in zip(graph.order, holders, strict=True) if item.kind == "conv"]
+        self.alone = convs[0] if len(convs) == 1 else None
 
     def run(self, values: list[Any]) -> None:
         graph, inputs = self.region.graph, [values[v] for v in self.region.inputs]
+        if self.alone is not None and not self.alone.weight.is_contiguous():
+            # What a convolution with channels_last weights gives is channels_last for NCHW images too, and so would be
+            # all behind it; what a stage gives is as its input.
+            inputs = [x.contiguous(memory_format=torch.channels_last) if x.is_contiguous() else x for x in inputs]
         frozen, running = frozen_norms(self.norms)
         eps = [norm.eps for norm in self.norms]
         outputs, stats = ops.stage(graph, inputs, parameters(self.holders), running, frozen=frozen, eps=eps)

@@ -348,3 +348,16 @@ def kept(model: nn.Module, path: str) -> int:
         model(image().float().contiguous(memory_format=torch.channels_last))
     leaves = [t.detach().requires_grad_() for t in given[0]]
     return saved_bytes(lambda: module(*leaves), [*module.parameters(), *module.buffers()])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_lone_convolution_gives_what_one_with_its_weights_would(count: int) -> None:
+    """channels_last for an NCHW image, so that nothing behind it converts; several give the format that they are given."""
+    layers = [
+        nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        for i in range(count)
+    ]
+    model = nn.Sequential(*(layer for block in layers for layer in block))
+    assert len(csp.fuse(model).fused) == 1
+    y = model(torch.randn(2, 3, 64, 66))
+    assert y.is_contiguous(memory_format=torch.channels_last) == (count == 1)
