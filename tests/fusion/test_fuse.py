@@ -352,7 +352,7 @@ def kept(model: nn.Module, path: str) -> int:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_lone_convolution_gives_what_one_with_its_weights_would(count: int) -> None:
-    """channels_last for an NCHW image, so that nothing behind it converts; several give the format that they are given."""
+    """channels_last for an NCHW image, so that nothing behind it converts; several give what they are given."""
     layers = [
         nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
         for i in range(count)

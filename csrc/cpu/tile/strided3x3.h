@@ -45,7 +45,7 @@ template <class S, int PIXEL> struct Strided3x3 {
   }
   static bool fits(const Grid& in, int64_t count, int64_t C) {
     if (ceil_div(in.W, 2) < MR) return false;
-    return PIXEL == COLOURS ? count == 1 && C == COLOURS : C <= WIDEST;
+    return PIXEL == COLOURS ? L >= COLOURS && count == 1 && C == COLOURS : C <= WIDEST;
   }
   static constexpr int64_t WIDEST = 64;  // channels; with more, gathering is little and weights are large
 
