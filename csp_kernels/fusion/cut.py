@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
+import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -69,7 +70,7 @@ def cut(trace: Trace) -> tuple[list[Region], list[str]]:
 
 def _pays(operations: Sequence[Operation], trace: Trace) -> bool:
     """Whether a stage of them is faster than they are (docs/fusion.md): not one convolution alone, but for a 3x3 with
-    stride 1 of enough channels or with stride 2 of few, and a 1x1 with a join or an average."""
+    stride 1 of enough channels, with stride 2 of few or of float32 in training, and a 1x1 with a join or an average."""
     convs = [op for op in operations if op.kind == "conv"]
     if len(convs) > 1 or len(operations) == 1:
         return len(convs) > 1
@@ -77,7 +78,15 @@ def _pays(operations: Sequence[Operation], trace: Trace) -> bool:
     if options["kernel"] == 1:
         return any(op.kind in ("cat", "avg_pool", "add") for op in operations)
     channels = trace.shapes[convs[0].inputs[0]][1]
-    return bool(options["groups"] == 1) and (channels >= 16 if options["stride"] == 1 else channels < 64)
+    if options["groups"] > 1:
+        return False
+    return channels >= 16 if options["stride"] == 1 else channels < 64 or _trains(trace.modules[convs[0].path])
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether what is traced is training in float32: a plan is one for gradients and for autocast as they are now."""
+    autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    return torch.is_grad_enabled() and not autocast and next(module.parameters()).dtype is torch.float32
 
 
 class _Sizes(ValueError):

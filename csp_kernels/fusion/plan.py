@@ -108,17 +108,21 @@ def _guard(path: str, module: nn.Module, trace: Trace) -> Guard:
     inner = descended or not called
     children, weight = tuple(module._modules) if inner else None, module._parameters.get("weight")
     return Guard(
-        path, type(module), _forward_of(module), numbers, children, called and path in _known(trace),
+        path, _class_of(module), _forward_of(module), numbers, children, called and path in _known(trace),
         module._parameters.get("bias") is not None if isinstance(module, nn.Conv2d) else None,
         None if descended or weight is None else weight.shape,
         _attributes(module) if descended else None,
     )  # fmt: skip
 
 
-def _forward_of(module: nn.Module) -> Any:
-    """Of its class; of a fused module that which it had."""
+def _class_of(module: nn.Module) -> Any:
+    """Of a fused module that which it had."""
     cls = type(module)
-    return getattr(cls, "_csp_original", cls).forward
+    return getattr(cls, "_csp_original", cls)
+
+
+def _forward_of(module: nn.Module) -> Any:
+    return _class_of(module).forward
 
 
 def _known(trace: Trace) -> set[str]:
@@ -176,7 +180,7 @@ class Bound:
             return reason
         for guard, module, children in self.guarded:
             own, path = module.__dict__, guard.path
-            if path and type(module) is not guard.kind:
+            if path and _class_of(module) is not guard.kind:
                 return f"{path} is a {type(module).__name__} now"
             if _forward_of(module) is not guard.forward:
                 return f"the forward of {type(module).__name__} is another one now"

@@ -12,11 +12,13 @@ from csp_kernels.stage.graph import Conv
 
 @dataclass(frozen=True)
 class Row:
-    """One fused module: its path in the model, its class, the stages that it runs as."""
+    """One fused module: its path in the model, its class, the stages that it runs as; halved: how often the images that
+    it is given are, where that is known."""
 
     path: str
     kind: str
     regions: tuple[Region, ...]
+    halved: int = 0
 
     @property
     def convolutions(self) -> int:
@@ -24,7 +26,7 @@ class Row:
 
     @property
     def flops(self) -> int:
-        return sum(region.flops for region in self.regions)
+        return sum(region.flops for region in self.regions) >> 2 * self.halved
 
     @property
     def kept(self) -> float:
@@ -49,8 +51,12 @@ class Report:
     model: str
     fused: tuple[Row, ...]
     left: tuple[Left, ...]
-    flops: int
     convolutions: int
+
+    @property
+    def flops(self) -> int:
+        """Of what is fused."""
+        return sum(row.flops for row in self.fused)
 
     @property
     def coverage(self) -> float:
@@ -65,7 +71,10 @@ class Report:
             counts = [str(len(row.regions)), str(row.convolutions)]
             rows.append([row.path or "(the model)", row.kind, *counts, share, kept])
         if self.fused:
-            lines += [*_table(rows), "  counted from sizes, FLOPs as if all modules were given images of one size"]
+            lines += [
+                *_table(rows),
+                "  counted from sizes, FLOPs as if images were of one size where that is not known",
+            ]
         if self.left:
             lines += ["left as they were:", *_table([[left.path or "(the model)", left.reason] for left in self.left])]
         return "\n".join(lines)

@@ -21,8 +21,8 @@ from csp_kernels.fusion.cut import Region, cut
 from csp_kernels.fusion.leaves import activation_of, is_conv, is_norm, is_norm_act
 from csp_kernels.fusion.plan import Bound, Plan, plan_of
 from csp_kernels.fusion.report import Left, Report, Row
-from csp_kernels.fusion.symbols import Untraceable
-from csp_kernels.fusion.trace import STATE, Channels, Constant, Several, Trace, modes, trace
+from csp_kernels.fusion.symbols import Untraceable, is_image
+from csp_kernels.fusion.trace import SIZE, STATE, Channels, Constant, Several, Trace, modes, trace
 from csp_kernels.layers._children import Fused as CspLayer
 from csp_kernels.layers._children import recorded
 from csp_kernels.ops._checks import ACCUMULATE
@@ -51,8 +51,7 @@ def fuse(model: nn.Module) -> Report:
         _visit(model, "", rows, left, set())
     if rows:
         _to_channels_last(model)
-    total = sum(_flops(row.regions) for row in rows)
-    return Report(type(model).__name__, tuple(rows), tuple(left), total, _convolutions(model))
+    return Report(type(model).__name__, tuple(rows), tuple(left), _convolutions(model))
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -80,8 +79,10 @@ def fused(model: nn.Module) -> Iterator[Report]:
 # --- which modules ---
 
 
-def _visit(module: nn.Module, path: str, rows: list[Row], left: list[Left], seen: set[int]) -> None:
-    """Fuses a module as a whole, or what is in it."""
+def _visit(
+    module: nn.Module, path: str, rows: list[Row], left: list[Left], seen: set[int], halved: int = 0
+) -> None:  # fmt: skip
+    """Fuses a module as a whole, or what is in it; halved: how often its images are, as far as is known."""
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -93,7 +94,8 @@ def _visit(module: nn.Module, path: str, rows: list[Row], left: list[Left], seen
     known = _original(module)
     if known is not None:
         plans = [plan for plan in type(module)._csp_plans.values() if isinstance(plan, Plan)]  # type: ignore[attr-defined]
-        rows.append(Row(path, known.__name__, tuple(plans[0].regions) if plans else ()))
+        rows.append(Row(path, known.__name__, tuple(plans[0].regions) if plans else (), halved))
+        _visit_inside(module, path, rows, left, seen, halved)
         return
     reason = _why_not_here(module, convs)
     if not reason:
@@ -101,20 +103,30 @@ def _visit(module: nn.Module, path: str, rows: list[Row], left: list[Left], seen
         if isinstance(made, str):
             reason = made
         elif made.regions:
-            _swap(module, {(_State(module).flags(), modes(), made.spec): made.plan})
-            rows.append(Row(path, type(module).__mro__[1].__name__, tuple(made.regions)))
+            inside = _Inside(_not_traced(made.trace), convs > OF_A_BLOCK and _assembles(module, made.trace))
+            _swap(module, {(_State(module).flags(), modes(), made.spec): made.plan}, inside)
+            rows.append(Row(path, type(module).__mro__[1].__name__, tuple(made.regions), halved))
             left += [Left(path, why) for why in made.reasons]
-            for inner in _not_traced(module, made.trace):
-                _visit(inner[1], f"{path}.{inner[0]}" if path else inner[0], rows, left, seen)
+            _visit_inside(module, path, rows, left, seen, halved)
             return
         else:
             reason = "; ".join(made.reasons) or "nothing in it is a stage"
     before = len(rows)
     for name, child in module.named_children():
-        _visit(child, f"{path}.{name}" if path else name, rows, left, seen)
+        _visit(child, f"{path}.{name}" if path else name, rows, left, seen, halved)
     deeper = any(_convolutions(child) for child in module.children() if not is_conv(child))
     if len(rows) == before and (not deeper or reason != "it only calls its children"):
         left.append(Left(path, reason))
+
+
+def _visit_inside(
+    module: nn.Module, path: str, rows: list[Row], left: list[Left], seen: set[int], halved: int
+) -> None:  # fmt: skip
+    inside: _Inside = type(module)._csp_inside  # type: ignore[attr-defined]
+    for name, less in inside.called:
+        _visit(module.get_submodule(name), f"{path}.{name}" if path else name, rows, left, seen, halved + less)
+    for child in module.children() if inside.parts else ():
+        _visit(child, path, [], [], seen)
 
 
 def _why_not_here(module: nn.Module, convs: int) -> str:
@@ -136,7 +148,8 @@ def _why_not_here(module: nn.Module, convs: int) -> str:
         found = _traced(module, regions=False)
         if isinstance(found, str):
             return found
-        return "" if convs <= OF_A_BLOCK or _joins(module, found.trace) else "it only calls its children"
+        whole = convs <= OF_A_BLOCK or _joins(module, found.trace) or _assembles(module, found.trace)
+        return "" if whole else "it only calls its children"
     return ""
 
 
@@ -153,6 +166,19 @@ def _joins(module: nn.Module, found: Trace) -> bool:
     frames = {op.frame for op in found.operations if op.kind in ("cat", "add", "slice")}
     children = [frame for frame in frames if frame and "." not in frame]
     return "" in frames or any(isinstance(_traced(module.get_submodule(f), regions=False), str) for f in children)
+
+
+def _assembles(module: nn.Module, found: Trace) -> bool:
+    """Whether its own forward calls modules that do nothing but join what others give, as a YOLO's does: what makes and
+    what reads that is its other children. It is fused as a whole, and so are they, for where its forward cannot be
+    traced (a YOLO's in evaluation) or somebody watches one of them."""
+    joins = {op.frame for op in found.operations if op.kind in ("cat", "add", "slice") and op.frame}
+    return any(not _convolutions(module.get_submodule(f)) and not _callers(f, found.descended) for f in joins)
+
+
+def _callers(path: str, descended: set[str]) -> list[str]:
+    """The modules that a module is in whose forwards were traced."""
+    return [above for above in descended if above and path.startswith(f"{above}.")]
 
 
 def _channels(module: nn.Module) -> int:
@@ -203,14 +229,15 @@ def _guesses(module: nn.Module) -> Iterator[tuple[Any, ...]]:
             yield several
 
 
-def _not_traced(module: nn.Module, found: Trace) -> list[tuple[str, nn.Module]]:
-    """Children that are called as they are: there may be something to fuse inside them."""
-    paths = dict.fromkeys(op.path for op in found.operations if op.kind == "call" and op.path)
-    return [(path, module.get_submodule(path)) for path in paths]
-
-
-def _flops(regions: Sequence[Region]) -> int:
-    return sum(region.flops for region in regions)
+def _not_traced(found: Trace) -> tuple[tuple[str, int], ...]:
+    """Children that are called as they are: there may be something to fuse inside them. With how often the largest of
+    the images that they are called with is halved as against those of the forward."""
+    sizes: dict[str, list[int]] = {}
+    for op in found.operations:
+        if op.kind == "call" and op.path:
+            heights = [found.shapes[v][2] for v in op.inputs if is_image(found.shapes[v])]
+            sizes[op.path] = [*sizes.get(op.path, []), *heights]
+    return tuple((path, (SIZE[0] // max(found, default=SIZE[0])).bit_length() - 1) for path, found in sizes.items())
 
 
 # --- the class ---
@@ -218,6 +245,14 @@ def _flops(regions: Sequence[Region]) -> int:
 _SET = object.__dict__["__class__"].__set__
 _CONVERTED: Any = WeakIdKeyDictionary()  # convolutions whose weights were contiguous before they were channels_last
 _LOCK = threading.RLock()
+
+
+class _Inside(NamedTuple):
+    """What of a fused module is fused, too. called: children that its plan calls, and how often their images are
+    halved; parts: all others, for calls that it has no plan for."""
+
+    called: tuple[tuple[str, int], ...] = ()
+    parts: bool = False
 
 
 class _State:
@@ -239,13 +274,14 @@ def _original(module: nn.Module) -> type[nn.Module] | None:
     return found
 
 
-def _swap(module: nn.Module, plans: dict[Any, Plan | str]) -> None:
+def _swap(module: nn.Module, plans: dict[Any, Plan | str], inside: _Inside) -> None:
     original: Any = type(module)
     members = {
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
         "forward": _like(original), "train": _train, "_apply": _apply,
         "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy,
         "__class__": property(lambda self: original, _become), "_csp_original": original, "_csp_plans": plans,
+        "_csp_inside": inside,
     }  # fmt: skip
     _SET(module, type(original.__name__, (original,), members))
 
@@ -253,9 +289,10 @@ def _swap(module: nn.Module, plans: dict[Any, Plan | str]) -> None:
 def _become(self: nn.Module, cls: Any) -> None:
     """Somebody gives it another class, as parametrizations and FSDP do: its next call fuses it as one of that."""
     original: Any = _original(self)
+    inside = type(self)._csp_inside  # type: ignore[attr-defined]
     _restore(self, cls)
     if cls.forward is original.forward:
-        _swap(self, {})
+        _swap(self, {}, inside)
 
 
 def _restore(module: nn.Module, original: type[nn.Module]) -> None:
@@ -410,7 +447,7 @@ def _ready(self: Any, args: Any, kwargs: Any) -> tuple[Bound, list[Tensor]] | st
         return ""
     bound = _bound(self, spec.items)
     if isinstance(bound, str):
-        return bound
+        return "" if type(self)._csp_inside.parts else bound
     return bound.differs() or (bound, inputs)
 
 
@@ -467,4 +504,5 @@ def _say(module: nn.Module, reason: str) -> None:
     state: _State = module.__dict__[STATE]
     if reason not in state.said:
         state.said.add(reason)
-        _warn(f"csp.fuse: a {type(module).__name__} runs as it was before: {reason}")
+        how = "part by part" if type(module)._csp_inside.parts else "as it was before"  # type: ignore[attr-defined]
+        _warn(f"csp.fuse: a {type(module).__name__} runs {how}: {reason}")

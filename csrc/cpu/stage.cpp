@@ -699,7 +699,7 @@ template <class S> struct Stage {
       S* g = frame.take<S>(of(s.place).pixels() * pitch);
       const Read<S> activated{r.segments[k].x, pitch, n, Affine<T>(frame, n), {Activation::Identity, T(0)}};
       strided_dgrad(i, int64_t(at), activated, {}, {g, pitch, nullptr, 0}, nullptr, dz, dz_pitch, w);
-      back(read(frame, s), s, targets[k], frame, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(g + pixel * pitch + c, n - c); });
+      back(read(frame, s), s, targets[k], frame, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load_ahead(g + pixel * pitch + c, n - c); });
     }
   }
   // to = g less what is owed
@@ -796,13 +796,13 @@ template <class S> struct Stage {
         read.push_back(s), kernel.push_back(ky * 3 + kx);
       }
     Mix<S> mix(a.parallel, pixels, read.data(), int64_t(read.size()), {&n, 1});
-    T* rows = frame.zeroed<T>(mix.Kp * mix.O);
-    for_tasks(a.parallel, mix.tasks, [&](int task) {
-      Range r = share(out, task, mix.tasks);
-      for (size_t k = 0; k < read.size(); k++)
-        for (int64_t f = r.begin; f < r.end; f++) memcpy(rows + (read[k].column + f) * mix.O, w + (f * 9 + kernel[k]) * C + at, size_t(n) * sizeof(T));
+    Unit<U>* packed = frame.take<Unit<U>>(packed_size<U>(mix.Kp, mix.O));
+    const int64_t blocks = ceil_div(mix.Kp, depth_block<U>()), each = mix.Kp / int64_t(read.size());
+    const int tasks = int(min64(mix.tasks, blocks));
+    for_tasks(a.parallel, tasks, [&](int task) {
+      auto row = [&](int64_t q) { return q % each < out ? w + (q % each * 9 + kernel[size_t(q / each)]) * C + at : nullptr; };
+      pack_rows_of_weights<U>(packed, mix.Kp, mix.O, n, row, share(blocks, task, tasks));
     });
-    Unit<U>* packed = pack<false>(frame.take<Unit<U>>(packed_size<U>(mix.Kp, mix.O)), rows, mix.Kp, mix.O, mix.tasks);
     mix.forward(packed, [&](int part, int64_t pixel, int m, int64_t column, const auto& acc) __attribute__((always_inline)) {
       emit(part, odd_y, odd_x, pixel, m, column, &acc[0][0], int(sizeof(acc[0]) / sizeof(acc[0][0])));
     });
@@ -878,7 +878,7 @@ template <class S> struct Stage {
     for (size_t k = 0; from.wanted && k < i.segments.size(); k++) {
       const int64_t n = from.in.gathered[k].channels;
       if (from.targets[k].g || i.segments[k].sums)
-        back(from.in.gathered[k], i.segments[k], from.targets[k], inner, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(g + pixel * from.in.pitch + c, n - c); });
+        back(from.in.gathered[k], i.segments[k], from.targets[k], inner, [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load_ahead(g + pixel * from.in.pitch + c, n - c); });
       g += n;
     }
   }
@@ -1026,7 +1026,7 @@ template <class S> struct Stage {
       grid.pool = i.pool;
       int64_t W = grid.W, H = grid.H, h = grid.rows(), w = grid.columns(), n = s.place.channels(), pitch = output.pitch;
       const S* dy = output.given + at;
-      auto plain = [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load(dy + pixel * pitch + c, n - c); };
+      auto plain = [&](int64_t pixel, int64_t c) __attribute__((always_inline)) { return load_ahead(dy + pixel * pitch + c, n - c); };
       auto averaged = [&](int64_t pixel, int64_t c) __attribute__((always_inline)) {
         int64_t y = pixel / W % H / 2, x = pixel % W / 2;
         return y < h && x < w ? load(dy + ((pixel / (W * H) * h + y) * w + x) * pitch + c, n - c) * T(0.25) : Vec<T>{};
@@ -1057,8 +1057,8 @@ template <class S> struct Stage {
     for (const stage::Segment& s : i.segments) terms.push_back(read(inner, s));
     AnyActivation<T> activation{i.act, T(i.slope)};
     auto dy = [&](int64_t pixel, int64_t c) __attribute__((always_inline)) {
-      Vec<T> d = load(g + pixel * g_pitch + c, n - c);
-      if (o.any) d -= (load(x + pixel * pitch + c, n - c) - load(o.correction.mean + c)) * load(o.correction.scale + c) + load(o.correction.shift + c);
+      Vec<T> d = load_ahead(g + pixel * g_pitch + c, n - c);
+      if (o.any) d -= (load_ahead(x + pixel * pitch + c, n - c) - load(o.correction.mean + c)) * load(o.correction.scale + c) + load(o.correction.shift + c);
       if (activation.kind == Activation::Identity) return d;
       Vec<T> total = terms[0].value(pixel, c);
       for (size_t k = 1; k < terms.size(); k++) total += terms[k].value(pixel, c);

@@ -54,6 +54,48 @@ class Lists(nn.Module):
         return self.last(torch.cat(y, dim=1))
 
 
+class Join(nn.Module):
+    def forward(self, x: list[Tensor]) -> Tensor:
+        return torch.cat(x, 1)
+
+
+class Layers(nn.Module):
+    """Layers that its forward calls one after the other, as a YOLO's does: each takes what the one before it gave, or
+    what those of some numbers gave."""
+
+    def __init__(self, *more: nn.Module) -> None:
+        super().__init__()
+        layers = [ConvNorm(8, 16), ConvNorm(16, 16, 1), ConvNorm(16, 16), Join(), ConvNorm(48, 8, 1), Lists()]
+        self.layers = nn.Sequential(*layers, ConvNorm(10, 8, s=2), *more)
+        self.reads: dict[int, list[int]] = {3: [0, 1, 2]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            x = layer([made[k] for k in self.reads[i]] if i in self.reads else x)
+            made.append(x)
+        return x
+
+
+class SizedInEvaluation(Layers):
+    """Like a YOLO's head in evaluation, it needs sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.training else y * y.shape[2]
+
+
+class Sized(nn.Module):
+    """A trace cannot look into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Lists()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.shape[2] > 1 else x
+
+
 class Lambdas(nn.Module):
     """Layers in a plain dictionary, called through functions."""
 
@@ -262,7 +304,7 @@ class OnSizeInPlace(nn.Module):
 
 FUSED: dict[str, Callable[[], nn.Module]] = {
     kind.__name__: kind
-    for kind in (Functional, Lists, Lambdas, Depth, Pools, Attention, Twice, Configured, Copies, Separable)
+    for kind in (Functional, Lists, Layers, Lambdas, Depth, Pools, Attention, Twice, Configured, Copies, Separable)
 }
 FUSED["Sequential"] = lambda: nn.Sequential(
     nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(True), nn.Conv2d(12, 8, 1), nn.LeakyReLU(0.3, True)

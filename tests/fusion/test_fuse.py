@@ -101,6 +101,40 @@ def test_stays_what_it_was(name: str) -> None:
     assert [p.stride() for p in model.parameters()] == [p.stride() for p in saved.parameters()]
 
 
+def test_part_by_part() -> None:
+    """What its forward calls one after the other is fused as a whole, and where that cannot be in its three parts."""
+    plain, ours, report = pair(networks.SizedInEvaluation)
+    x = image()
+    assert [row.path for row in report.fused] == [""] and report.coverage == 1
+    whole = sum(len(row.regions) for row in report.fused)
+    assert calls(lambda: compare(step(ours, x), step(plain, x))) == whole == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                a, found = plain.eval()(x), []
+                assert calls(lambda found=found: found.append(ours.eval()(x))) == 3
+                torch.testing.assert_close(found[0], a, rtol=1e-9, atol=1e-10)
+    seen: list[int] = []
+    for m in (plain.train(), ours.train()):
+        m.layers[2].register_forward_hook(lambda module, args, y: seen.append(y.shape[1]))
+    with pytest.warns(RuntimeWarning, match="a SizedInEvaluation runs part by part: layers.2 has a forward hook"):
+        assert calls(lambda: compare(step(ours, x), step(plain, x))) == 3
+    assert seen == [16, 16]
+    csp.unfuse(ours)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_report_of_what_is_inside() -> None:
+    """Children that a whole calls as they are, with the FLOPs of the images that they are given; twice is once."""
+    model = networks.Layers(networks.Sized())
+    first, alone = csp.fuse(model), csp.fuse(networks.Lists())
+    assert [row.path for row in first.fused] == ["", "layers.7.inner"]
+    assert first.fused[1].flops == alone.flops // 4 > 0
+    again = csp.fuse(model)
+    assert [(row.path, row.flops) for row in again.fused] == [(row.path, row.flops) for row in first.fused]
+
+
 def test_as_a_context() -> None:
     model = networks.Lists()
     with csp.fused(model) as report:

@@ -108,7 +108,7 @@ CSP_INLINE void winograd_products(const T* V, int64_t Tp, int64_t tiles, int64_t
   for (int e = 0; e < E; e++)
     each_rows(tiles, [&](int64_t t, auto rows) __attribute__((always_inline)) {
       constexpr int MR = decltype(rows)::value;
-      const T *A = V + (e * blocks * Tp + t) * L, *B = U + e * blocks * L * nv * L;
+      const T *A = V + (e * blocks * Tp + t) * L, *B = U + e * part_size<T>(blocks * L * nv);
       T* out = Mb + (e * Tp + t) * nv * L;
       if (nv == 2) winograd_product<T, MR, 2>(A, Tp * L, B, blocks, out);
       else winograd_product<T, MR, 1>(A, Tp * L, B, blocks, out);
@@ -429,7 +429,9 @@ template <int M, class S> struct Conv3x3Backward {
     });
     if (!dW2) return;
     Frame shared;
-    const int64_t tiles = tl.rows * tl.TW, vectors = bp / L, some = max64(1, min64(4, (int64_t(1) << 20) / (E * L * gp * int64_t(sizeof(T))))), blocks = ceil_div(vectors, some);
+    const int64_t tiles = tl.rows * tl.TW, vectors = bp / L, most = max64(1, min64(4, (int64_t(1) << 20) / (E * L * gp * int64_t(sizeof(T)))));
+    // Vectors of a block: as many for each thread in each round.
+    const int64_t rounds = ceil_div(vectors, most * c.parallel.threads), some = ceil_div(vectors, rounds * c.parallel.threads), blocks = ceil_div(vectors, some);
     T* dM = shared.take<T>(E * tiles * gp);
     const int by_rows = int(min64(c.shares.rows, tl.rows)), by_blocks = int(min64(blocks, most_pieces(c.parallel)));
     for_tasks(c.parallel, by_rows, [&](int task) {

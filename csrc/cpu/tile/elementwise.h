@@ -8,23 +8,41 @@
 
 namespace csp::CSP_ISA {
 
-// An activation chosen at run time.
+// An activation chosen at run time. Those of most networks are part of the loops that use it, the others a call for each vector:
+// with all of them inside, loops keep too little in registers.
 template <class T> struct AnyActivation {
   Activation kind;
   T negative;
   CSP_INLINE Vec<T> value(Vec<T> x) const {
-    Vec<T> y = x;
+    if (kind == Activation::Silu) return Silu<T>{}.value(x);
     if (kind == Activation::Relu) return act<T>(x);
-    if (kind != Activation::Identity) with_activation<T>(kind, double(negative), [&](auto a) __attribute__((always_inline)) { y = a.value(x); });
-    return y;
+    return kind == Activation::Identity ? x : other_value(x);
   }
   CSP_INLINE Vec<T> gradient(Vec<T> x, Vec<T> g) const {
-    Vec<T> d = g;
+    if (kind == Activation::Silu) return Silu<T>{}.gradient(x, g);
     if (kind == Activation::Relu) return act_gradient<T>(x, g);
-    if (kind != Activation::Identity) with_activation<T>(kind, double(negative), [&](auto a) __attribute__((always_inline)) { d = a.gradient(x, g); });
+    return kind == Activation::Identity ? g : other_gradient(x, g);
+  }
+
+ private:
+  CSP_NOINLINE Vec<T> other_value(Vec<T> x) const {
+    Vec<T> y = x;
+    with_activation<T>(kind, double(negative), [&](auto a) __attribute__((always_inline)) { y = a.value(x); });
+    return y;
+  }
+  CSP_NOINLINE Vec<T> other_gradient(Vec<T> x, Vec<T> g) const {
+    Vec<T> d = g;
+    with_activation<T>(kind, double(negative), [&](auto a) __attribute__((always_inline)) { d = a.gradient(x, g); });
     return d;
   }
 };
+
+// The first n lanes at p. The next vector of the same pixel is asked for: loops over pixels within loops over vectors of channels come
+// to it when all their pixels are through, too far apart for the processor to see it coming.
+template <class S> CSP_INLINE auto load_ahead(const S* p, int64_t n) {
+  __builtin_prefetch(p + LANES<decltype(widen(S{}))>);
+  return load(p, n);
+}
 
 // act((x - mean) * scale + shift) of some channels.
 template <class S> struct Read {
@@ -34,7 +52,7 @@ template <class S> struct Read {
   Affine<T> norm;
   AnyActivation<T> activation;
   CSP_INLINE Vec<T> value(int64_t pixel, int64_t c) const {
-    return activation.value((load(x + pixel * pitch + c, channels - c) - load(norm.mean + c)) * load(norm.scale + c) + load(norm.shift + c));
+    return activation.value((load_ahead(x + pixel * pitch + c, channels - c) - load(norm.mean + c)) * load(norm.scale + c) + load(norm.shift + c));
   }
 };
 
@@ -176,9 +194,11 @@ void add_terms(const Parallel& parallel, int tasks, int64_t P, const Read<S>* te
       for (int64_t c = 0; c < channels; c += L) {
         Vec<T> y[16];
         for (int64_t i = 0; i < m; i++) {
+          S* const at = to + (first + i) * pitch + c;
+          __builtin_prefetch(at + L, 1);
           Vec<T> sum = terms[0].value(first + i, c);
           for (int64_t k = 1; k < count; k++) sum += terms[k].value(first + i, c);
-          store(to + (first + i) * pitch + c, y[i] = activation.value(sum), channels - c);
+          store(at, y[i] = activation.value(sum), channels - c);
         }
         if (stats) add_rows(stats[task], c, seen, m, [&](int64_t i) __attribute__((always_inline)) { return y[i]; });
       }
@@ -202,8 +222,9 @@ void spread_gradient(const Parallel& parallel, int tasks, int64_t P, const Read<
         Vec<T> mean = load(read.norm.mean + c), scale = load(read.norm.scale + c), shift = load(read.norm.shift + c), sum{}, sum_x{};
         int64_t n = read.channels - c;
         for (int64_t p = begin; p < min64(begin + RUN, r.end); p++) {
-          Vec<T> centred = load(read.x + p * read.pitch + c, n) - mean, dn = activation.gradient(centred * scale + shift, dy(p, c));
-          if (to.g) store(to.g + p * to.pitch + c, to.in ? load(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale, n);
+          if (to.g) __builtin_prefetch(to.g + p * to.pitch + c + L, 1);
+          Vec<T> centred = load_ahead(read.x + p * read.pitch + c, n) - mean, dn = activation.gradient(centred * scale + shift, dy(p, c));
+          if (to.g) store(to.g + p * to.pitch + c, to.in ? load_ahead(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale, n);
           sum += dn, sum_x += dn * centred;
         }
         T *s = parts[task].sum + c, *sx = parts[task].sum_x + c;

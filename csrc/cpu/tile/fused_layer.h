@@ -68,7 +68,7 @@ template <int M, class U, class S> struct FusedLayer {
           }
         for (int64_t p = 0; p < panels<T>(g); p++) {
           int nv = panel_vectors<T>(g, p);
-          winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, w2 + p * E * blocks * L * 2 * L, nv, Mb);
+          winograd_products<T, M>(V, Tp, nr * tl.TW, blocks, w2 + p * E * part_size<T>(blocks * L * 2), nv, Mb);
           for (int j = 0; j < nv; j++) write_back(to, row, nr, p * 2 * L + j * L, Mb + j * L, Tp * nv * L, nv * L);
         }
       }
