@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from csp_kernels.fusion.swap import fuse
+from csp_kernels.fusion.choose import fuse
 from csp_kernels.reference.csp_residual_stage import ResidualBlock
 
 
