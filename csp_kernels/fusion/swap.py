@@ -104,15 +104,15 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return made
 
 
-def _train(self: Any, mode: bool = True) -> Any:
+def _train(self: Any, *args: Any, **kwargs: Any) -> Any:
     forget(self.parameters())
-    return type(self)._csp_original.train(self, mode)
+    return type(self)._csp_original.train(self, *args, **kwargs)
 
 
-def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Of .to() and its kind, which may swap weights: nothing that is kept of them may refer to them."""
     forget(self.parameters())
-    return type(self)._csp_original._apply(self, fn, recurse)
+    return type(self)._csp_original._apply(self, *args, **kwargs)
 
 
 MOST_CALLS = 16  # kinds of arguments for which one module has plans

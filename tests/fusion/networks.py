@@ -78,7 +78,13 @@ class Layers(nn.Module):
 
 
 class SizedInEvaluation(Layers):
-    """Like a YOLO's head in evaluation, it needs sizes."""
+    """Like a YOLO's head in evaluation, it needs sizes; like a YOLO it has methods of nn.Module that take less."""
+
+    def _apply(self, fn: Any) -> Any:  # type: ignore[override]
+        return super()._apply(fn)
+
+    def train(self, mode: Any = True) -> Any:
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)

@@ -121,6 +121,7 @@ def test_part_by_part() -> None:
     with pytest.warns(RuntimeWarning, match="a SizedInEvaluation runs part by part: layers.2 has a forward hook"):
         assert calls(lambda: compare(step(ours, x), step(plain, x))) == 3
     assert seen == [16, 16]
+    assert next(ours.float().parameters()).dtype is torch.float32
     csp.unfuse(ours)
     assert [type(m) for m in ours.modules()] == [type(m) for m in plain.modules()]
 
