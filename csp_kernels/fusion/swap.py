@@ -130,7 +130,7 @@ def _bound(module: nn.Module, spec: Any) -> Bound | str:
         with _LOCK:
             if key not in plans:
                 made = "" if len(plans) >= MOST_CALLS else make_plan(module, given=spec)
-                plans[key] = made if isinstance(made, str) else made.plan
+                plans[key] = made if isinstance(made, str) else made.plan if made.regions else ""
         plan = plans[key]
         try:
             found = state.bound[key] = plan if isinstance(plan, str) else Bound(module, plan)

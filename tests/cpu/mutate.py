@@ -117,6 +117,7 @@ FAULTS = [
     Fault("mix.h", "own.begin * 2 * L, min64(Kp, own.end * 2 * L)", "own.begin * 2 * L, min64(Kp, own.end * L)", EXACT_32),
     Fault("direct3x3.h", "ldw + first + ch, ldw);", "ldw + ch, ldw);", EXACT),
     Fault("direct3x3.h", "const int64_t k = of.begin + at;", "const int64_t k = at;", EXACT),
+    Fault("stage.cpp", "* 9 + kernel[size_t(q / each)]) * C + at : nullptr", "* 9 + kernel[0]) * C + at : nullptr", EXACT_32),
     Fault("stage.cpp", "(x = 0, ++y == rows)) y = 0, image++;", "(x = 0, ++y == rows)) y = 0;", EXACT_32),
     # shared panels, few rows
     Fault("scratch.h", "return share(n, task % panels, panels);", "return share(n, 0, panels);", EXACT_32),
@@ -190,7 +191,10 @@ FAULTS = [
     Fault("pointwise.h", "s += d, sx += d * centred, g_out = gin + d * scale", "s += d, sx += d * centred, g_out = d * scale", BLOCK),
     Fault("pointwise.h", "if (stats) stats[task].count = seen;", "if (stats) stats[task].count = seen + 1;", BLOCK),
     # elementwise.h
-    Fault("elementwise.h", "to.in ? load(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale", "dn * scale", GRAPHS),
+    Fault("elementwise.h", "to.in ? load_ahead(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale", "dn * scale", GRAPHS),
+    Fault("elementwise.h", "return Silu<T>{}.gradient(x, g);", "return g;", GRAPHS),
+    Fault("elementwise.h", "{ y = a.value(x); }", "{ y = x; }", GRAPHS),
+    Fault("elementwise.h", "{ d = a.gradient(x, g); }", "{ d = g; }", GRAPHS),
     Fault("elementwise.h", "y[i] = activation.value(sum), channels - c)", "y[i] = activation.value(sum), channels - c + 1)", GRAPHS),
     Fault("elementwise.h", "sum += dn, sum_x += dn * centred;", "sum += dn, sum_x += dn;", GRAPHS),
     Fault("elementwise.h", "(y - r * stride + half) * size + x - c * stride + half", "(y - r * stride + half) * size + x - c * stride", GRAPHS),

@@ -76,6 +76,20 @@ def test_left_alone(name: str) -> None:
         compare(step(ours, image()), step(plain, image()))
 
 
+def test_a_wide_convolution_with_stride_2_is_a_stage_in_training() -> None:
+    """In float32; elsewhere PyTorch's is as fast. What it computes tests/stage says."""
+    make = lambda: nn.Sequential(nn.Conv2d(64, 65, 3, 2, 1, bias=False), nn.BatchNorm2d(65), nn.SiLU())  # noqa: E731
+    model, x = make(), torch.randn(2, 64, 8, 10)
+    assert len(csp.fuse(model).fused) == 1
+    assert calls(lambda: model(x)) == 1
+    with torch.no_grad():
+        assert calls(lambda: model(x)) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls(lambda: model(x)) == 0
+    assert calls(lambda: model(x)) == 1
+    assert not csp.fuse(make().bfloat16()).fused
+
+
 @pytest.mark.parametrize("name", networks.FUSED)
 def test_stays_what_it_was(name: str) -> None:
     """Classes, modules, parameters, keys; twice is once; back: bitwise."""
