@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from csp_kernels._tracing import cached_constant
 from csp_kernels.ops import _node as node
+from csp_kernels.stage.program import Bottleneck, Product
 from csp_kernels.stage.text import decode
 
 
@@ -59,7 +60,8 @@ def inference(
     ):
         return None
     x = inputs[0]
-    sizes = x.shape[2:] if winograd == 4 else ()  # whether larger tiles pay depends on them
+    # whether larger tiles pay depends on them, and in which form a 3x3 with stride 2 is multiplied
+    sizes = x.shape[2:] if winograd == 4 or _strides(text) else ()
     key = text, x.dtype, winograd, sizes, *((t.data_ptr(), t._version) for t in weights)
     with _lock:
         known = _known.get(weights[0])
@@ -88,6 +90,13 @@ def empty() -> int:
         held = sum(t.nbytes for known in _known.values() for t in known.packed or ())
         _known.clear()
     return held
+
+
+@cached_constant
+def _strides(text: str) -> bool:
+    """Whether a program has a 3x3 with stride 2."""
+    products = [step.conv if isinstance(step, Bottleneck) else step for step in decode(text).forward]
+    return any(isinstance(step, Product) and step.conv.kernel == 3 and step.conv.stride > 1 for step in products)
 
 
 @cached_constant

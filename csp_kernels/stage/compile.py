@@ -69,7 +69,7 @@ def compile_stage(
     common = _Common(graph, layout, frozen, sources, folded)
     forward = _forward(common)
     if wanted is None:
-        forward = with_residuals(with_bottlenecks(forward, layout.buffers))
+        forward = with_residuals(with_bottlenecks(forward, layout.buffers), layout.buffers)
     backward = _BackwardPass(common, wanted).run() if wanted else ()
     statistics = sum(graph.channels[value] for value in layout.statistics)
     weights, norms = _parameters(graph, frozen)

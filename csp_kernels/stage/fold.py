@@ -81,14 +81,16 @@ def with_bottlenecks(steps: Sequence[Forward], buffers: Sequence[Buffer]) -> tup
     return tuple(made)
 
 
-def with_residuals(steps: Sequence[Forward]) -> tuple[Forward, ...]:
-    """With sums of two as part of the product that gives one of the terms, if nothing else reads that and the other
-    is there before."""
+def with_residuals(steps: Sequence[Forward], buffers: Sequence[Buffer]) -> tuple[Forward, ...]:
+    """With sums of two as part of the product that gives one of the terms, if nothing else reads that, nor is it an
+    output, and the other is there before."""
     made = list(steps)
     for add in (step for step in steps if isinstance(step, Add) and _is_residual(step)):
         for term, other in (add.segments, add.segments[::-1]):
             product = next((s for s in made if isinstance(s, Product) and Segment(s.to) == term), None)
             if product is None or product.residual or product.statistics is not None or product.drop is not None:
+                continue
+            if buffers[product.to.buffer].kind != "scratch":
                 continue
             alone = sum(_overlap(place, product.to) for step in made for place in _read(step)) == 1
             at = made.index(product)

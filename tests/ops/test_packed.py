@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import csp_kernels as csp
 from csp_kernels.ops import _packed
-from csp_kernels.stage.build import Builder, conv_norm
+from csp_kernels.stage.build import Builder, conv_norm, through_norm
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -26,6 +26,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "residual": lambda: csp.CSPStage(8, 12, 2, stride=1),
     "C2f": lambda: csp.C2f(8, 8, 1, True),
     "groups": lambda: grouped(),
+    "stride 2": lambda: strided(),
 }
 
 
@@ -36,6 +37,13 @@ def grouped() -> csp.Stage:
     for channels, kernel, groups in ((64, 1, 1), (128, 3, 2), (128, 3, 32)):
         read = conv_norm(build, [read], channels, kernel, groups=groups)
     build.write([read])
+    return csp.Stage(build.graph())
+
+
+def strided() -> csp.Stage:
+    build = Builder(8)
+    read = conv_norm(build, [build.read(0)], 32)
+    build.write(through_norm(build, [build.read(build.conv([read], 32, 3, stride=2))]))
     return csp.Stage(build.graph())
 
 
@@ -184,16 +192,18 @@ def test_dtypes(dtype: torch.dtype) -> None:
     keep(module, torch.randn(1, 8, 9, 4).to(dtype))
 
 
-def test_sizes_and_precisions() -> None:
-    """With "high" the tiles depend on the size of the image."""
-    module, _ = made("C2f")
-    images = [torch.randn(1, 8, n, n) for n in (4, 16, 5, 24)]
+@pytest.mark.parametrize("name", ["C2f", "stride 2"])
+def test_sizes_and_precisions(name: str) -> None:
+    """With "high" the tiles depend on the size of the image, with stride 2 the form of the product."""
+    module, _ = made(name)
+    images = [torch.randn(1, 8, n, n) for n in (4, 16, 5, 24, 64, 17)]
     with csp.use_backend("native"):
         before = torch.get_float32_matmul_precision()
         try:
             for precision in ("highest", "high", "highest"):
                 torch.set_float32_matmul_precision(precision)
                 for x in images:
+                    torch.testing.assert_close(run(module, x), run(copy.deepcopy(module), x), rtol=0, atol=0)
                     keep(module, x)
         finally:
             torch.set_float32_matmul_precision(before)

@@ -391,6 +391,19 @@ def test_no_strips_of_another_3x3(how: dict[str, int]) -> None:
     Case(graph, (True, True)).compare(compile_stage(graph, (True, True)))
 
 
+@pytest.mark.parametrize("act", ["identity", "silu"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_output_that_is_a_term_of_a_sum(swapped: bool, act: str) -> None:
+    """In inference a product that takes over the sum writes that alone: not where its own value is an output."""
+    build = Builder(8)
+    first = conv_norm(build, [build.read(0)], 8, 3, act)
+    second = conv_norm(build, [first], 8, 3, act)
+    build.write([second])
+    build.write([build.read(build.sum([second, first] if swapped else [first, second]))])
+    graph = build.graph()
+    Case(graph, (True, True)).compare(compile_stage(graph, (True, True)))
+
+
 def test_averages_behind_a_stride() -> None:
     """They stay behind it: a 1x1 can average in front, or skip pixels."""
     build = Builder(8)
