@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from csp_kernels.fusion.leaves import activation_of, is_conv, is_norm, is_norm_act
 from csp_kernels.fusion.make_plan import make_plan
-from csp_kernels.fusion.plan import Plan
+from csp_kernels.fusion.plan import Plan, is_of_now
 from csp_kernels.fusion.report import Left, Report, Row
 from csp_kernels.fusion.swap import Inside, State, original_of, restore, swap
 from csp_kernels.fusion.symbols import is_image
@@ -31,7 +31,7 @@ def fuse(model: nn.Module) -> Report:
     could do something else with another input is left alone, and a fused one runs as it was where its attributes, its
     children or their hooks have changed since, with a warning that says which. So it does under torch.compile,
     torch.jit.trace, torch.fx and the exporters. Weights of convolutions become channels_last in place.
-    A model that was fused before stays fused. Raises TypeError for what is no module.
+    A model that was fused before stays fused, and what has changed in it since is fused as it is now. Raises TypeError for what is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
@@ -84,9 +84,11 @@ def _visit(
     known = original_of(module)
     if known is not None:
         plans = [plan for plan in type(module)._csp_plans.values() if isinstance(plan, Plan)]  # type: ignore[attr-defined]
-        rows.append(Row(path, known.__name__, tuple(plans[0].regions) if plans else (), halved))
-        _visit_inside(module, path, rows, left, seen, halved)
-        return
+        if not plans or is_of_now(module, plans[0]):
+            rows.append(Row(path, known.__name__, tuple(plans[0].regions) if plans else (), halved))
+            _visit_inside(module, path, rows, left, seen, halved)
+            return
+        restore(module, known)  # it has changed since
     reason = _why_not_here(module, convs)
     if not reason:
         made = make_plan(module)
@@ -162,6 +164,9 @@ def _assembles(module: nn.Module, found: Trace) -> bool:
     """Whether its own forward calls modules that do nothing but join what others give, as a YOLO's does: what makes and
     what reads that is its other children. It is fused as a whole, and so are they, for where its forward cannot be
     traced (a YOLO's in evaluation) or somebody watches one of them."""
+    convs = [op.path for op in found.operations if op.kind == "conv"]
+    if len(set(convs)) < len(convs):
+        return False  # a layer is called again: no stage of the whole takes it
     joins = {op.frame for op in found.operations if op.kind in ("cat", "add", "slice") and op.frame}
     return any(not _convolutions(module.get_submodule(f)) and not _callers(f, found.descended) for f in joins)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,10 +84,10 @@ def _pays(operations: Sequence[Operation], trace: Trace) -> bool:
     return channels >= 16 if options["stride"] == 1 else channels < 64 or _trains(trace.modules[convs[0].path])
 
 
-def _trains(module: nn.Module) -> bool:
+def _trains(module: Any) -> bool:
     """Whether what is traced is training in float32: a plan is one for gradients and for autocast as they are now."""
     autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-    return torch.is_grad_enabled() and not autocast and next(module.parameters()).dtype is torch.float32
+    return torch.is_grad_enabled() and not autocast and module.weight.dtype is torch.float32
 
 
 class _Sizes(ValueError):

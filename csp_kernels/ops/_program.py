@@ -287,9 +287,34 @@ def _gradients(saved: node.Saved, grads: list[Tensor | None]) -> list[Tensor | N
         given, images[:count], outputs, kept, stats, params, running, seed, text, eps, winograd
     )
     gradients: list[Tensor | None] = [None] * (count + len(params))
+    there = tuple(g is not None for g in grads)
+    reached = range(len(gradients)) if all(there) or text not in _GRAPHS else _reached(text, there)
     for position, gradient in zip(_gradient_positions(text), found, strict=True):
-        gradients[position] = gradient
+        gradients[position] = gradient if position in reached else None
     return gradients
+
+
+@cached_constant
+def _reached(text: str, there: tuple[bool, ...]) -> frozenset[int]:
+    """Inputs and, behind them, parameters that outputs with a gradient depend on. Those of no influence get none, as
+    PyTorch has it, and not zeros, by which an optimizer would decay them."""
+    graph, _ = _GRAPHS[text]
+    reads = [read for write, given in zip(graph.outputs, there, strict=True) if given for read in write.reads]
+    nodes: set[int] = set()
+    for i in reversed(range(len(graph.nodes))):
+        if any(read.value == graph.value(i) for read in reads):
+            nodes.add(i)
+            reads += graph.nodes[i].reads
+    values, norms = {read.value for read in reads}, {read.norm for read in reads}
+    found = [i for i in range(len(graph.inputs)) if i in values]
+    at = len(graph.inputs)
+    for item in graph.order:
+        conv = graph.nodes[item.index] if item.kind == "conv" else None
+        count = 1 + conv.bias if isinstance(conv, Conv) else 2
+        if item.index in (norms if conv is None else nodes):
+            found += range(at, at + count)
+        at += count
+    return frozenset(found)
 
 
 @cached_constant

@@ -150,6 +150,58 @@ def test_report_of_what_is_inside() -> None:
     assert [(row.path, row.flops) for row in again.fused] == [(row.path, row.flops) for row in first.fused]
 
 
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+def test_fused_again_after_a_change(change: str) -> None:
+    """As what it is now."""
+    model = networks.Layers(networks.Sized())
+    csp.fuse(model)
+    if change == "deleted":
+        del model.layers[7]
+    else:
+        model.layers[6] = networks.ConvNorm(10, 8, s=2)
+    report, x = csp.fuse(model), image().float()
+    assert report.fused[0].path == "" and report.coverage == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert calls(lambda: model(x)) == sum(len(row.regions) for row in report.fused)
+
+
+def test_copies_are_fused_as_a_whole() -> None:
+    """Also with a tensor among the attributes, which is another one in the copy; not where it differs."""
+    model, x = networks.Layers(), image().float()
+    model.stride = torch.tensor([8.0])  # type: ignore[assignment]
+    csp.fuse(model)
+    for made in (model, copy.deepcopy(model)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert calls(lambda made=made: made(x)) == 1
+    made.stride = torch.tensor([16.0])  # type: ignore[assignment]
+    with pytest.warns(RuntimeWarning, match="part by part: it has another stride"):
+        made(x)
+
+
+def test_layers_that_are_called_again() -> None:
+    """They are no part of a whole: layers are fused by themselves."""
+
+    class Again(networks.Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(super().forward(x))
+
+    report = csp.fuse(Again())
+    assert [row.path for row in report.fused] == ["layers.2", "layers.5", "layers.6"]
+
+
+def test_a_convolution_without_parameters() -> None:
+    conv = nn.Conv2d(64, 64, 3, 2, 1, bias=False)
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.register_buffer("weight", weight)
+    model, x = nn.Sequential(conv, nn.ReLU()), torch.randn(1, 64, 8, 10)
+    expected = model(x)
+    csp.fuse(model)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_as_a_context() -> None:
     model = networks.Lists()
     with csp.fused(model) as report:

@@ -404,6 +404,24 @@ def test_an_output_that_is_a_term_of_a_sum(swapped: bool, act: str) -> None:
     Case(graph, (True, True)).compare(compile_stage(graph, (True, True)))
 
 
+def test_gradients_of_what_has_no_influence() -> None:
+    """None, as in PyTorch: an optimizer would decay weights by zeros."""
+    build = Builder(8)
+    first = conv_norm(build, [build.read(0)], 8, 3, "silu")
+    build.write([conv_norm(build, [first], 6)])
+    build.write([conv_norm(build, [first], 5)])
+    graph = build.graph()
+    inputs, params, _ = arguments(graph, (False,) * 3)
+    leaves = [t.detach().requires_grad_() for t in (*inputs, *params)]
+    for given in ((0,), (1,), (0, 1)):
+        results = []
+        for run in (csp.ops.stage, reference):
+            y, _ = run(graph, leaves[:1], leaves[1:])
+            results.append(torch.autograd.grad([y[i].sum() for i in given], leaves, allow_unused=True))
+        assert [g is None for g in results[0]] == [g is None for g in results[1]]
+        assert sum(g is None for g in results[0]) == 3 * (len(given) == 1)
+
+
 def test_averages_behind_a_stride() -> None:
     """They stay behind it: a 1x1 can average in front, or skip pixels."""
     build = Builder(8)
