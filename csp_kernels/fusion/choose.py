@@ -31,7 +31,8 @@ def fuse(model: nn.Module) -> Report:
     could do something else with another input is left alone, and a fused one runs as it was where its attributes, its
     children or their hooks have changed since, with a warning that says which. So it does under torch.compile,
     torch.jit.trace, torch.fx and the exporters. Weights of convolutions become channels_last in place.
-    A model that was fused before stays fused, and what has changed in it since is fused as it is now. Raises TypeError for what is no module.
+    A model that was fused before stays fused, and what has changed in it since is fused as it is now. Raises TypeError
+    for what is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
