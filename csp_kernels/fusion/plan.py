@@ -136,7 +136,10 @@ class _Content(tuple[Any, ...]):
 
 
 def _simple(value: Any, depth: int = 6) -> Any:
-    """Lists, dictionaries and objects by what they hold, others as they are: also tuples of what cannot change."""
+    """Lists, dictionaries and objects by what they hold, others as they are: also tuples of what cannot change. A
+    tensor as one: a forward that looks into it, or computes with it, is not traced."""
+    if type(value) is Tensor:
+        return _Content((Tensor,))
     if type(value) is tuple and all(type(item) in _SIMPLE for item in value):
         return value
     if depth and isinstance(value, (list, tuple, set)):
@@ -232,9 +235,6 @@ _MISSING = object()
 def _equal(now: Any, number: Any) -> bool:
     if isinstance(number, _Content):
         return bool(_simple(now) == number)
-    if type(now) is Tensor and type(number) is Tensor:  # of a copy; no forward that was traced looks into it
-        alike = now.dtype == number.dtype and now.shape == number.shape and now.is_cpu and number.is_cpu
-        return alike and torch.equal(now, number)
     same = type(now) is type(number) and isinstance(now, (*_SIMPLE, tuple)) and bool(now == number)
     return same and (type(now) is not tuple or [*map(type, now)] == [*map(type, number)])
 
