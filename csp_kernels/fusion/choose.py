@@ -185,7 +185,7 @@ def _not_traced(found: Trace) -> tuple[tuple[str, int], ...]:
         if op.kind == "call" and op.path:
             heights = [found.shapes[v][2] for v in op.inputs if is_image(found.shapes[v])]
             sizes[op.path] = [*sizes.get(op.path, []), *heights]
-    return tuple((path, (SIZE[0] // max(found, default=SIZE[0])).bit_length() - 1) for path, found in sizes.items())
+    return tuple((path, (SIZE[0] // max(those, default=SIZE[0])).bit_length() - 1) for path, those in sizes.items())
 
 
 # --- weights ---

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from csp_kernels._tracing import cached_constant
 from csp_kernels.ops import _node as node
-from csp_kernels.stage.program import Bottleneck, Product
+from csp_kernels.stage.program import Product
 from csp_kernels.stage.text import decode
 
 
@@ -95,8 +95,8 @@ def empty() -> int:
 @cached_constant
 def _strides(text: str) -> bool:
     """Whether a program has a 3x3 with stride 2."""
-    products = [step.conv if isinstance(step, Bottleneck) else step for step in decode(text).forward]
-    return any(isinstance(step, Product) and step.conv.kernel == 3 and step.conv.stride > 1 for step in products)
+    products = (step for step in decode(text).forward if isinstance(step, Product))
+    return any(product.conv.kernel == 3 and product.conv.stride > 1 for product in products)
 
 
 @cached_constant

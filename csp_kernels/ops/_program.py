@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from csp_kernels.ops._repeated import Call
 from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.cost import side
-from csp_kernels.stage.graph import Conv, Graph
+from csp_kernels.stage.graph import Conv, Graph, Parameters
 from csp_kernels.stage.program import Add, Buffer, Copy, Fill, Maximum, Measure, Product, Program, Wanted, values_read
 from csp_kernels.stage.text import decode, encode
 
@@ -132,15 +132,21 @@ def wanted_gradients(graph: Graph, wants: Sequence[bool]) -> Wanted:
     inputs, params = wants[: len(graph.inputs)], wants[len(graph.inputs) :]
     nodes: list[int] = []
     norms: list[int] = []
+    for item, at, end in _positions(graph):
+        if any(params[at:end]):
+            (norms if item.kind == "norm" else nodes).append(item.index)
+    wanted = tuple(i for i, flag in enumerate(inputs) if flag)
+    return Wanted(wanted, tuple(sorted(nodes)), tuple(sorted(norms)))
+
+
+def _positions(graph: Graph) -> Iterator[tuple[Parameters, int, int]]:
+    """Of what has parameters, in their order: which of them, from the first to the one behind the last."""
     at = 0
     for item in graph.order:
         conv = graph.nodes[item.index] if item.kind == "conv" else None
-        count = 1 + conv.bias if isinstance(conv, Conv) else 2
-        if any(params[at : at + count]):
-            (norms if conv is None else nodes).append(item.index)
-        at += count
-    wanted = tuple(i for i, flag in enumerate(inputs) if flag)
-    return Wanted(wanted, tuple(sorted(nodes)), tuple(sorted(norms)))
+        end = at + (1 + conv.bias if isinstance(conv, Conv) else 2)
+        yield item, at, end
+        at = end
 
 
 @cached_constant
@@ -307,13 +313,9 @@ def _reached(text: str, there: tuple[bool, ...]) -> frozenset[int]:
             reads += graph.nodes[i].reads
     values, norms = {read.value for read in reads}, {read.norm for read in reads}
     found = [i for i in range(len(graph.inputs)) if i in values]
-    at = len(graph.inputs)
-    for item in graph.order:
-        conv = graph.nodes[item.index] if item.kind == "conv" else None
-        count = 1 + conv.bias if isinstance(conv, Conv) else 2
-        if item.index in (norms if conv is None else nodes):
-            found += range(at, at + count)
-        at += count
+    for item, at, end in _positions(graph):
+        if item.index in (norms if item.kind == "norm" else nodes):
+            found += range(len(graph.inputs) + at, len(graph.inputs) + end)
     return frozenset(found)
 
 
