@@ -16,7 +16,7 @@ from csp_kernels.fusion.plan import Plan, is_of_now
 from csp_kernels.fusion.report import Left, Report, Row
 from csp_kernels.fusion.swap import Inside, State, original_of, restore, swap
 from csp_kernels.fusion.symbols import is_image
-from csp_kernels.fusion.trace import SIZE, Trace, modes
+from csp_kernels.fusion.trace import SIZE, STATE, Trace, modes
 from csp_kernels.layers._children import Fused as CspLayer
 
 MOST = 128  # convolutions of a module that is fused as a whole
@@ -85,6 +85,7 @@ def _visit(
     known = original_of(module)
     if known is not None:
         plans = [plan for plan in type(module)._csp_plans.values() if isinstance(plan, Plan)]  # type: ignore[attr-defined]
+        module.__dict__.pop(STATE, None)  # what is bound may be children that were replaced since
         if not plans or is_of_now(module, plans[0]):
             rows.append(Row(path, known.__name__, tuple(plans[0].regions) if plans else (), halved))
             _visit_inside(module, path, rows, left, seen, halved)

@@ -155,6 +155,7 @@ def test_fused_again_after_a_change(change: str) -> None:
     """As what it is now."""
     model = networks.Layers(networks.Sized())
     csp.fuse(model)
+    model(image().float())
     if change == "deleted":
         del model.layers[7]
     else:
