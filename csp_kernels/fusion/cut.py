@@ -71,23 +71,25 @@ def cut(trace: Trace) -> tuple[list[Region], list[str]]:
 
 def _pays(operations: Sequence[Operation], trace: Trace) -> bool:
     """Whether a stage of them is faster than they are (docs/fusion.md): not one convolution alone, but for a 3x3 with
-    stride 1 of enough channels, with stride 2 of few or of float32 in training, and a 1x1 with a join or an average."""
+    stride 2 of float32, and with what follows it one with stride 1 of enough channels or with stride 2 of few, and a
+    1x1 with a join or an average."""
     convs = [op for op in operations if op.kind == "conv"]
-    if len(convs) > 1 or len(operations) == 1:
-        return len(convs) > 1
-    options = convs[0].options
+    if len(convs) > 1:
+        return True
+    options, channels = convs[0].options, trace.shapes[convs[0].inputs[0]][1]
+    if options["kernel"] == 3 and options["stride"] == 2 and options["groups"] == 1 and channels >= 32:
+        return channels < 64 or _is_float32(trace.modules[convs[0].path])
+    if len(operations) == 1 or options["groups"] > 1:
+        return False
     if options["kernel"] == 1:
         return any(op.kind in ("cat", "avg_pool", "add") for op in operations)
-    channels = trace.shapes[convs[0].inputs[0]][1]
-    if options["groups"] > 1:
-        return False
-    return channels >= 16 if options["stride"] == 1 else channels < 64 or _trains(trace.modules[convs[0].path])
+    return channels >= 16 or options["stride"] == 2
 
 
-def _trains(module: Any) -> bool:
-    """Whether what is traced is training in float32: a plan is one for gradients and for autocast as they are now."""
+def _is_float32(module: Any) -> bool:
+    """Whether a module computes in float32: a plan is one for autocast as it is now."""
     autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-    return torch.is_grad_enabled() and not autocast and module.weight.dtype is torch.float32
+    return not autocast and module.weight.dtype is torch.float32
 
 
 class _Sizes(ValueError):

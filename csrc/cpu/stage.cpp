@@ -16,6 +16,7 @@
 #include "tile/norm.h"
 #include "tile/storage.h"
 #include "tile/strided3x3.h"
+#include "tile/strided_winograd.h"
 
 #if defined(__AMX_BF16__)
 namespace csp::v4bf16 {
@@ -648,7 +649,7 @@ template <class S> struct Stage {
         Frame frame;
         return rows.pack(to, by_tap(frame, weights, out, rows.C), scale_of(i));
       });
-      has_after(i) ? folded(i, inner, rows, w) : raw(i, inner, rows, w);
+      has_after(i) ? with_after(i, inner, AnyActivation<T>{i.act, T(i.slope)}, [&](const auto& after) { forward_after(rows, w, after, value(i.to), of(i.to).pitch, out); }) : raw(i, inner, rows, w);
     });
     if (done) return;
     std::vector<Segment<S>> all = taps(r);
@@ -656,19 +657,20 @@ template <class S> struct Stage {
     const Unit<U>* w = packed_mix(inner, i, mix, weights.number, [&](Frame& frame) { return by_tap(frame, weights, out, channels(i.segments)); });
     has_after(i) ? folded(i, inner, mix, w) : raw(i, inner, mix, w);
   }
-  // f(Strided3x3) and true where a 3x3 with stride 2 is one; not of 16 bits, which would be a third more of code to compile.
+  // Whether weights are made ready at each call. In inference they are kept, or could be: then too, so that both compute the same.
+  bool transforms_anew() const { return backwards || p.statistics > 0; }
+  // f(Strided3x3 or StridedWinograd) and true where a 3x3 with stride 2 is one; not of 16 bits, which would be a third more of code to compile.
   static constexpr bool HAS_ROWS = sizeof(S) == sizeof(T) && !TILES<U>;
   template <class F> bool by_rows(const Reads& r, const Grid& in, int64_t out, F f) {
     if constexpr (HAS_ROWS) {
       int64_t C = 0, count = int64_t(r.segments.size());
       for (const Segment<S>& s : r.segments) C += s.channels;
-      auto with = [&](auto pixel) {
-        using Rows = Strided3x3<S, decltype(pixel)::value>;
-        if (!Rows::fits(in, count, C)) return false;
-        f(Rows(a.parallel, in, r.segments.data(), count, C, out));
+      auto with = [&]<class Form>(std::type_identity<Form>) {
+        if (!Form::fits(in, r.segments.data(), count, C, transforms_anew())) return false;
+        f(Form(a.parallel, in, r.segments.data(), count, C, out));
         return true;
       };
-      return with(std::integral_constant<int, COLOURS>{}) || with(std::integral_constant<int, L>{});
+      return with(std::type_identity<Strided3x3<S, COLOURS>>{}) || with(std::type_identity<StridedWinograd<S>>{}) || with(std::type_identity<Strided3x3<S, L>>{});
     } else return false;
   }
   template <class Weights> void strided(const stage::ProductBackward& i, Frame& inner, const Weights& weights) {
@@ -721,7 +723,7 @@ template <class S> struct Stage {
     T* dweight = weights.gradient(inner);
     T* dw = weights.channels_last() ? dweight : inner.take<T>(out * C * 9);
     const Grid& grid = of(i.segments[0].place).grid;
-    const bool done = by_rows(r, grid, out, [&](const auto& rows) { rows.wgrad(dz, dz_pitch, PartialSums<T>::take(inner, rows.shares.rows, rows.weights(), 0), dw); });
+    const bool done = by_rows(r, grid, out, [&](const auto& rows) { rows.wgrad(dz, dz_pitch, dw); });
     if (!done) {
       std::vector<Segment<S>> all = taps(r);
       Mix<S> mix(a.parallel, every_second(grid), all.data(), int64_t(all.size()), {&out, 1});
@@ -771,6 +773,8 @@ template <class S> struct Stage {
           store(s, load(s) + sum), store(sx, load(sx) + sum_x);
         }
       };
+      if constexpr (HAS_ROWS) if (StridedWinograd<S>::fits(in, nullptr, 1, C, true))
+        return StridedWinogradDgrad<S>{a.parallel, {in.N, in.H, in.W}, C, out, int64_t(at), n}.run_all(dz, dz_pitch, w, emit);
       if constexpr (HAS_ROWS) if (Strided3x3<S, L>::fits(in, 1, C)) {
         const Strided3x3Dgrad<S> dgrad{a.parallel, in.N, in.H, in.W, out, n};
         return dgrad.run_all(dz, dz_pitch, dgrad.pack(inner.take<T>(dgrad.packed()), w, C, at), emit);

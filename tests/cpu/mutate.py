@@ -69,6 +69,7 @@ EXACT = ("tests/stage/test_exact.py", "-k", "bfloat16")
 GROUPS = ("tests/stage/test_exact.py", "-k", "groups and float32")
 FOLDED = ("tests/stage/test_exact.py", "-k", "folded")
 STATISTICS = ("tests/stage/test_exact.py", "-k", "statistics")
+MANY_CHANNELS = ("tests/stage/test_operator.py", "-k", "stride_2_of_many_channels")
 WIDE_ROWS = ("tests/stage/test_operator.py", "-k", "stride_2_on_wide_images")
 HIGH = test(DENSE, "lower_matmul_precision")
 BLOCK = test(DENSE, "test_training and float32 and (basic or odd) or without_kinks and float32 and train")
@@ -148,6 +149,23 @@ FAULTS = [
     Fault("strided3x3.h", "store(to + w * L, Vec<T>{});", "", WIDE_ROWS),
     Fault("strided3x3.h", "min64(2, H - q % h * 2)", "2", WIDE_ROWS),
     Fault("strided3x3.h", "const int64_t columns = (W + 1 - odd_x) / 2,", "const int64_t columns = (W + 1) / 2,", WIDE_ROWS),
+    # strided_winograd.h
+    Fault("strided_winograd.h", "o[2] = x[2] - x[4], o[3] = x[1]", "o[2] = x[4] - x[2], o[3] = x[1]", MANY_CHANNELS),
+    Fault("strided_winograd.h", "x[2] = o[4], x[3] = o[1] - o[2]", "x[2] = o[4], x[3] = o[1] + o[2]", MANY_CHANNELS),
+    Fault("strided_winograd.h", "w[2] = u[1] + u[2]", "w[2] = u[2]", MANY_CHANNELS),
+    Fault("strided_winograd.h", "((i == 4) * (j < 3 ? 1 : 2) + (j == 4)) * tiles", "((i == 4) + (j == 4)) * tiles", MANY_CHANNELS),
+    Fault("strided_winograd.h", "if (segments[i].channels % L) return false;", "", MANY_CHANNELS),
+    Fault("strided_winograd.h", "x == 0 || x > tiles.W", "x == 0 || x > tiles.W + 1", MANY_CHANNELS),
+    Fault("strided_winograd.h", "y < 0 || y >= tiles.H) return", "y < 0) return", MANY_CHANNELS),
+    Fault("strided_winograd.h", "v < min64(2, tiles.h - tiles.y(row + q))", "v < 2", MANY_CHANNELS),
+    Fault("strided_winograd.h", "i < min64(4, tiles.H - tiles.y(row + q) * 2)", "i < min64(4, tiles.H)", MANY_CHANNELS),
+    Fault("strided_winograd.h", "columns_of = (tiles.W + 1 - odd_x) / 2", "columns_of = (tiles.W + 1) / 2", MANY_CHANNELS),
+    Fault("strided_winograd.h", "Silu<T>{}.value((value - mean) * scale + shift);", "Silu<T>{}.value((value - mean) * scale);", MANY_CHANNELS),
+    Fault("strided_winograd.h", "* L)) * s;", "* L));", MANY_CHANNELS),
+    Fault("strided_winograd.h", "for (int t = 1; t < sets; t++) u[y] += load(from + t * set);", "", EXACT_32),
+    Fault("strided_winograd.h", "row == of_rows.begin ? products<true>", "row == 0 ? products<true>", EXACT_32),
+    Fault("strided_winograd.h", "return row == tiles.rows ? P :", "return", STATISTICS),
+    Fault("strided_winograd.h", "tiles.y(row)) * tiles.w;\n  }\n  // f(block", "tiles.y(row) / 2) * tiles.w;\n  }\n  // f(block", STATISTICS),
     Fault("mix.h", "int64_t seen = pixel - product.first_pixel(part);", "int64_t seen = pixel;", STATISTICS),
     # grouped3x3.h
     Fault("grouped3x3.h", "(I / SIZE * SIZE + K)...);\n#else", "(I / SIZE * SIZE)...);\n#else", GROUPS),

@@ -115,9 +115,19 @@ def test_random_graphs(seed: int) -> None:
 def test_stride_2_on_wide_images(seed: int, size: tuple[int, int]) -> None:
     """Few channels and rows wide enough for them to be multiplied as they lie, from several reads side by side, of an
     image's three colours too; outputs of odd and even rows and columns."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    channels = rng.choice([3, 3, 5, 9, 17])
+    stride_2(random.Random(seed), [3, 3, 5, 9, 17], size)
+
+
+@pytest.mark.parametrize("size", [(16, 34), (23, 24), (26, 21)], ids=str)
+@pytest.mark.parametrize("seed", range(20))
+def test_stride_2_of_many_channels(seed: int, size: tuple[int, int]) -> None:
+    """Enough of them for tiles of outputs, whose last ones are whole or not; reads of whole vectors and of others."""
+    stride_2(random.Random(seed), [32, 48, 53], size)
+
+
+def stride_2(rng: random.Random, choices: list[int], size: tuple[int, int]) -> None:
+    torch.manual_seed(rng.randrange(1000))
+    channels = rng.choice(choices)
     build = Builder(channels)
     first = build.conv([build.read(0)], channels, 1)
     read = build.read(first, build.norm(channels), rng.choice(["relu", "leaky_relu", "silu", "identity"]), slope=0.1)

@@ -43,6 +43,7 @@ template <class S, int PIXEL> struct Strided3x3 {
     for (int64_t i = 0; i < count; i++) blocks += ceil_div(segments[i].channels, PIXEL);
     shares.rows = choose_pieces(parallel, N * h, 18.0 * double(P * C * O), double(weights() * int64_t(sizeof(T))), double(P * (4 * C + O) * int64_t(sizeof(S))));
   }
+  static bool fits(const Grid& in, const Segment<S>*, int64_t count, int64_t C, bool) { return fits(in, count, C); }
   static bool fits(const Grid& in, int64_t count, int64_t C) {
     if (ceil_div(in.W, 2) < MR) return false;
     return PIXEL == COLOURS ? L >= COLOURS && count == 1 && C == COLOURS : C <= WIDEST;
@@ -145,8 +146,10 @@ template <class S, int PIXEL> struct Strided3x3 {
     CSP_UNROLL(16) for (int i = 0; i < MR; i++) CSP_UNROLL(2) for (int j = 0; j < NV; j++) to[i][j] = acc[i][j];
   }
 
-  // dw [O][9][C] += dz^T x; dz: [P][pitch]; parts: a task's sums, weights() each, [O rounded to a vector][ky][block][VECTORS * LANES].
-  void wgrad(const S* dz, int64_t pitch, const PartialSums<T>* parts, T* dw) const {
+  // dw [O][9][C] = dz^T x; dz: [P][pitch]. A task's sums: [O rounded to a vector][ky][block][VECTORS * LANES].
+  void wgrad(const S* dz, int64_t pitch, T* dw) const {
+    Frame shared;
+    const PartialSums<T>* parts = PartialSums<T>::take(shared, shares.rows, weights(), 0);
     const int64_t vectors = 3 * blocks * VECTORS;
     for_tasks(parallel, shares.tasks(), [&](int task) {
       Frame frame;
