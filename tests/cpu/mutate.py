@@ -161,7 +161,7 @@ FAULTS = [
     Fault("strided_winograd.h", "i < min64(4, tiles.H - tiles.y(row + q) * 2)", "i < min64(4, tiles.H)", MANY_CHANNELS),
     Fault("strided_winograd.h", "columns_of = (tiles.W + 1 - odd_x) / 2", "columns_of = (tiles.W + 1) / 2", MANY_CHANNELS),
     Fault("strided_winograd.h", "Silu<T>{}.value((value - mean) * scale + shift);", "Silu<T>{}.value((value - mean) * scale);", MANY_CHANNELS),
-    Fault("strided_winograd.h", "* L)) * s;", "* L));", MANY_CHANNELS),
+    Fault("strided_winograd.h", "y * 3 + x)) * L) * s;", "y * 3 + x)) * L);", MANY_CHANNELS),
     Fault("strided_winograd.h", "for (int t = 1; t < sets; t++) u[y] += load(from + t * set);", "", EXACT_32),
     Fault("strided_winograd.h", "row == of_rows.begin ? products<true>", "row == 0 ? products<true>", EXACT_32),
     Fault("strided_winograd.h", "return row == tiles.rows ? P :", "return", STATISTICS),
