@@ -160,11 +160,9 @@ FAULTS = [
     Fault("strided_winograd.h", "v < min64(2, tiles.h - tiles.y(row + q))", "v < 2", MANY_CHANNELS),
     Fault("strided_winograd.h", "i < min64(4, tiles.H - tiles.y(row + q) * 2)", "i < min64(4, tiles.H)", MANY_CHANNELS),
     Fault("strided_winograd.h", "columns_of = (tiles.W + 1 - odd_x) / 2", "columns_of = (tiles.W + 1) / 2", MANY_CHANNELS),
-    Fault("strided_winograd.h", "Silu<T>{}.value((value - mean) * scale + shift);", "Silu<T>{}.value((value - mean) * scale);", MANY_CHANNELS),
     Fault("strided_winograd.h", "y * 3 + x)) * L) * s;", "y * 3 + x)) * L);", MANY_CHANNELS),
     Fault("strided_winograd.h", "for (int t = 1; t < sets; t++) u[y] += load(from + t * set);", "", EXACT_32),
     Fault("strided_winograd.h", "row == of_rows.begin ? products<true>", "row == 0 ? products<true>", EXACT_32),
-    Fault("strided_winograd.h", "return row == tiles.rows ? P :", "return", STATISTICS),
     Fault("strided_winograd.h", "tiles.y(row)) * tiles.w;\n  }\n  // f(block", "tiles.y(row) / 2) * tiles.w;\n  }\n  // f(block", STATISTICS),
     Fault("mix.h", "int64_t seen = pixel - product.first_pixel(part);", "int64_t seen = pixel;", STATISTICS),
     # grouped3x3.h

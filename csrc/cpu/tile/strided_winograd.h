@@ -188,7 +188,7 @@ template <class S> struct StridedWinograd {
 
   int64_t first_pixel(int part) const {
     const int64_t row = min64(tiles.rows, share(tiles.batches, part, shares.rows).begin * tiles.batch);
-    return row == tiles.rows ? P : (tiles.image(row) * tiles.h + tiles.y(row)) * tiles.w;
+    return (tiles.image(row) * tiles.h + tiles.y(row)) * tiles.w;
   }
   // f(block, segment, first channel in it)
   template <class F> CSP_INLINE void each_block(F f) const {
