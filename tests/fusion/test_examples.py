@@ -80,4 +80,4 @@ def test_yolo_backbone(tmp_path: Path) -> None:
     assert len(losses) == 12 and falls(losses), losses
     assert losses[:5] == pytest.approx(plain[:5], rel=1e-4)  # rounding drifts apart later
     assert same == 0 and 0 < differs < 1e-4
-    assert "Backbone: 21 of 27 convolutions in 5 fused modules" in printed and "features [2, 64, 20, 20]" in printed
+    assert "Backbone: 26 of 27 convolutions in 10 fused modules" in printed and "features [2, 64, 20, 20]" in printed
