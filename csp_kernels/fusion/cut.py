@@ -77,13 +77,13 @@ def _pays(operations: Sequence[Operation], trace: Trace) -> bool:
     if len(convs) > 1:
         return True
     options, channels = convs[0].options, trace.shapes[convs[0].inputs[0]][1]
-    if options["kernel"] == 3 and options["stride"] == 2 and options["groups"] == 1 and channels >= 32:
-        return channels < 64 or _is_float32(trace.modules[convs[0].path])
-    if len(operations) == 1 or options["groups"] > 1:
+    if options["groups"] > 1:
         return False
     if options["kernel"] == 1:
         return any(op.kind in ("cat", "avg_pool", "add") for op in operations)
-    return channels >= 16 or options["stride"] == 2
+    if options["stride"] == 2 and channels >= 32 and _is_float32(trace.modules[convs[0].path]):
+        return True
+    return len(operations) > 1 and (channels < 64 if options["stride"] == 2 else channels >= 16)
 
 
 def _is_float32(module: Any) -> bool:

@@ -153,7 +153,7 @@ FAULTS = [
     Fault("strided_winograd.h", "o[2] = x[2] - x[4], o[3] = x[1]", "o[2] = x[4] - x[2], o[3] = x[1]", MANY_CHANNELS),
     Fault("strided_winograd.h", "x[2] = o[4], x[3] = o[1] - o[2]", "x[2] = o[4], x[3] = o[1] + o[2]", MANY_CHANNELS),
     Fault("strided_winograd.h", "w[2] = u[1] + u[2]", "w[2] = u[2]", MANY_CHANNELS),
-    Fault("strided_winograd.h", "((i == 4) * (j < 3 ? 1 : 2) + (j == 4)) * tiles", "((i == 4) + (j == 4)) * tiles", MANY_CHANNELS),
+    Fault("strided_winograd.h", "copy = (i == 4) * (j < 3 ? 1 : 2) + (j == 4)", "copy = (i == 4) + (j == 4)", MANY_CHANNELS),
     Fault("strided_winograd.h", "if (segments[i].channels % L) return false;", "", MANY_CHANNELS),
     Fault("strided_winograd.h", "x == 0 || x > tiles.W", "x == 0 || x > tiles.W + 1", MANY_CHANNELS),
     Fault("strided_winograd.h", "y < 0 || y >= tiles.H) return", "y < 0) return", MANY_CHANNELS),

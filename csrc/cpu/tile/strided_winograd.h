@@ -8,7 +8,7 @@
 // two, or four (`copies`). Work is cut into rows of tiles, which run on over image boundaries, as in conv3x3.h.
 #pragma once
 #include "conv3x3.h"
-#include "mix.h"
+#include "strided3x3.h"
 
 namespace csp::CSP_ISA {
 
@@ -37,10 +37,13 @@ struct StridedParts {
   int64_t used(int part) const { return copies(part) * tiles; }
   int64_t rows(int part) const { return begin[part + 1] - begin[part]; }
   int64_t rows() const { return begin[COUNT]; }
-  // f(value, its part, its first row there)
-  template <class F> CSP_INLINE void each_value(F f) const {
+  // Where the values of tile `tile` lie, to[VALUES], in memory of [part][block][row][width]; those of the next tiles lie behind them.
+  template <class P> CSP_INLINE void place(P* memory, int64_t blocks, int64_t block, int64_t tile, int64_t width, P** to) const {
     for (int i = 0; i < 5; i++)
-      for (int j = 0; j < 5; j++) f(i * 5 + j, std::min(i, 3) * SIDE + std::min(j, 3), ((i == 4) * (j < 3 ? 1 : 2) + (j == 4)) * tiles);
+      for (int j = 0; j < 5; j++) {
+        const int part = std::min(i, 3) * SIDE + std::min(j, 3), copy = (i == 4) * (j < 3 ? 1 : 2) + (j == 4);
+        to[i * 5 + j] = memory + (begin[part] * blocks + block * rows(part) + copy * tiles + tile) * width;
+      }
   }
 };
 
@@ -231,13 +234,13 @@ template <class S> struct StridedWinograd {
         for (int64_t q = 0; q < nr; q++)
           each_block([&](int64_t block, const Segment<S>& s, int64_t c) {
             T* to[StridedParts::VALUES];
-            parts.each_value([&](int value, int part, int64_t first) { to[value] = V + (parts.begin[part] * blocks + block * parts.rows(part) + first + q * tiles.TW) * L; });
+            parts.place(V, blocks, block, q * tiles.TW, L, to);
             transform(s, c, row + q, columns, to);
           });
         for (int64_t p = own.begin; p < own.end; p++) {
           strided_products(parts, V, blocks, weight + p * panel, panel_vectors<T>(O, p), products);
           for (int64_t q = 0; q < nr; q++)
-            with_vectors(p, [&](auto vectors) {
+            with_panel<T>(O, p, [&](auto vectors) {
               constexpr int NV = decltype(vectors)::value;
               untransform<NV>(parts, products, q, rows);
               const int64_t first = (tiles.image(row + q) * tiles.h + tiles.y(row + q)) * tiles.w;
@@ -249,14 +252,10 @@ template <class S> struct StridedWinograd {
       }
     });
   }
-  template <class F> CSP_INLINE void with_vectors(int64_t panel, F f) const {
-    if (panel_vectors<T>(O, panel) == 2) f(std::integral_constant<int, 2>{});
-    else f(std::integral_constant<int, 1>{});
-  }
   // Two rows of outputs, [2][TW * 2 + MR][NV].
   template <int NV> CSP_NOINLINE void untransform(const StridedParts& parts, const T* products, int64_t q, Vec<T>* rows) const {
     const T* from[StridedParts::VALUES];
-    parts.each_value([&](int value, int part, int64_t first) { from[value] = products + (parts.begin[part] + first + q * tiles.TW) * NV * L; });
+    parts.place(products, 1, 0, q * tiles.TW, NV * L, from);
     for (int64_t t = 0; t < tiles.TW; t++)
       for (int j = 0; j < NV; j++) {
         Vec<T> y[2][2];
@@ -295,14 +294,14 @@ template <class S> struct StridedWinograd {
       for (int64_t q = 0; q < nr; q++)
         for (int64_t o = 0; o < vectors; o++) {
           T* to[StridedParts::VALUES];
-          parts.each_value([&](int value, int part, int64_t first) { to[value] = dM + (parts.begin[part] * vectors + o * parts.rows(part) + first + q * tiles.TW) * L; });
+          parts.place(dM, vectors, o, q * tiles.TW, L, to);
           transform_gradient(dz + o * L, pitch, O - o * L, row + q, columns, to);
         }
       each_block([&](int64_t block, const Segment<S>& s, int64_t c) {
         if (block < of_blocks.begin || block >= of_blocks.end) return;
         for (int64_t q = 0; q < nr; q++) {
           T* to[StridedParts::VALUES];
-          parts.each_value([&](int value, int part, int64_t first) { to[value] = V + (parts.begin[part] + first + q * tiles.TW) * L; });
+          parts.place(V, 1, 0, q * tiles.TW, L, to);
           transform(s, c, row + q, columns, to);
         }
         row == of_rows.begin ? products<true>(parts, V, dM, sums + block * StridedParts::COUNT * L * op) : products<false>(parts, V, dM, sums + block * StridedParts::COUNT * L * op);
@@ -385,7 +384,7 @@ template <class S> struct StridedWinogradDgrad {
         for (int64_t q = 0; q < nr; q++)
           for (int64_t block = 0; block < blocks; block++) {
             T* to[StridedParts::VALUES];
-            parts.each_value([&](int value, int part, int64_t first) { to[value] = V + (parts.begin[part] * blocks + block * parts.rows(part) + first + q * tiles.TW) * L; });
+            parts.place(V, blocks, block, q * tiles.TW, L, to);
             transform(dz + block * L, pitch, O - block * L, row + q, columns, to);
           }
         for (int64_t p = own.begin; p < own.end; p++) {
@@ -416,7 +415,7 @@ template <class S> struct StridedWinogradDgrad {
   // Four rows of pixels of the input, [4][odd column][TW * 2][NV].
   template <int NV> CSP_NOINLINE void untransform(const StridedParts& parts, const T* products, int64_t q, Vec<T>* rows) const {
     const T* from[StridedParts::VALUES];
-    parts.each_value([&](int value, int part, int64_t first) { from[value] = products + (parts.begin[part] + first + q * tiles.TW) * NV * L; });
+    parts.place(products, 1, 0, q * tiles.TW, NV * L, from);
     for (int64_t t = 0; t < tiles.TW; t++)
       for (int j = 0; j < NV; j++) {
         Vec<T> x[4][4];
