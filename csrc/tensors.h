@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -31,19 +32,56 @@ inline const Isa& isa() {
   return *chosen;
 }
 
-// Each thread takes the next task when it is done with one: cores are not equally fast, nor are tasks equally large.
+// The tasks of one thread that nobody has begun, from `begin` to `end`, in one word: it takes the first, others that have none left
+// take the last. None: -1.
+class alignas(64) TaskShare {
+ public:
+  void set(int64_t begin, int64_t end) { left_.store(uint64_t(begin) << 32 | uint64_t(end), std::memory_order_relaxed); }
+  int take_first() { return take(uint64_t(1) << 32, [](uint64_t left) { return int(left >> 32); }); }
+  int take_last() { return take(~uint64_t(0), [](uint64_t left) { return int(uint32_t(left)) - 1; }); }
+
+ private:
+  template <class Task> int take(uint64_t change, Task task) {
+    uint64_t left = left_.load(std::memory_order_relaxed);
+    while ((left >> 32) < uint32_t(left))
+      if (left_.compare_exchange_weak(left, left + change, std::memory_order_relaxed)) return task(left);
+    return -1;
+  }
+  std::atomic<uint64_t> left_{0};
+};
+
+// A thread begins with its share of the tasks, in order, and then helps the others: cores are not equally fast, nor are tasks equally
+// large. As what a task writes is mostly read by the same task of the next loop, most of it stays in the caches of one core; where
+// cores do not share their last cache, whatever crosses comes half as fast.
 inline Parallel parallel() {
   return {int(torch::stable::get_num_threads()), [](int tasks, void (*body)(void*, int), void* context) {
-            std::atomic<int> next{0};
-            torch::stable::parallel_for(0, std::min(tasks, int(torch::stable::get_num_threads())), 1, [&](int64_t, int64_t) {
-              for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task);
+            const int64_t threads = std::min(tasks, int(torch::stable::get_num_threads()));
+            std::vector<TaskShare> shares(static_cast<size_t>(threads));
+            for (int64_t t = 0; t < threads; t++) shares[size_t(t)].set(tasks * t / threads, tasks * (t + 1) / threads);
+            torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+              for (int task; (task = shares[size_t(thread)].take_first()) >= 0;) body(context, task);
+              for (int64_t other = 1; other < threads; other++)
+                for (int task; (task = shares[size_t((thread + other) % threads)].take_last()) >= 0;) body(context, task);
             });
           }};
 }
 
+#if defined(__linux__)
+// glibc gives the end of its heap back to the system when more of it is free than twice the largest block it has seen freed, up to
+// 32 MiB: gradients and outputs of a step would be page faults of the next one. A block of that size, never touched, says so at once
+// what a larger batch would have said later. Thresholds that its owner has set stay as they are.
+inline bool keep_freed_heap() {
+  void* volatile block = std::malloc((size_t(32) << 20) - 8192);
+  std::free(block);
+  return true;
+}
+#endif
+
 // Asks for huge pages behind a fresh large tensor: a step touches it once, and page faults would cost as much as the work.
 inline Tensor large(Tensor t) {
 #if defined(__linux__)
+  static const bool kept = keep_freed_heap();
+  (void)kept;
   constexpr uintptr_t PAGE = uintptr_t(2) << 20;
   uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), end = begin + size_t(t.numel()) * t.element_size();
   begin = (begin + PAGE - 1) / PAGE * PAGE, end = end / PAGE * PAGE;

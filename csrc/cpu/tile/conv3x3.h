@@ -170,7 +170,7 @@ template <class T, int M, bool TRANSPOSED> struct Panels {
   T* room(Frame& frame) const { return packed ? nullptr : frame.take<T>(weights.panel_size()); }
   const T* get(int64_t p, T* room) const {
     if (packed) return packed + p * weights.panel_size();
-    weights.pack_panel(room, p, {0, weights.blocks});
+    weights.pack_panel(room, p, {0, weights.blocks}, [](T* p, Vec<T> x) __attribute__((always_inline)) { store(p, x); });
     return room;
   }
 };
