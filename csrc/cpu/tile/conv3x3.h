@@ -170,7 +170,7 @@ template <class T, int M, bool TRANSPOSED> struct Panels {
   T* room(Frame& frame) const { return packed ? nullptr : frame.take<T>(weights.panel_size()); }
   const T* get(int64_t p, T* room) const {
     if (packed) return packed + p * weights.panel_size();
-    weights.pack_panel(room, p, {0, weights.blocks}, [](T* p, Vec<T> x) __attribute__((always_inline)) { store(p, x); });
+    weights.pack_panel(room, p, {0, weights.blocks}, store_vector<T>);
     return room;
   }
 };
@@ -338,8 +338,8 @@ template <int M, class S> struct Conv3x3Backward {
     back.add_to(part);
   }
 
-  // dM[e][k][tile][LANES] = A dY A^T; tiles: of one such row of dM
-  void transform_gradient(int64_t begin, int64_t nr, int64_t tiles, T* dM) const {
+  // dM[e][k][tile][LANES] = A dY A^T; tiles: of one such row of dM; store: of a vector, store() or StoreForAll
+  template <class Store> void transform_gradient(int64_t begin, int64_t nr, int64_t tiles, T* dM, const Store& store) const {
     int64_t blocks = gp / L;
     for (int64_t q = 0; q < nr; q++)
       for (int64_t k = 0; k < blocks; k++) {
@@ -377,7 +377,7 @@ template <int M, class S> struct Conv3x3Backward {
   // Of tile rows begin..end, all channels, to a part's sums.
   void wgrad(int64_t begin, int64_t end, Vec<T>* columns, T* V, T* dM, const PartialSums<T>& part) const {
     int64_t nr = end - begin, tiles = nr * tl.TW;
-    transform_gradient(begin, nr, tiles, dM);
+    transform_gradient(begin, nr, tiles, dM, store_vector<T>);
     for (int64_t k = 0; k < bp / L; k++) {
       for (int64_t q = 0; q < nr; q++) c.transform_input(tl, z, begin + q, k, columns, V + q * tl.TW * L, tiles * L);
       for (int e = 0; e < E; e++) products<false>(V, 0, 1, dM, tiles, e, part.weight + (e * bp + k * L) * gp);
@@ -436,7 +436,7 @@ template <int M, class S> struct Conv3x3Backward {
     const int by_rows = int(min64(c.shares.rows, tl.rows)), by_blocks = int(min64(blocks, most_pieces(c.parallel)));
     for_tasks(c.parallel, by_rows, [&](int task) {
       const Range r = share(tl.rows, task, by_rows);
-      transform_gradient(r.begin, r.end - r.begin, tiles, dM + r.begin * tl.TW * L);
+      transform_gradient(r.begin, r.end - r.begin, tiles, dM + r.begin * tl.TW * L, StoreForAll(dM));
     });
     for_tasks(c.parallel, by_blocks, [&](int task) {
       Frame frame;

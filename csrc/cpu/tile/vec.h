@@ -237,6 +237,9 @@ template <class V, int L> CSP_INLINE void transpose(V (&v)[L]) {
     CSP_UNROLL(16) for (int i = 0; i < L; i++) v[i] = t[i];
   }
 }
+// Where it is to be said how a vector is stored: as usual.
+template <class T> constexpr auto store_vector = [](T* p, Vec<T> x) __attribute__((always_inline)) { store(p, x); };
+
 // out[i * step + lane] = row(lane, whole)[i]; whole says whether all rows can be read as whole vectors.
 template <class T, class Row, class Store> CSP_INLINE void store_transposed(T* out, int64_t step, bool whole, Row row, const Store& store_row) {
   constexpr int L = LANES<T>;
@@ -247,7 +250,7 @@ template <class T, class Row, class Store> CSP_INLINE void store_transposed(T* o
   CSP_UNROLL(16) for (int i = 0; i < L; i++) store_row(out + i * step, v[i]);
 }
 template <class T, class Row> CSP_INLINE void store_transposed(T* out, int64_t step, bool whole, Row row) {
-  store_transposed(out, step, whole, row, [](T* p, Vec<T> x) __attribute__((always_inline)) { store(p, x); });
+  store_transposed(out, step, whole, row, store_vector<T>);
 }
 
 // Stores what all cores are going to read, from `memory` on. To write a line that another core has read, a core of AMD's Zen 4 waits
