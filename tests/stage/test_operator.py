@@ -143,6 +143,16 @@ def stride_2(rng: random.Random, choices: list[int], size: tuple[int, int]) -> N
     Case(graph, (True, True), size).compare(compile_stage(graph, (True, True)))
 
 
+@pytest.mark.parametrize("width", [23, 32])
+def test_maps_larger_than_a_cache(width: int) -> None:
+    """Sums, activations and gradients of more than 1 MiB, of whole lines (written past the caches) and of others."""
+    graph = joins(width)
+    frozen = (False,) * len(graph.norms)
+    Case(graph, frozen, (48, 49)).compare(compile_stage(graph, frozen, Wanted.all(graph)))
+    frozen = (True,) * len(graph.norms)
+    Case(graph, frozen, (48, 49)).compare(compile_stage(graph, frozen))
+
+
 def test_a_1x1_that_reads_channels_twice() -> None:
     """Through SiLU and as they are: the first gradient is written, the second added to it."""
     build = Builder(8)

@@ -338,7 +338,7 @@ template <int M, class S> struct Conv3x3Backward {
     back.add_to(part);
   }
 
-  // dM[e][k][tile][LANES] = A dY A^T; tiles: of one such row of dM; store: of a vector, store() or StoreForAll
+  // dM[e][k][tile][LANES] = A dY A^T; tiles: of one such row of dM; store: of a vector, store() or StreamedStore
   template <class Store> void transform_gradient(int64_t begin, int64_t nr, int64_t tiles, T* dM, const Store& store) const {
     int64_t blocks = gp / L;
     for (int64_t q = 0; q < nr; q++)
@@ -436,7 +436,7 @@ template <int M, class S> struct Conv3x3Backward {
     const int by_rows = int(min64(c.shares.rows, tl.rows)), by_blocks = int(min64(blocks, most_pieces(c.parallel)));
     for_tasks(c.parallel, by_rows, [&](int task) {
       const Range r = share(tl.rows, task, by_rows);
-      transform_gradient(r.begin, r.end - r.begin, tiles, dM + r.begin * tl.TW * L, StoreForAll(dM));
+      transform_gradient(r.begin, r.end - r.begin, tiles, dM + r.begin * tl.TW * L, StreamedStore(dM));
     });
     for_tasks(c.parallel, by_blocks, [&](int task) {
       Frame frame;

@@ -179,6 +179,20 @@ void copy_channels(const Parallel& parallel, int tasks, int64_t P, int64_t chann
   });
 }
 
+// Whether [P][pitch], of which so many channels are written, is larger than a core's second-level cache, so that its memory has mostly been
+// another core's: StreamedStore. Of whole lines alone.
+template <class S> bool streams(const S* to, int64_t P, int64_t pitch, int64_t channels) {
+  constexpr int64_t LINE = 64 / int64_t(sizeof(S));
+  return to && std::is_same_v<S, typename Types<S>::T> && P * pitch * int64_t(sizeof(S)) >= int64_t(1) << 20 && channels % LINE == 0 && pitch % LINE == 0;
+}
+template <class S, class V> CSP_INLINE void store(S* to, V x, int64_t n, bool streams, const StreamedStore& streamed) {
+  if constexpr (std::is_same_v<S, typename Types<S>::T>) {
+    if (streams) return streamed(to, x);
+  }
+  if (!streams) __builtin_prefetch(to + LANES<decltype(widen(S{}))>, 1);
+  store(to, x, n);
+}
+
 // to[P][pitch] = activation(sum of the terms); statistics of it.
 template <class S>
 void add_terms(const Parallel& parallel, int tasks, int64_t P, const Read<S>* terms, int64_t count, const AnyActivation<typename Types<S>::T>& activation,
@@ -186,7 +200,9 @@ void add_terms(const Parallel& parallel, int tasks, int64_t P, const Read<S>* te
   using T = typename Types<S>::T;
   constexpr int L = LANES<T>;
   int64_t tiles = ceil_div(P, 16), channels = terms[0].channels;
+  const bool streams = csp::CSP_ISA::streams(to, P, pitch, channels);
   for_tasks(parallel, tasks, [&](int task) {
+    const StreamedStore streamed(to, streams);
     Range r = share(tiles, task, tasks);
     int64_t seen = 0;
     for (int64_t t = r.begin; t < r.end; t++) {
@@ -194,11 +210,9 @@ void add_terms(const Parallel& parallel, int tasks, int64_t P, const Read<S>* te
       for (int64_t c = 0; c < channels; c += L) {
         Vec<T> y[16];
         for (int64_t i = 0; i < m; i++) {
-          S* const at = to + (first + i) * pitch + c;
-          __builtin_prefetch(at + L, 1);
           Vec<T> sum = terms[0].value(first + i, c);
           for (int64_t k = 1; k < count; k++) sum += terms[k].value(first + i, c);
-          store(at, y[i] = activation.value(sum), channels - c);
+          store(to + (first + i) * pitch + c, y[i] = activation.value(sum), channels - c, streams, streamed);
         }
         if (stats) add_rows(stats[task], c, seen, m, [&](int64_t i) __attribute__((always_inline)) { return y[i]; });
       }
@@ -214,7 +228,9 @@ void spread_gradient(const Parallel& parallel, int tasks, int64_t P, const Read<
                      const PartialSums<typename Types<S>::T>* parts, const Value& dy) {
   using T = typename Types<S>::T;
   constexpr int L = LANES<T>, RUN = 32;  // pixels of a short sum: it loses less than a long one
+  const bool streams = to.in != to.g && csp::CSP_ISA::streams(to.g, P, to.pitch, read.channels);
   for_tasks(parallel, tasks, [&](int task) {
+    const StreamedStore streamed(to.g, streams);
     Range r = share(P, task, tasks);
     parts[task].clear(0, round_up(read.channels, L));
     for (int64_t begin = r.begin; begin < r.end; begin += RUN)
@@ -222,9 +238,8 @@ void spread_gradient(const Parallel& parallel, int tasks, int64_t P, const Read<
         Vec<T> mean = load(read.norm.mean + c), scale = load(read.norm.scale + c), shift = load(read.norm.shift + c), sum{}, sum_x{};
         int64_t n = read.channels - c;
         for (int64_t p = begin; p < min64(begin + RUN, r.end); p++) {
-          if (to.g) __builtin_prefetch(to.g + p * to.pitch + c + L, 1);
           Vec<T> centred = load_ahead(read.x + p * read.pitch + c, n) - mean, dn = activation.gradient(centred * scale + shift, dy(p, c));
-          if (to.g) store(to.g + p * to.pitch + c, to.in ? load_ahead(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale, n);
+          if (to.g) store(to.g + p * to.pitch + c, to.in ? load_ahead(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale, n, streams, streamed);
           sum += dn, sum_x += dn * centred;
         }
         T *s = parts[task].sum + c, *sx = parts[task].sum_x + c;

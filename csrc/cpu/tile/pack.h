@@ -23,7 +23,7 @@ inline void pack_rows_of_weights(Unit<U>* out, int64_t depth, int64_t channels, 
   using T = Acc<U>;
   constexpr int L = LANES<T>;
   const int64_t blocks = ceil_div(depth, depth_block<U>());
-  const StoreForAll store_for_all(out);
+  const StreamedStore streamed(out);
   for (int64_t kb = part.begin; kb < part.end; kb++)
     for (int kk = 0; kk < L; kk++) {
       const int64_t k = kb * depth_block<U>() + kk;
@@ -34,7 +34,7 @@ inline void pack_rows_of_weights(Unit<U>* out, int64_t depth, int64_t channels, 
         for (int j = 0; j < nv; j++) {
           const int64_t c = p * 2 * L + j * L;
           auto some = [&](const T* w) __attribute__((always_inline)) { return w ? load(w + c, there - c) : Vec<T>{}; };
-          store_for_all(out + (p * blocks * 2 + kb * nv) * L * L + (kk * nv + j) * L, U::join(some(first), some(second)));
+          streamed(out + (p * blocks * 2 + kb * nv) * L * L + (kk * nv + j) * L, U::join(some(first), some(second)));
         }
       }
     }
@@ -50,7 +50,7 @@ inline void pack_product(Unit<U>* out, int64_t depth, int64_t channels, const Ac
   if constexpr (!BY_CHANNEL) pack_rows_of_weights<U>(out, depth, channels, channels, [&](int64_t k) { return w + k * channels; }, part);
   else {
     int64_t blocks = ceil_div(depth, depth_block<U>());
-    const StoreForAll store_for_all(out);
+    const StreamedStore streamed(out);
     for (int64_t p = 0; p < panels<T>(channels); p++) {
       int nv = panel_vectors<T>(channels, p);
       for (int64_t kb = part.begin; kb < part.end; kb++) {
@@ -66,7 +66,7 @@ inline void pack_product(Unit<U>* out, int64_t depth, int64_t channels, const Ac
             T s = scale ? scale[c + i] : T(1);
             auto part = [&](int64_t q) __attribute__((always_inline)) { return (whole ? load(row + q) : load(row + q, left - q)) * s; };
             return U::join(part(0), U::DEPTH > 1 ? part(L) : Vec<T>{});
-          }, store_for_all);
+          }, streamed);
         }
       }
     }
@@ -149,7 +149,7 @@ template <class T, int M, bool TRANSPOSED> struct WinogradWeights {
   int64_t depth = TRANSPOSED ? place.g : place.b, channels = TRANSPOSED ? place.b : place.g, blocks = ceil_div(depth, L);
   int64_t panel_size() const { return E * part_size<T>(blocks * L * 2); }
 
-  // store: of a vector, store() or StoreForAll.
+  // store: of a vector, store() or StreamedStore.
   template <class Store> CSP_NOINLINE void pack_panel(T* to, int64_t p, Range part, const Store& store) const {
     alignas(64) T taps[Weights3x3<T>::SIZE];
     const int nv = panel_vectors<T>(channels, p);
@@ -173,8 +173,8 @@ template <class T, int M, bool TRANSPOSED> struct WinogradWeights {
       }
   }
   void pack(T* to, Range part) const {
-    const StoreForAll store_for_all(to);
-    for (int64_t p = 0; p < panels<T>(channels); p++) pack_panel(to + p * panel_size(), p, part, store_for_all);
+    const StreamedStore streamed(to);
+    for (int64_t p = 0; p < panels<T>(channels); p++) pack_panel(to + p * panel_size(), p, part, streamed);
   }
 };
 

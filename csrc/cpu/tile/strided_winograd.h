@@ -112,12 +112,12 @@ template <class T, bool TRANSPOSED> struct StridedWeights {
   const T* pack(const Parallel& parallel, T* to) const {
     const int tasks = choose_tasks(parallel, blocks, 60.0 * StridedParts::COUNT * double(blocks * L * channels));
     for_tasks(parallel, tasks, [&](int task) {
-      const StoreForAll store_for_all(to);
-      for (int64_t p = 0; p < panels<T>(channels); p++) pack_panel(to + p * panel_size(), p, share(blocks, task, tasks), store_for_all);
+      const StreamedStore streamed(to);
+      for (int64_t p = 0; p < panels<T>(channels); p++) pack_panel(to + p * panel_size(), p, share(blocks, task, tasks), streamed);
     });
     return to;
   }
-  CSP_NOINLINE void pack_panel(T* to, int64_t p, Range part, const StoreForAll& store_for_all) const {
+  CSP_NOINLINE void pack_panel(T* to, int64_t p, Range part, const StreamedStore& streamed) const {
     alignas(64) T taps[Weights3x3<T>::SIZE];
     const int nv = panel_vectors<T>(channels, p);
     for (int64_t kb = part.begin; kb < part.end; kb++)
@@ -136,7 +136,7 @@ template <class T, bool TRANSPOSED> struct StridedWeights {
           }
           CSP_UNROLL(4) for (int i = 0; i < SIDE; i++) {
             halves::weight<T>(rows[i], line);
-            CSP_UNROLL(4) for (int x = 0; x < SIDE; x++) store_for_all(to + (i * SIDE + x) * part_size<T>(blocks * L * nv) + ((kb * L + k) * nv + j) * L, line[x]);
+            CSP_UNROLL(4) for (int x = 0; x < SIDE; x++) streamed(to + (i * SIDE + x) * part_size<T>(blocks * L * nv) + ((kb * L + k) * nv + j) * L, line[x]);
           }
         }
       }

@@ -253,20 +253,20 @@ template <class T, class Row> CSP_INLINE void store_transposed(T* out, int64_t s
   store_transposed(out, step, whole, row, store_vector<T>);
 }
 
-// Stores what all cores are going to read, from `memory` on. To write a line that another core has read, a core of AMD's Zen 4 waits
-// until that one has given it up: 9 GB/s, and 2 GB/s where the two have not the same third-level cache. There such stores go past the
-// caches, at 25 GB/s. Intel's processors were not compared.
-class StoreForAll {
+// Stores vectors from `memory` on that another core has had or is going to read: to write a line that another one has read, a core of
+// AMD's Zen 4 waits until that one has given it up, 9 GB/s, and 2 GB/s where the two have not the same third-level cache. There such
+// stores go past the caches, at 25 GB/s. Intel's processors were not compared. wanted: whether at all.
+class StreamedStore {
  public:
-  explicit StoreForAll([[maybe_unused]] const void* memory)
+  explicit StreamedStore([[maybe_unused]] const void* memory, [[maybe_unused]] bool wanted = true)
 #if defined(__AVX512F__)
-      : past_caches_(__builtin_cpu_is("amd") && reinterpret_cast<uintptr_t>(memory) % 64 == 0)
+      : past_caches_(wanted && __builtin_cpu_is("amd") && reinterpret_cast<uintptr_t>(memory) % 64 == 0)
 #endif
   {}
-  StoreForAll(const StoreForAll&) = delete;
-  StoreForAll& operator=(const StoreForAll&) = delete;
+  StreamedStore(const StreamedStore&) = delete;
+  StreamedStore& operator=(const StreamedStore&) = delete;
 #if defined(__AVX512F__)
-  ~StoreForAll() {
+  ~StreamedStore() {
     if (past_caches_) _mm_sfence();
   }
   template <class V, class T> CSP_INLINE void operator()(T* p, V x) const {
