@@ -185,11 +185,12 @@ template <class S> bool streams(const S* to, int64_t P, int64_t pitch, int64_t c
   constexpr int64_t LINE = 64 / int64_t(sizeof(S));
   return to && std::is_same_v<S, typename Types<S>::T> && P * pitch * int64_t(sizeof(S)) >= int64_t(1) << 20 && channels % LINE == 0 && pitch % LINE == 0;
 }
-template <class S, class V> CSP_INLINE void store(S* to, V x, int64_t n, bool streams, const StreamedStore& streamed) {
+// Past the caches, or as usual with the line behind it asked for.
+template <class S, class V> CSP_INLINE void store(S* to, V x, int64_t n, const StreamedStore& streamed) {
   if constexpr (std::is_same_v<S, typename Types<S>::T>) {
-    if (streams) return streamed(to, x);
+    if (streamed.past_caches()) return streamed(to, x);
   }
-  if (!streams) __builtin_prefetch(to + LANES<decltype(widen(S{}))>, 1);
+  __builtin_prefetch(to + LANES<decltype(widen(S{}))>, 1);
   store(to, x, n);
 }
 
@@ -200,9 +201,9 @@ void add_terms(const Parallel& parallel, int tasks, int64_t P, const Read<S>* te
   using T = typename Types<S>::T;
   constexpr int L = LANES<T>;
   int64_t tiles = ceil_div(P, 16), channels = terms[0].channels;
-  const bool streams = csp::CSP_ISA::streams(to, P, pitch, channels);
+  const bool large = streams(to, P, pitch, channels);
   for_tasks(parallel, tasks, [&](int task) {
-    const StreamedStore streamed(to, streams);
+    const StreamedStore streamed(to, large);
     Range r = share(tiles, task, tasks);
     int64_t seen = 0;
     for (int64_t t = r.begin; t < r.end; t++) {
@@ -212,7 +213,7 @@ void add_terms(const Parallel& parallel, int tasks, int64_t P, const Read<S>* te
         for (int64_t i = 0; i < m; i++) {
           Vec<T> sum = terms[0].value(first + i, c);
           for (int64_t k = 1; k < count; k++) sum += terms[k].value(first + i, c);
-          store(to + (first + i) * pitch + c, y[i] = activation.value(sum), channels - c, streams, streamed);
+          store(to + (first + i) * pitch + c, y[i] = activation.value(sum), channels - c, streamed);
         }
         if (stats) add_rows(stats[task], c, seen, m, [&](int64_t i) __attribute__((always_inline)) { return y[i]; });
       }
@@ -228,9 +229,9 @@ void spread_gradient(const Parallel& parallel, int tasks, int64_t P, const Read<
                      const PartialSums<typename Types<S>::T>* parts, const Value& dy) {
   using T = typename Types<S>::T;
   constexpr int L = LANES<T>, RUN = 32;  // pixels of a short sum: it loses less than a long one
-  const bool streams = to.in != to.g && csp::CSP_ISA::streams(to.g, P, to.pitch, read.channels);
+  const bool large = to.in != to.g && streams(to.g, P, to.pitch, read.channels);
   for_tasks(parallel, tasks, [&](int task) {
-    const StreamedStore streamed(to.g, streams);
+    const StreamedStore streamed(to.g, large);
     Range r = share(P, task, tasks);
     parts[task].clear(0, round_up(read.channels, L));
     for (int64_t begin = r.begin; begin < r.end; begin += RUN)
@@ -239,7 +240,7 @@ void spread_gradient(const Parallel& parallel, int tasks, int64_t P, const Read<
         int64_t n = read.channels - c;
         for (int64_t p = begin; p < min64(begin + RUN, r.end); p++) {
           Vec<T> centred = load_ahead(read.x + p * read.pitch + c, n) - mean, dn = activation.gradient(centred * scale + shift, dy(p, c));
-          if (to.g) store(to.g + p * to.pitch + c, to.in ? load_ahead(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale, n, streams, streamed);
+          if (to.g) store(to.g + p * to.pitch + c, to.in ? load_ahead(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale, n, streamed);
           sum += dn, sum_x += dn * centred;
         }
         T *s = parts[task].sum + c, *sx = parts[task].sum_x + c;

@@ -269,6 +269,7 @@ class StreamedStore {
   ~StreamedStore() {
     if (past_caches_) _mm_sfence();
   }
+  bool past_caches() const { return past_caches_; }
   template <class V, class T> CSP_INLINE void operator()(T* p, V x) const {
     if (past_caches_) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)x);
     else store(p, x);
@@ -277,6 +278,7 @@ class StreamedStore {
  private:
   const bool past_caches_;
 #else
+  static constexpr bool past_caches() { return false; }
   template <class V, class T> CSP_INLINE void operator()(T* p, V x) const { store(p, x); }
 #endif
 };
