@@ -30,6 +30,9 @@ template <int PARTS> CSP_INLINE PairsVector<PARTS> load(const Pairs<PARTS>* p) {
 template <int PARTS> CSP_INLINE void store(Pairs<PARTS>* p, const PairsVector<PARTS>& v) {
   CSP_UNROLL(2) for (int i = 0; i < PARTS; i++) store(part_of(p, i), v.part[i]);
 }
+template <int PARTS> CSP_INLINE void store_past_caches(Pairs<PARTS>* p, const PairsVector<PARTS>& v) {
+  CSP_UNROLL(2) for (int i = 0; i < PARTS; i++) store_past_caches(part_of(p, i), v.part[i]);
+}
 template <int PARTS> CSP_INLINE void transpose(PairsVector<PARTS> (&v)[16]) {
   CSP_UNROLL(2) for (int p = 0; p < PARTS; p++) {
     Vec<uint32_t> rows[16];

@@ -253,6 +253,9 @@ template <class T, class Row> CSP_INLINE void store_transposed(T* out, int64_t s
   store_transposed(out, step, whole, row, store_vector<T>);
 }
 
+#if defined(__AVX512F__)
+template <class T, class V> CSP_INLINE void store_past_caches(T* p, V x) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)x); }
+#endif
 // Stores vectors from `memory` on that another core has had or is going to read: to write a line that another one has read, a core of
 // AMD's Zen 4 waits until that one has given it up, 9 GB/s, and 2 GB/s where the two have not the same third-level cache. There such
 // stores go past the caches, at 25 GB/s. Intel's processors were not compared. wanted: whether at all.
@@ -271,7 +274,7 @@ class StreamedStore {
   }
   bool past_caches() const { return past_caches_; }
   template <class V, class T> CSP_INLINE void operator()(T* p, V x) const {
-    if (past_caches_) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)x);
+    if (past_caches_) store_past_caches(p, x);
     else store(p, x);
   }
 
