@@ -72,7 +72,8 @@ template <class S, int PIXEL> struct Strided3x3 {
               const int64_t n = p * 2 * L + j * L;
               auto row = [&](int64_t i) { return n + i < O ? load(w + ((n + i) * 9 + ky * 3 + kx) * C + first, channels) * (scale ? scale[n + i] : T(1)) : Vec<T>{}; };
               if constexpr (PIXEL == L) store_transposed(o + j * L, nv * L, false, [&](int64_t i, bool) { return row(i); });
-              else for (int64_t i = 0; i < L; i++) for (int64_t k = 0; k < PIXEL; k++) o[(k * nv + j) * L + i] = row(i)[k];
+              else if constexpr (PIXEL <= L)  // as fits() says
+                for (int64_t i = 0; i < L; i++) for (int64_t k = 0; k < PIXEL; k++) o[(k * nv + j) * L + i] = row(i)[k];
             }
         });
     return to;
