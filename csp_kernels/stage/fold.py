@@ -116,7 +116,9 @@ def _is_bottleneck(reduce: Product, conv: Product) -> bool:
     through_relu = len(through) == 2 and all(act == "relu" and column is not None for act, column in through)
     conv3x3 = conv.conv.kernel == 3 and conv.drop is None and conv.statistics is None and not reduce.residual
     conv3x3 = conv3x3 and conv.column is None and conv.act == "identity" and not conv.residual
-    whole = reduce.conv.stride == conv.conv.stride == conv.conv.groups == 1 and not reduce.conv.pool
+    whole = (
+        reduce.conv.kernel == reduce.conv.stride == conv.conv.stride == conv.conv.groups == 1 and not reduce.conv.pool
+    )
     return through_relu and whole and conv3x3 and conv.segments == (Segment(reduce.to),)
 
 

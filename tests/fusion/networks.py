@@ -315,6 +315,10 @@ FUSED: dict[str, Callable[[], nn.Module]] = {
 FUSED["Sequential"] = lambda: nn.Sequential(
     nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(True), nn.Conv2d(12, 8, 1), nn.LeakyReLU(0.3, True)
 )
+FUSED["norms and ReLUs in front of 3x3s"] = lambda: nn.Sequential(
+    nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1, bias=False),
+    nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1, bias=False),
+)  # fmt: skip
 FUSED["depthwise, then with twice the channels"] = lambda: nn.Sequential(
     nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
     nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16),

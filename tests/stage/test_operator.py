@@ -24,7 +24,7 @@ from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.dense_block import dense_block
 from csp_kernels.stage.graph import Graph
 from csp_kernels.stage.post_dense_block import post_dense_block
-from csp_kernels.stage.program import Program, Wanted
+from csp_kernels.stage.program import Bottleneck, Program, Wanted
 from csp_kernels.stage.text import decode, encode
 from csp_kernels.stage.two_way_dense_block import two_way_dense_block
 from csp_kernels.vocabulary import RECOMPUTE
@@ -401,14 +401,28 @@ def test_bad_arguments(change: Callable[[dict[str, Any]], None], kind: type[Exce
         csp.ops.stage(**bad(change))
 
 
-@pytest.mark.parametrize("how", [{"groups": 2}, {"stride": 2}, {"groups": 2, "stride": 2}], ids=str)
-def test_no_strips_of_another_3x3(how: dict[str, int]) -> None:
-    """In inference a 1x1 and the 3x3 behind it run strip by strip, but for groups and strides."""
+FIRST: list[dict[str, Any]] = [
+    {},
+    {"stride": 2},
+    {"pool": True},
+    {"kernel": 3},
+    {"kernel": 3, "stride": 2},
+    {"kernel": 3, "groups": 2},
+]
+LAST: list[dict[str, Any]] = [{}, {"groups": 2}, {"stride": 2}, {"groups": 2, "stride": 2}, {"kernel": 1}]
+
+
+@pytest.mark.parametrize("last", LAST, ids=str)
+@pytest.mark.parametrize("first", FIRST, ids=str)
+def test_strips_of_a_1x1_and_a_3x3_alone(first: dict[str, Any], last: dict[str, Any]) -> None:
+    """In inference a 1x1 and the 3x3 behind it, both through norms and ReLUs, run strip by strip; no other two do."""
     build = Builder(8)
-    narrow = build.conv(through_norm(build, [build.read(0)]), 8)
-    build.write([build.read(build.conv(through_norm(build, [build.read(narrow)]), 6, 3, **how))])
+    narrow = build.conv(through_norm(build, [build.read(0)]), 8, **first)
+    build.write([build.read(build.conv(through_norm(build, [build.read(narrow)]), 6, **{"kernel": 3, **last}))])
     graph = build.graph()
-    Case(graph, (True, True)).compare(compile_stage(graph, (True, True)))
+    program = compile_stage(graph, (True, True))
+    assert any(isinstance(step, Bottleneck) for step in program.forward) == (not first and not last)
+    Case(graph, (True, True)).compare(program)
 
 
 @pytest.mark.parametrize("act", ["identity", "silu"])
