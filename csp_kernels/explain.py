@@ -127,10 +127,10 @@ class Explanation:
 def explain(module: nn.Module, *inputs: Tensor | Sequence[Tensor] | None) -> Explanation:
     """The program that `module(*inputs)` would compile and run now, and what its instructions cost; nothing is run.
 
-    module: csp.DenseBlock, PostDenseBlock, TwoWayDenseBlock, CSPDenseStage, PartialTransition, ConcatConv or Stage;
-    inputs: what it takes when it is called. It depends on what the call depends on: training or eval, frozen norms,
-    which parameters and inputs require gradients and whether gradients are on, autocast, `recompute`. Meta tensors will
-    do: sizes and dtypes are all that counts. FLOPs and bytes are counted from sizes, not measured:
+    module: csp.DenseBlock, PostDenseBlock, TwoWayDenseBlock, CSPDenseStage, PartialTransition, Transition, ConcatConv
+    or Stage; inputs: what it takes when it is called. It depends on what the call depends on: training or eval, frozen
+    norms, which parameters and inputs require gradients and whether gradients are on, autocast, `recompute`. Meta
+    tensors will do: sizes and dtypes are all that counts. FLOPs and bytes are counted from sizes, not measured:
     csp_kernels/stage/cost.py says what counts. Bytes that are kept are those that the kernels allocate, whose rows have
     channels in multiples of 16.
     A call that the reference runs (`unsupported`: hooks, other norms, what the kernels cannot do; or

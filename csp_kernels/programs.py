@@ -20,6 +20,7 @@ from csp_kernels.layers import (
     PartialTransition,
     PostDenseBlock,
     Stage,
+    Transition,
     TwoWayDenseBlock,
 )
 from csp_kernels.stage.biases import has_biases, without_biases
@@ -28,14 +29,16 @@ from csp_kernels.stage.graph import Graph, without_dropout
 from csp_kernels.stage.program import Program, Wanted
 
 Layer = (
-    ConcatConv | CSPDenseStage | CSPStage | DenseBlock | PartialTransition | PostDenseBlock | Stage | TwoWayDenseBlock
-)
+    ConcatConv | CSPDenseStage | CSPStage | DenseBlock | PartialTransition | PostDenseBlock | Stage | Transition
+    | TwoWayDenseBlock
+)  # fmt: skip
 
 
 def operator_of(layer: Layer) -> str:
     """The function of csp.ops that it calls: "csp_stage" of a CSPDenseStage."""
     kinds = {ConcatConv: "concat_conv", CSPDenseStage: "csp_stage", DenseBlock: "dense_block", Stage: "stage"}
     kinds |= {CSPStage: "stage", PartialTransition: "partial_transition", PostDenseBlock: "post_dense_block"}
+    kinds |= {Transition: "stage"}
     return next((name for kind, name in kinds.items() if isinstance(layer, kind)), "two_way_dense_block")
 
 

@@ -321,10 +321,10 @@ def test_calls_on_a_gpu_that_were_measured_to_be_faster(monkeypatch: pytest.Monk
 def test_errors() -> None:
     kinds = (
         "ConcatConv, csp.CSPDenseStage, csp.CSPStage, csp.DenseBlock, csp.PartialTransition, csp.PostDenseBlock, "
-        "csp.Stage or csp."
+        "csp.Stage, csp.Transition or csp."
     )
-    with pytest.raises(TypeError, match=f"^module: got Transition, expected csp.{kinds}TwoWayDenseBlock$"):
-        csp.explain(csp.Transition(8, 4), image(8))
+    with pytest.raises(TypeError, match=f"^module: got ReLU, expected csp.{kinds}TwoWayDenseBlock$"):
+        csp.explain(nn.ReLU(), image(8))
     with pytest.raises(ValueError, match=r"inputs\[0\]: got 9 channels"):
         csp.explain(csp.DenseBlock(2, 8, 4), image(9))
     with pytest.raises(ValueError, match=r"inputs: got tensors of \[8\] channels, expected \[8, 8\]"):

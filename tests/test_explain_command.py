@@ -75,8 +75,10 @@ def inference(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "densenet_digits", "--layer", "features.2")
-    blocks = ", ".join(f"features.denseblock{i}" for i in (1, 2, 3))
-    assert said == f"explain: --layer: got 'features.2', expected one of {blocks}\n"
+    layers = ", ".join(
+        f"features.{name}" for name in ("denseblock1", "transition1", "denseblock2", "transition2", "denseblock3")
+    )
+    assert said == f"explain: --layer: got 'features.2', expected one of {layers}\n"
     assert refused(capsys, "resnet50") == "explain: resnet50 has no fused layer\n"
     assert refused(capsys, "csp_resnet50", "--recompute", "bottleneck") == (
         "explain: --recompute: csp_resnet50 has no layer with that choice\n"

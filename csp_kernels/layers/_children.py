@@ -128,14 +128,6 @@ def is_plain_conv(conv: Any, size: int) -> bool:
     )
 
 
-def not_pointwise(name: str, conv: Any) -> str:
-    """Why this is not a convolution that an average in front of it leaves as it is; "" if it is."""
-    if not _acts_as(conv, nn.Conv2d):
-        return _why_not(name, conv, nn.Conv2d)
-    plain = conv.kernel_size == conv.stride == (1, 1) and conv.padding in ((0, 0), "valid", "same")
-    return "" if plain else f"{name} is not an nn.Conv2d 1x1 with stride 1 and no padding"
-
-
 def not_plain(name: str, child: Any, size: int = 0, act: str = "relu") -> str:
     """Why an operator cannot stand for this norm (size 0) or convolution; "" if it can."""
     if is_plain_conv(child, size) if size else is_plain_norm(child, act):

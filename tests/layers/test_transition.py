@@ -68,6 +68,30 @@ def test_leaves_its_input_alone_without_a_norm() -> None:
     assert torch.equal(x, before)
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("pool", ["avg", None])
+def test_is_one_operator(pool: str | None) -> None:
+    """That keeps its input and the statistics for backward, and nothing else."""
+    ours, _ = pair(pool)
+    x = torch.randn(2, 24, 6, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    own = [x, *ours.parameters(), *ours.buffers()]
+    assert csp.explain(ours, x).kept_bytes == 0
+    assert csp.analysis.saved_bytes(lambda: ours(x), own) < x.numel() * 8 / 4
+
+
+def test_another_convolution_runs_as_the_reference() -> None:
+    ours, naive = pair("avg")
+    for m in (ours, naive):
+        m.conv = torch.nn.Conv2d(24, 7, 1, bias=False).double()
+    naive.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 24, 6, 6, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="conv has other channels than it was made with"):
+        torch.testing.assert_close(ours(x), naive(x))
+    ours, naive = pair("avg")
+    ours.pool = naive.pool = None
+    torch.testing.assert_close(ours(x), naive(x))
+
+
 def test_empty_batch_and_channels_last() -> None:
     ours = csp.Transition(8, 4)
     assert ours(torch.randn(0, 8, 6, 6)).shape == (0, 4, 3, 3)
