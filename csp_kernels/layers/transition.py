@@ -32,11 +32,11 @@ class Transition(Fused, reference.Transition):
     def forward(self, x: Tensor) -> Tensor:
         if recorded(x):
             return super().forward(x)
+        self._check(x)
         children, reason = self.holders()
         if reason:
             warn_once(self, reason)
             return super().forward(x)
-        self._check(x)
         norms = children[:1]
         frozen, running = frozen_norms(norms)
         (y,), stats = ops.stage(self.graph, [x], parameters(children), running, frozen=frozen, eps=norms[0].eps)
@@ -57,10 +57,10 @@ class Transition(Fused, reference.Transition):
     @property
     def graph(self) -> Graph:
         """What a call computes."""
-        return self._graphs[self.pool is not None]
+        return self._graphs[bool(self.pool)]
 
     def _check(self, x: Tensor) -> None:
-        channels = self.graph.inputs[0]
+        channels = getattr(self._modules["conv"], "in_channels", self.graph.inputs[0])
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}, expected a Tensor [N, {channels}, H, W]")
         if x.dim() != 4 or x.shape[1] != channels:

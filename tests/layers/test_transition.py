@@ -87,9 +87,16 @@ def test_another_convolution_runs_as_the_reference() -> None:
     x = torch.randn(2, 24, 6, 6, dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match="conv has other channels than it was made with"):
         torch.testing.assert_close(ours(x), naive(x))
+    for pool in (None, False):
+        ours, naive = pair("avg")
+        ours.pool = naive.pool = pool
+        torch.testing.assert_close(ours(x), naive(x))
     ours, naive = pair("avg")
-    ours.pool = naive.pool = None
-    torch.testing.assert_close(ours(x), naive(x))
+    for m in (ours, naive):  # as tools leave it that take channels away
+        m.norm, m.conv = torch.nn.BatchNorm2d(9).double(), torch.nn.Conv2d(9, 7, 1, bias=False).double()
+    naive.load_state_dict(ours.state_dict())
+    with pytest.warns(RuntimeWarning, match="conv has other channels than it was made with"):
+        torch.testing.assert_close(ours(x[:, :9]), naive(x[:, :9]))
 
 
 def test_empty_batch_and_channels_last() -> None:
@@ -107,8 +114,12 @@ def test_bad_arguments() -> None:
         csp.Transition(8, 4, pool="max")
 
 
-def test_bad_input_changes_no_statistics() -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_bad_input_changes_no_statistics(hooked: bool) -> None:
+    """Nor where the reference would run."""
     ours = csp.Transition(8, 4)
+    if hooked:
+        ours.conv.register_forward_hook(lambda *_: None)
     for x, message in (
         (torch.zeros(8, 6, 6), "x: got shape \\[8, 6, 6\\], expected \\[N, 8, H, W\\]"),
         (torch.zeros(2, 7, 6, 6), "x: got shape"),
