@@ -161,7 +161,7 @@ class Check {
   void maximum(const std::vector<Segment>& from, const Place& to, int64_t size, int64_t stride) const {
     std::string read;
     expect(segments(from, read) == to.channels() && (stride == 1 || stride == 2) && buffer(to).size == read + (stride == 2 ? "c" : ""), "a maximum does not fit where it is written");
-    expect(from.size() == 1 && size > 0 && size % 2 == 1 && size <= 1023, "a maximum is not of one segment, over an odd number of pixels up to 1023");
+    expect(from.size() == 1 && size > 0 && (size % 2 == 1 || (size == 2 && stride == 2)) && size <= 1023, "a maximum is not of one segment, over an odd number of pixels up to 1023 or over 2 with stride 2");
   }
   void activate(const std::vector<Segment>& from, const Place& to, bool pool) const {
     std::string size;

@@ -152,7 +152,10 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _convolutions(module: nn.Module) -> int:
-    return sum(isinstance(m, nn.Conv2d) for m in module.modules())
+    """In it, but for those of layers of this package, which are operators already."""
+    if isinstance(module, CspLayer):
+        return 0
+    return isinstance(module, nn.Conv2d) + sum(_convolutions(child) for child in module.children())
 
 
 def _joins(module: nn.Module, found: Trace) -> bool:

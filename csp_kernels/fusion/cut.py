@@ -44,7 +44,8 @@ def returned(trace: Trace) -> set[int]:
 
 
 def cut(trace: Trace) -> tuple[list[Region], list[str]]:
-    """The regions, and why others with convolutions are none, in words."""
+    """The regions, and why others with convolutions are none, in words. Without a convolution a norm and a maximum make
+    one: what is between them is not written then."""
     uses = _Uses(trace)
     regions: list[Region] = []
     reasons: list[str] = []
@@ -52,9 +53,10 @@ def cut(trace: Trace) -> tuple[list[Region], list[str]]:
     while waiting:
         numbers = waiting.pop(0)
         operations = [trace.operations[i] for i in numbers]
-        if not any(op.kind == "conv" for op in operations):
+        kinds = {op.kind for op in operations}
+        if "conv" not in kinds and not {"norm", "max_pool"} <= kinds:
             continue
-        if not _pays(operations, trace):
+        if "conv" in kinds and not _pays(operations, trace):
             (conv,) = (op for op in operations if op.kind == "conv")
             reasons.append(f"{conv.path}: one convolution, which is as fast as it is{uses.synchronised(conv)}")
             continue

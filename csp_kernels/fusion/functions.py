@@ -264,11 +264,14 @@ def max_pool(
     tracer: Any, x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, call: Call,
     path: str = "",
 ) -> Any:  # fmt: skip
-    """Of an odd size around every pixel, or around every second."""
+    """Of an odd size around every pixel, or around every second, or of 2x2 pixels each, a size rounded up."""
     size, other = _pair(kernel)
     step = _pair(kernel if stride is None or stride == [] else stride)
-    plain = size == other and size % 2 == 1 and _pair(padding) == (size // 2, size // 2) and _pair(dilation) == (1, 1)
-    if not _image(tracer, x) or not plain or step not in ((1, 1), (2, 2)) or (ceil_mode and step == (2, 2)):
+    before = (size - 1) // 2
+    plain = size == other and _pair(padding) == (before, before) and _pair(dilation) == (1, 1)
+    around = size % 2 == 1 and step in ((1, 1), (2, 2)) and not (ceil_mode and step == (2, 2))
+    halves = size == 2 and step == (2, 2) and ceil_mode
+    if not _image(tracer, x) or not plain or not (around or halves):
         return NotImplemented
     n, c, h, w = tracer.shape(x)
     shape = n, c, -(-h // step[0]), -(-w // step[0])

@@ -20,14 +20,16 @@ def _largest(
     x, x_pitch, out, out_pitch, positions, partials, P, N, H, W, tiles,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out [P, N]: of SIZE x SIZE pixels around each STRIDE-th of x; positions [P, N]: which it is. P: of out."""
+    """out [P, N]: of SIZE x SIZE pixels around each STRIDE-th of x, an even SIZE from each; positions [P, N]: which it
+    is. P: of out."""
     N = N * UNIT
     tile = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     p = tile * BP + tl.arange(0, BP)
     rows, columns = (H + STRIDE - 1) // STRIDE, (W + STRIDE - 1) // STRIDE
     row = p.to(tl.int64)
-    top, left = p // columns % rows * STRIDE - SIZE // 2, p % columns * STRIDE - SIZE // 2
+    before: tl.constexpr = (SIZE - 1) // 2
+    top, left = p // columns % rows * STRIDE - before, p % columns * STRIDE - before
     first = (row // (columns * rows) * H + top) * W + left
     largest = tl.full((BP, BN), float("-inf"), ACC)
     position = tl.full((BP, BN), -1, tl.int32)
@@ -61,22 +63,23 @@ def _backward(
     rows, columns = (H + STRIDE - 1) // STRIDE, (W + STRIDE - 1) // STRIDE
     row = p.to(tl.int64)
     h, w = p // W % H, p % W
-    half: tl.constexpr = SIZE // 2
-    each: tl.constexpr = SIZE if STRIDE == 1 else half + 1  # windows of a row that a pixel can be in
-    # The first that reaches it, (h - half) / STRIDE rounded up, without dividing what is negative.
-    up: tl.constexpr = STRIDE * half - half + STRIDE - 1
-    top, left = (h + up) // STRIDE - half, (w + up) // STRIDE - half
+    before: tl.constexpr = (SIZE - 1) // 2
+    after: tl.constexpr = SIZE // 2
+    each: tl.constexpr = (SIZE + STRIDE - 1) // STRIDE  # windows of a row that a pixel can be in
+    # The first that reaches it, (h - after) / STRIDE rounded up, without dividing what is negative.
+    up: tl.constexpr = STRIDE * after - after + STRIDE - 1
+    top, left = (h + up) // STRIDE - after, (w + up) // STRIDE - after
     first = row // (H * tl.cast(W, tl.int64)) * rows * columns
     total = tl.zeros((BP, BN), ACC)
     for i in tl.range(0, each * each):
         y, x = top + i // each, left + i % each
-        inside = (p < P) & (y >= 0) & (y < rows) & (y * STRIDE <= h + half)
-        inside = inside & (x >= 0) & (x < columns) & (x * STRIDE <= w + half)
+        inside = (p < P) & (y >= 0) & (y < rows) & (y * STRIDE <= h + before)
+        inside = inside & (x >= 0) & (x < columns) & (x * STRIDE <= w + before)
         ok = inside[:, None] & (n < N)[None, :]
         window = (first + y * columns + x)[:, None]
         here = tl.load(positions + window * N + n[None, :], ok, -1)
         value = tl.load(d + window * (d_pitch * UNIT) + n[None, :], ok, 0.0).to(ACC)
-        tap = (h - y * STRIDE + half) * SIZE + w - x * STRIDE + half
+        tap = (h - y * STRIDE + before) * SIZE + w - x * STRIDE + before
         total += tl.where(ok & (here == tap[:, None]), value, 0.0)
     at = row[:, None] * (out_pitch * UNIT) + n[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), (p < P)[:, None] & (n < N)[None, :])
@@ -95,8 +98,8 @@ def _block(channels: int) -> int:
 
 def forward(x: Tensor, out: Tensor, geometry: Geometry, size: int, statistics: Tensor | None = None) -> None:
     """out [P', N] view = the maxima of x [P, N] view over size x size pixels, an odd size, around each pixel, with
-    stride 2 around each second one of each second row; statistics [2, N] float64 view: takes its mean and biased
-    variance."""
+    stride 2 around each second one of each second row, or over 2x2 from it (size 2); statistics [2, N] float64 view:
+    takes its mean and biased variance."""
     channels = x.shape[1]
     _check("x", x, geometry.pixels, channels)
     _check("out", out, geometry.outputs, channels)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from csp_kernels.layers.csp_residual_stage import CSPStage
-from csp_kernels.models.network import Features, Network, plain_stages_fused
+from csp_kernels.models.network import Features, Network
 from csp_kernels.models.resnet import VARIANTS
 from csp_kernels.reference.csp_residual_stage import ConvNormAct, ResidualBlock
 
@@ -18,7 +18,7 @@ def _network(stem: nn.Module, stages: list[nn.Module], num_classes: int) -> Netw
     """Stages at strides 2, 4, 8, 16, 32; the last four give the pyramid."""
     modules = {"stem": stem} | {f"stage{i}": stage for i, stage in enumerate(stages, 1)}
     taps = {f"stage{i}": (width, 2**i) for i, width in enumerate(WIDTHS, 1) if i > 1}
-    return plain_stages_fused(Network(Features(modules, taps), num_classes))
+    return Network(Features(modules, taps), num_classes)
 
 
 def darknet53(num_classes: int = 1000, in_channels: int = 3) -> Network:

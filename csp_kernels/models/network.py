@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from csp_kernels.fusion.choose import fuse
-from csp_kernels.reference.csp_residual_stage import ResidualBlock
 
 
 class Features(nn.Sequential):
@@ -49,6 +48,7 @@ class Network(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(features.channels[-1], num_classes)
         initialise(self)
+        fuse(self.features)  # stems, and stages of plain modules; layers of this package are operators already
 
     @property
     def channels(self) -> Sequence[int]:
@@ -62,14 +62,6 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.features(x)[-1].mean((2, 3))))
-
-
-def plain_stages_fused(network: Network) -> Network:
-    """The network, in which stages of plain modules run as `csp.fuse` has them; layers of this package are left."""
-    for stage in network.features:
-        if isinstance(stage, (nn.Sequential, ResidualBlock)):
-            fuse(stage)
-    return network
 
 
 def initialise(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from csp_kernels import layers
 from csp_kernels.models.network import Features, Network
+from csp_kernels.reference.concat_conv import ConcatConv
 from csp_kernels.reference.csp_residual_stage import ConvNormAct
 
 LAYERS, WIDTHS = (3, 4, 8, 6), (1, 2, 4, 4)  # two-way layers and bottleneck width of each stage
@@ -27,7 +28,7 @@ class Stem(nn.Module):
         self.narrow = ConvNormAct(channels, channels // 2, 1, act="relu")
         self.down = ConvNormAct(channels // 2, channels, 3, stride=2, act="relu")
         self.pool = nn.MaxPool2d(2, 2, ceil_mode=True)
-        self.joint = layers.ConcatConv([channels, channels], channels)
+        self.joint = ConcatConv([channels, channels], channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from csp_kernels.layers.csp_residual_stage import CSPStage
-from csp_kernels.models.network import Features, Network, plain_stages_fused
+from csp_kernels.models.network import Features, Network
 from csp_kernels.reference.csp_residual_stage import ConvNormAct, ResidualBlock
 
 DEPTHS = (3, 4, 6, 3)
@@ -22,7 +22,7 @@ def _network(in_channels: int, num_classes: int, stages: Sequence[tuple[nn.Modul
     modules: dict[str, nn.Module] = {"stem": ConvNormAct(in_channels, 64, 7, stride=2, **stem), "pool": pool}
     modules |= {f"stage{i}": stage for i, (stage, _) in enumerate(stages, 1)}
     taps = {f"stage{i}": (channels, 2 ** (i + 1)) for i, (_, channels) in enumerate(stages, 1)}
-    return plain_stages_fused(Network(Features(modules, taps), num_classes))
+    return Network(Features(modules, taps), num_classes)
 
 
 def _resnet(

@@ -41,7 +41,7 @@ def stage(
                 y = dropped(y, node.drop_rate, seed, drops)
                 drops += 1
         elif isinstance(node, MaxPool):
-            y = F.max_pool2d(read[0], node.size, node.stride, node.size // 2)
+            y = F.max_pool2d(read[0], node.size, node.stride, (node.size - 1) // 2, ceil_mode=node.size == 2)
         else:
             y = FUNCTIONS[node.act](sum(read[1:], read[0]), node.slope)
         values.append(y)

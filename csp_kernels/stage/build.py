@@ -54,7 +54,8 @@ class Builder:
         return len(self._inputs) + len(self._nodes) - 1
 
     def max_pool(self, read: Read, size: int, *, stride: int = 1) -> int:
-        """The value of a maximum over size x size pixels around each, or each second in each second row."""
+        """The value of a maximum over size x size pixels around each, or each second in each second row; or over 2x2
+        each (size 2, stride 2)."""
         self._nodes.append(MaxPool((read,), size, stride))
         return len(self._inputs) + len(self._nodes) - 1
 

@@ -54,8 +54,9 @@ def _check_reads(graph: Graph, name: str, user: Node | Write, values: int) -> No
         _check_conv(name, user)
     elif isinstance(user, MaxPool):
         _expect(len(user.reads) == 1, name, f"{len(user.reads)} reads", "one")
-        _expect(user.size > 0 and user.size % 2 == 1, name, f"size {user.size}", "an odd number")
         _expect(user.stride in (1, 2), name, f"stride {user.stride}", "1 or 2")
+        odd_or_halves = user.size % 2 == 1 or user.size == user.stride
+        _expect(user.size > 0 and odd_or_halves, name, f"size {user.size}", "an odd number, or 2 with stride 2")
     else:
         _expect(isinstance(user.pool, bool), name, f"pool {user.pool!r}", "True or False")
 

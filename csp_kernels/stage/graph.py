@@ -95,7 +95,8 @@ class Sum:
 class MaxPool:
     """The maximum over size x size pixels, size odd, around each pixel, or each second in each second row (stride 2).
 
-    Of one read. Pixels beyond the map do not count. Size 1 with stride 2 is x[:, :, ::2, ::2].
+    Of one read. Pixels beyond the map do not count. Size 1 with stride 2 is x[:, :, ::2, ::2]. Size 2, with stride 2
+    alone, is of 2x2 pixels each, of fewer where the map ends: nn.MaxPool2d(2, 2, ceil_mode=True).
     """
 
     reads: tuple[Read, ...]

@@ -209,7 +209,8 @@ class Add:
 
 @dataclass(frozen=True)
 class Maximum:
-    """to = maximum over size x size pixels of the one segment around each `stride`-th, the value of a node."""
+    """to = maximum over size x size pixels of the one segment around each `stride`-th, the value of a node; of size 2:
+    over each second and the one behind it, in both directions."""
 
     node: int
     segments: tuple[Segment, ...]

@@ -966,21 +966,32 @@ template <class S> struct Stage {
     add_terms(a.parallel, tasks, P, terms.data(), int64_t(terms.size()), AnyActivation<T>{i.act, T(i.slope)}, value(i.to), of(i.to).pitch, stats);
     merge_statistics(stats, tasks, i.to, i.statistics);
   }
-  // What a maximum is of, through its norm and activation, in scratch memory where it has some.
-  std::pair<const S*, int64_t> activated(const stage::Segment& s, Frame& inner) {
-    if (s.column < 0 && s.act == Activation::Identity) return {value(s.place), of(s.place).pitch};
-    const int64_t n = s.place.channels(), pitch = padded_channels(n), P = of(s.place).pixels();
-    S* y = inner.take<S>(P * pitch);
+  // What a maximum is of, and what becomes of it on load: f(memory, pitch, prologue). A costly activation, or one that each of many
+  // windows would do again, is done once, in scratch memory.
+  template <class F> void with_read(const stage::Segment& s, const Windows& windows, Frame& inner, F f) {
+    const int64_t n = s.place.channels(), P = of(s.place).pixels(), pitch = padded_channels(n);
+    if (s.column < 0 && s.act == Activation::Identity) return f(value(s.place), of(s.place).pitch, Nothing<T>{});
     Read<S> from = read(inner, s);
+    if (windows.size <= 3 && windows.stride == 2) {
+      if (s.act == Activation::Identity) return f(from.x, from.pitch, NormAct<T, Identity<T>>{from.norm, {}});
+      if (s.act == Activation::Relu) return f(from.x, from.pitch, NormAct<T, Relu<T>>{from.norm, {}});
+      if (s.act == Activation::LeakyRelu) return f(from.x, from.pitch, NormAct<T, LeakyRelu<T>>{from.norm, {T(s.slope)}});
+    }
+    S* y = inner.take<S>(P * pitch);
     add_terms<S>(a.parallel, elementwise_tasks(P, n), P, &from, 1, {Activation::Identity, T(0)}, y, pitch, nullptr);
-    return {y, pitch};
+    f(y, pitch, Nothing<T>{});
+  }
+  Windows windows(const stage::Segment& from, const stage::Place& to, int64_t size, int64_t stride) {
+    return {of(from.place).grid, size, stride, of(to).grid.H, of(to).grid.W};
   }
   void operator()(const stage::Maximum& i, Frame& inner) {
     const int64_t n = i.to.channels();
-    auto [x, pitch] = activated(i.segments[0], inner);
-    int tasks = elementwise_tasks(of(i.to).pixels(), n * i.size);
+    const Windows all = windows(i.segments[0], i.to, i.size, i.stride);
+    int tasks = elementwise_tasks(all.count(), n * i.size);
     Statistics<T>* stats = statistics(inner, i.statistics, tasks, n);
-    maxima<S>(a.parallel, tasks, {of(i.segments[0].place).grid, i.size, i.stride}, x, pitch, n, value(i.to), nullptr, of(i.to).pitch, stats);
+    with_read(i.segments[0], all, inner, [&](const S* x, int64_t pitch, const auto& prologue) {
+      maxima<false>(a.parallel, tasks, all, x, pitch, n, prologue, value(i.to), nullptr, of(i.to).pitch, stats);
+    });
     merge_statistics(stats, tasks, i.to, i.statistics);
   }
   void operator()(const stage::Activate& i, Frame& inner) {
@@ -1074,26 +1085,21 @@ template <class S> struct Stage {
     if (to) std::swap(of(to->place).g, of(i.of).g), mark(to->place, OWN);
   }
 
-  // A pixel's gradient is the sum of those of the maxima around it that it is.
   void operator()(const stage::MaximumBackward& i, Frame& inner) {
     Owed<T> o = owed(inner, i.of, i.owed);
-    const Windows windows{of(i.segments[0].place).grid, i.size, i.stride};
-    const int64_t g_pitch = gradient_pitch(i.of), pitch = of(i.of).pitch, n = i.of.channels(), P = windows.count();
-    const S *g = gradient(i.of), *x = value(i.of);
-    auto [from, from_pitch] = activated(i.segments[0], inner);
-    const int64_t padded = padded_channels(n);
-    T* position = inner.take<T>(P * padded);
-    maxima<S>(a.parallel, elementwise_tasks(P, n * i.size), windows, from, from_pitch, n, nullptr, position, padded, nullptr);
-    auto dy = [&](int64_t pixel, int64_t c) __attribute__((always_inline)) {
-      Vec<T> sum{};
-      windows.each_window(pixel, [&](int64_t q, int64_t at) __attribute__((always_inline)) {
-        Vec<T> d = load(g + q * g_pitch + c, n - c);
-        if (o.any) d -= (load(x + q * pitch + c, n - c) - load(o.correction.mean + c)) * load(o.correction.scale + c) + load(o.correction.shift + c);
-        sum += load(position + q * padded + c, n - c) == Vec<T>{} + T(at) ? d : Vec<T>{};
-      });
-      return sum;
+    const Windows all = windows(i.segments[0], i.of, i.size, i.stride);
+    const int64_t g_pitch = gradient_pitch(i.of), pitch = of(i.of).pitch, n = i.of.channels(), padded = padded_channels(n);
+    const S *g = gradient(i.of), *y = value(i.of);
+    T* position = inner.take<T>(all.count() * padded);
+    with_read(i.segments[0], all, inner, [&](const S* x, int64_t x_pitch, const auto& prologue) {
+      maxima<true, S>(a.parallel, elementwise_tasks(all.count(), n * i.size), all, x, x_pitch, n, prologue, nullptr, position, padded, nullptr);
+    });
+    auto d = [&](int64_t q, int64_t c) __attribute__((always_inline)) {
+      Vec<T> d = load(g + q * g_pitch + c, n - c);
+      if (o.any) d -= (load(y + q * pitch + c, n - c) - load(o.correction.mean + c)) * load(o.correction.scale + c) + load(o.correction.shift + c);
+      return d;
     };
-    back(i.segments[0], inner, dy);
+    back(i.segments[0], inner, MaximaGradient<T, decltype(d)>{all, position, padded, d});
   }
 
   void operator()(const stage::ProductBackward& i, Frame& inner) {

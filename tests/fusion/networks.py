@@ -150,6 +150,20 @@ class Pools(nn.Module):
         return z, F.relu(self.biased(z))
 
 
+class Stem(nn.Module):
+    """A 7x7, which stays what it is, and maxima; then PeleeNet's stem, which halves odd sizes and rounds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 7, 1, 3, bias=False), nn.BatchNorm2d(8)
+        self.around, self.halves = nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 2, ceil_mode=True)
+        self.narrow, self.down, self.joint = ConvNorm(8, 4, 1), ConvNorm(4, 8, 3, 2), ConvNorm(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.around(F.relu(self.norm(self.conv(x))))
+        return self.joint(torch.cat([self.down(self.narrow(x)), self.halves(x)], 1))
+
+
 class Attention(nn.Module):
     """What a stage cannot express between two that it can."""
 
@@ -308,10 +322,8 @@ class OnSizeInPlace(nn.Module):
         return x.relu_() * (2 if x.shape[0] > 0 else 3)
 
 
-FUSED: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__: kind
-    for kind in (Functional, Lists, Layers, Lambdas, Depth, Pools, Attention, Twice, Configured, Copies, Separable)
-}
+KINDS = (Functional, Lists, Layers, Lambdas, Depth, Pools, Stem, Attention, Twice, Configured, Copies, Separable)
+FUSED: dict[str, Callable[[], nn.Module]] = {kind.__name__: kind for kind in KINDS}
 FUSED["Sequential"] = lambda: nn.Sequential(
     nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(True), nn.Conv2d(12, 8, 1), nn.LeakyReLU(0.3, True)
 )
@@ -327,6 +339,10 @@ FUSED["depthwise, then with twice the channels"] = lambda: nn.Sequential(
 FUSED["biases in front of norms without parameters"] = lambda: nn.Sequential(
     nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12, affine=False), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1), nn.BatchNorm2d(8)
 )
+FUSED["maxima between convolutions that stay"] = lambda: nn.Sequential(
+    nn.Conv2d(8, 16, 7, padding=3, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1),
+    nn.Conv2d(16, 8, 5, padding=2), Functional(),
+)  # fmt: skip
 FUSED["residual blocks in a row"] = lambda: nn.Sequential(Functional(), Functional(), Functional())
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "OnSize": (OnSize, "it depends on the width of its input"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import csp_kernels as csp
 from csp_kernels.analysis import saved_bytes
+from csp_kernels.stage.graph import MaxPool
 
 HERE = Path(__file__).resolve().parent
 
@@ -453,6 +454,12 @@ def kept(model: nn.Module, path: str) -> int:
         model(image().float().contiguous(memory_format=torch.channels_last))
     leaves = [t.detach().requires_grad_() for t in given[0]]
     return saved_bytes(lambda: module(*leaves), [*module.parameters(), *module.buffers()])
+
+
+def test_maxima_behind_a_norm_are_a_stage_without_convolutions() -> None:
+    report = csp.fuse(networks.FUSED["maxima between convolutions that stay"]())
+    nodes = [[type(node) for node in region.graph.nodes] for row in report.fused for region in row.regions]
+    assert [MaxPool] in nodes and len(nodes) == 2
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -21,6 +21,8 @@ CASES = [
     (16, 9, Geometry(2, 3, 2)),
     (5, 7, Geometry(1, 1, 1, stride=2)),
     (16, 3, Geometry(1, 1, 8)),
+    (35, 2, Geometry(2, 7, 6, stride=2)),
+    (9, 2, Geometry(1, 4, 5, stride=2)),
 ]
 cases = pytest.mark.parametrize(("channels", "size", "geometry"), CASES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -35,7 +37,7 @@ def pixels(x: Tensor) -> Tensor:
 
 
 def largest(x: Tensor, size: int, s: Geometry) -> Tensor:
-    return pixels(F.max_pool2d(images(x, s), size, s.stride, size // 2))
+    return pixels(F.max_pool2d(images(x, s), size, s.stride, (size - 1) // 2, ceil_mode=size == 2))
 
 
 def compare(x: Tensor, size: int, geometry: Geometry, buffers: Any) -> None:

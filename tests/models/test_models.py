@@ -218,11 +218,12 @@ def test_native_equals_reference(name: str, native: None) -> None:
 def test_the_choice_of_backend_reaches_every_dense_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """csp_peleenet runs four fused stages."""
     csp.use_backend("reference")
-    calls = []
+    calls: list[str] = []
+    network = build("csp_peleenet").eval()
     stage = csp.layers.CSPDenseStage
     forward = stage.forward
     monkeypatch.setattr(stage, "forward", lambda self, x: calls.append(self.layer) or forward(self, x))
-    build("csp_peleenet").eval()(images("csp_peleenet", 32))
+    network(images("csp_peleenet", 32))
     assert calls == ["two_way"] * 4
 
 

@@ -148,7 +148,7 @@ class Interpreter:
 
     def maximum(self, step: P.Maximum) -> None:
         (x,) = [self.activated(s) for s in step.segments]
-        self.at(step.to).copy_(F.max_pool2d(x, step.size, step.stride, step.size // 2))
+        self.at(step.to).copy_(F.max_pool2d(x, step.size, step.stride, (step.size - 1) // 2, ceil_mode=step.size == 2))
         self.take(step.to, step.statistics)
 
     def activate(self, step: P.Activate) -> None:
@@ -261,7 +261,7 @@ class Interpreter:
     def maximumbackward(self, step: P.MaximumBackward) -> None:
         with torch.enable_grad():
             x = self.activated(step.segments[0]).detach().requires_grad_()
-            y = F.max_pool2d(x, step.size, step.stride, step.size // 2)
+            y = F.max_pool2d(x, step.size, step.stride, (step.size - 1) // 2, ceil_mode=step.size == 2)
             (gradient,) = torch.autograd.grad(y, x, self.complete(step.of, step.owed))
         self.one(step.segments[0], gradient)
 

@@ -116,7 +116,8 @@ class RandomGraph:
     def max_pool(self) -> None:
         value = self.rng.randrange(len(self.channels))
         stride = 2 if len(self.sizes[value]) < 2 and self.rng.random() < 0.4 else 1
-        pooled = self.build.max_pool(self.whole(value), self.rng.choice((1, 3, 5)), stride=stride)
+        size = self.rng.choice((1, 3, 5, 2) if stride == 2 else (1, 3, 5))
+        pooled = self.build.max_pool(self.whole(value), size, stride=stride)
         self.add(pooled, self.channels[value], self.sizes[value] + "c" * (stride == 2))
 
     def add(self, value: int, channels: int, size: str) -> None:

@@ -83,49 +83,83 @@ void forward_after(const M& product, const W* weight, const After<S, A>& after, 
   });
 }
 
-// Windows of size x size pixels of a map, those that are there: f(pixel, position in the window), in the order of rows.
+// Windows of size x size pixels of a map, those of their pixels that are there. The first pixel of window (y, x) is that of row
+// y * stride - before(), column x * stride - before(): an odd size lies around pixel (y * stride, x * stride), an even one begins there.
 struct Windows {
-  Grid grid;             // what is read
-  int64_t size, stride;  // windows lie around each `stride`-th pixel of each `stride`-th row
-  int64_t rows() const { return ceil_div(grid.H, stride); }
-  int64_t columns() const { return ceil_div(grid.W, stride); }
-  int64_t count() const { return grid.N * rows() * columns(); }
-  // The pixels of window q.
-  template <class F> CSP_INLINE void each_pixel(int64_t q, F f) const {
-    const int64_t h = rows(), w = columns(), y = q / w % h * stride, x = q % w * stride, first = q / (w * h) * grid.H, half = size / 2;
-    for (int64_t dy = max64(-half, -y); dy <= min64(half, grid.H - 1 - y); dy++)
-      for (int64_t dx = max64(-half, -x); dx <= min64(half, grid.W - 1 - x); dx++)
-        f((first + y + dy) * grid.W + x + dx, (dy + half) * size + dx + half);
+  Grid grid;                            // what is read
+  int64_t size, stride, rows, columns;  // stride: 1 or 2, so that a division by it is a shift
+  int64_t before() const { return (size - 1) / 2; }
+  int64_t count() const { return grid.N * rows * columns; }
+  // Some rows and columns of a map, from `first`; at: the number of the first of them in the window, row by row.
+  struct Part {
+    int64_t first, rows, columns, at;
+  };
+  // The pixels of the window in row y and column x of an image.
+  Part pixels(int64_t image, int64_t y, int64_t x) const {
+    const int64_t top = y * stride - before(), left = x * stride - before(), r = max64(0, top), c = max64(0, left);
+    return {(image * grid.H + r) * grid.W + c, min64(grid.H, top + size) - r, min64(grid.W, left + size) - c, (r - top) * size + c - left};
   }
-  // The windows that pixel p is in, and where it is in each.
-  template <class F> CSP_INLINE void each_window(int64_t p, F f) const {
-    const int64_t h = rows(), w = columns(), y = p / grid.W % grid.H, x = p % grid.W, first = p / (grid.W * grid.H) * h, half = size / 2;
-    for (int64_t r = ceil_div(max64(0, y - half), stride); r < h && r * stride <= y + half; r++)
-      for (int64_t c = ceil_div(max64(0, x - half), stride); c < w && c * stride <= x + half; c++)
-        f((first + r) * w + c, (y - r * stride + half) * size + x - c * stride + half);
-  }
-};
-
-// The largest of x over size x size pixels, and `position`, where it is in the window; as PyTorch's: the first of equal ones, NaN
-// before all numbers.
-template <class S> struct Largest {
-  using T = typename Types<S>::T;
-  Vec<T> value, position{};
-  Largest(const S* x, int64_t pitch, int64_t left, const Windows& windows, int64_t q) : value(Vec<T>{} - std::numeric_limits<T>::infinity()) {
-    bool first = true;
-    windows.each_pixel(q, [&](int64_t pixel, int64_t at) __attribute__((always_inline)) {
-      Vec<T> v = load(x + pixel * pitch, left), here = Vec<T>{} + T(at);
-      if (first) position = here, first = false;
-      auto larger = (v > value) | (v != v);
-      value = larger ? v : value, position = larger ? here : position;
-    });
+  // The windows that the pixel in row y and column x of an image is in; at: its number in the first of them, `stride` rows (columns)
+  // more in the one above (to the left).
+  Part windows(int64_t image, int64_t y, int64_t x) const {
+    const int64_t down = y + before(), right = x + before();  // as counted from the first window's first pixel
+    const int64_t half = stride - 1, r = max64(0, (down - size + 1 + half) >> half), c = max64(0, (right - size + 1 + half) >> half);
+    return {(image * rows + r) * columns + c, min64(rows, (down >> half) + 1) - r, min64(columns, (right >> half) + 1) - c, (down - r * stride) * size + right - c * stride};
   }
 };
 
-// to [windows][pitch] (null: not wanted) = the maximum of x in each window; its statistics; position, as large: of each maximum.
-template <class S>
-void maxima(const Parallel& parallel, int tasks, const Windows& windows, const S* x, int64_t x_pitch, int64_t channels, S* to,
-            typename Types<S>::T* position, int64_t pitch, Statistics<typename Types<S>::T>* stats) {
+// The rows and columns of pixels that follow each other: part(image, row, column) of `count` of them from `first`, maps being h x w.
+template <class Part, class F> void each_of_map(int64_t first, int64_t count, int64_t h, int64_t w, Part* parts, F part) {
+  int64_t x = first % w, y = first / w % h, image = first / (w * h);
+  for (int64_t i = 0; i < count; i++) {
+    parts[i] = part(image, y, x);
+    if (++x < w) continue;
+    x = 0;
+    if (++y == h) y = 0, image++;
+  }
+}
+
+// The largest of values, and `position`, where it is in its window; as PyTorch's: the first of equal ones, NaN before all numbers.
+template <class T, bool WITH_POSITION> struct Largest {
+  Vec<T> value = Vec<T>{} - std::numeric_limits<T>::infinity(), position;
+  CSP_INLINE void take(Vec<T> v, int64_t at) {
+    auto larger = (v > value) | (v != v);
+    value = larger ? v : value;
+    if constexpr (WITH_POSITION) position = larger ? Vec<T>{} + T(at) : position;
+  }
+  template <class F> CSP_INLINE void take_all(const Windows::Part& p, int64_t size, int64_t row, F at) {
+    position = Vec<T>{} + T(p.at);
+    if (p.rows == 3 && p.columns == 3 && size == 3) return take_square<3>(p.first, row, at);
+    if (p.rows == 2 && p.columns == 2 && size == 2) return take_square<2>(p.first, row, at);
+    for (int64_t y = 0; y < p.rows; y++)
+      for (int64_t x = 0; x < p.columns; x++) take(at(p.first + y * row + x), p.at + y * size + x);
+  }
+
+ private:
+  template <int SIZE, class F> CSP_INLINE void take_square(int64_t first, int64_t row, F at) {
+    CSP_UNROLL(3) for (int y = 0; y < SIZE; y++) CSP_UNROLL(3) for (int x = 0; x < SIZE; x++) take(at(first + y * row + x), y * SIZE + x);
+  }
+};
+
+// What becomes of what is read: nothing, or what a norm and an activation make of it. at(channel): of those from there, of one vector.
+template <class T> struct Nothing {
+  CSP_INLINE auto at(int64_t) const { return [](Vec<T> x) __attribute__((always_inline)) { return x; }; }
+};
+template <class T, class A> struct NormAct {
+  Affine<T> norm;
+  A activation;
+  CSP_INLINE auto at(int64_t c) const {
+    return [a = activation, mean = load(norm.mean + c), scale = load(norm.scale + c), shift = load(norm.shift + c)](Vec<T> x) __attribute__((always_inline)) {
+      return a.value((x - mean) * scale + shift);
+    };
+  }
+};
+
+// to [windows][pitch] (null: not wanted) = the maximum in each window of prologue(x); its statistics; position, as large (WITH_POSITION):
+// where each maximum is in its window.
+template <bool WITH_POSITION, class S, class Prologue>
+void maxima(const Parallel& parallel, int tasks, const Windows& windows, const S* x, int64_t x_pitch, int64_t channels, const Prologue& prologue,
+            S* to, typename Types<S>::T* position, int64_t pitch, Statistics<typename Types<S>::T>* stats) {
   using T = typename Types<S>::T;
   constexpr int L = LANES<T>;
   const int64_t P = windows.count(), tiles = ceil_div(P, 16);
@@ -133,14 +167,20 @@ void maxima(const Parallel& parallel, int tasks, const Windows& windows, const S
     Range r = share(tiles, task, tasks);
     int64_t seen = 0;
     for (int64_t t = r.begin; t < r.end; t++) {
-      int64_t m = min64(16, P - t * 16), first = t * 16;
+      const int64_t m = min64(16, P - t * 16), first = t * 16;
+      Windows::Part parts[16];
+      each_of_map(first, m, windows.rows, windows.columns, parts, [&](int64_t image, int64_t y, int64_t x) { return windows.pixels(image, y, x); });
       for (int64_t c = 0; c < channels; c += L) {
+        const auto become = prologue.at(c);
         Vec<T> y[16];
         for (int64_t i = 0; i < m; i++) {
-          Largest<S> largest(x + c, x_pitch, channels - c, windows, first + i);
+          Largest<T, WITH_POSITION> largest;
+          largest.take_all(parts[i], windows.size, windows.grid.W, [&](int64_t pixel) __attribute__((always_inline)) {
+            return become(load_ahead(x + pixel * x_pitch + c, channels - c));
+          });
           y[i] = largest.value;
           if (to) store(to + (first + i) * pitch + c, y[i], channels - c);
-          if (position) store(position + (first + i) * pitch + c, largest.position, channels - c);
+          if constexpr (WITH_POSITION) store(position + (first + i) * pitch + c, largest.position, channels - c);
         }
         if (stats) add_rows(stats[task], c, seen, m, [&](int64_t i) __attribute__((always_inline)) { return y[i]; });
       }
@@ -149,6 +189,45 @@ void maxima(const Parallel& parallel, int tasks, const Windows& windows, const S
     if (stats) stats[task].count = seen;
   });
 }
+
+constexpr int64_t SUMMED = 32;  // pixels of a short sum: it loses less than a long one
+
+// The gradient of what maxima are of: the sum of d(window, channel) over the windows whose maximum a pixel is. position: of `maxima`, rows
+// of whole vectors.
+template <class T, class D> struct MaximaGradient {
+  Windows windows;
+  const T* position;
+  int64_t pitch;
+  D d;
+  // Of pixels that follow each other, up to SUMMED.
+  struct Along {
+    const MaximaGradient& of;
+    int64_t begin;
+    Windows::Part parts[SUMMED];
+    CSP_INLINE Vec<T> operator()(int64_t pixel, int64_t c) const {
+      const Windows& w = of.windows;
+      const Windows::Part& p = parts[pixel - begin];
+      auto one = [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+        const int64_t q = p.first + y * w.columns + x, at = p.at - (y * w.size + x) * w.stride;
+        return load(of.position + q * of.pitch + c) == Vec<T>{} + T(at) ? of.d(q, c) : Vec<T>{};
+      };
+      if (p.rows * p.columns == 1) return one(0, 0);
+      if (p.rows == 2 && p.columns == 2) return one(0, 0) + one(0, 1) + one(1, 0) + one(1, 1);
+      Vec<T> sum{};
+      for (int64_t y = 0; y < p.rows; y++)
+        for (int64_t x = 0; x < p.columns; x++) sum += one(y, x);
+      return sum;
+    }
+  };
+  Along along(int64_t begin, int64_t end) const {
+    Along run{*this, begin, {}};
+    each_of_map(begin, end - begin, windows.grid.H, windows.grid.W, run.parts, [&](int64_t image, int64_t y, int64_t x) { return windows.windows(image, y, x); });
+    return run;
+  }
+};
+// What gives the gradient of the pixels of a run.
+template <class Value> CSP_INLINE const Value& along(const Value& dy, int64_t, int64_t) { return dy; }
+template <class T, class D> CSP_INLINE auto along(const MaximaGradient<T, D>& dy, int64_t begin, int64_t end) { return dy.along(begin, end); }
 
 // Where the gradient of what is read goes: g = in (null: 0) + scale * dn.
 template <class S> struct Spread {
@@ -228,24 +307,27 @@ template <class S, class A, class Value>
 void spread_gradient(const Parallel& parallel, int tasks, int64_t P, const Read<S>& read, const A& activation, const Spread<S>& to,
                      const PartialSums<typename Types<S>::T>* parts, const Value& dy) {
   using T = typename Types<S>::T;
-  constexpr int L = LANES<T>, RUN = 32;  // pixels of a short sum: it loses less than a long one
+  constexpr int L = LANES<T>;
   const bool large = to.in != to.g && streams(to.g, P, to.pitch, read.channels);
   for_tasks(parallel, tasks, [&](int task) {
     const StreamedStore streamed(to.g, large);
     Range r = share(P, task, tasks);
     parts[task].clear(0, round_up(read.channels, L));
-    for (int64_t begin = r.begin; begin < r.end; begin += RUN)
+    for (int64_t begin = r.begin; begin < r.end; begin += SUMMED) {
+      const int64_t end = min64(begin + SUMMED, r.end);
+      const auto& value = along(dy, begin, end);
       for (int64_t c = 0; c < read.channels; c += L) {
         Vec<T> mean = load(read.norm.mean + c), scale = load(read.norm.scale + c), shift = load(read.norm.shift + c), sum{}, sum_x{};
         int64_t n = read.channels - c;
-        for (int64_t p = begin; p < min64(begin + RUN, r.end); p++) {
-          Vec<T> centred = load_ahead(read.x + p * read.pitch + c, n) - mean, dn = activation.gradient(centred * scale + shift, dy(p, c));
+        for (int64_t p = begin; p < end; p++) {
+          Vec<T> centred = load_ahead(read.x + p * read.pitch + c, n) - mean, dn = activation.gradient(centred * scale + shift, value(p, c));
           if (to.g) store(to.g + p * to.pitch + c, to.in ? load_ahead(to.in + p * to.in_pitch + c, n) + dn * scale : dn * scale, n, streamed);
           sum += dn, sum_x += dn * centred;
         }
         T *s = parts[task].sum + c, *sx = parts[task].sum_x + c;
         store(s, load(s) + sum), store(sx, load(sx) + sum_x);
       }
+    }
   });
 }
 
