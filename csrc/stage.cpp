@@ -118,6 +118,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> stage_forward(std::
     kept.push_back(buffer(inputs[0], {c.pixels(b), memory.pitch}));
     memory.x = kept.back().mutable_data_ptr();
   });
+  freed_behind_backward(0);
   Tensor stats = outputs_of(c, inputs, outputs);
   if (!c.empty()) isa().stage->forward(c.call);
   return {outputs, kept, stats};
@@ -170,9 +171,12 @@ std::vector<Tensor> stage_backward(std::vector<Tensor> grads, std::vector<Tensor
     const void* values = memory_of("outputs", outputs, read ? Lies::Packed : Lies::Anyhow);
     memory.x = read ? const_cast<void*>(values) : nullptr, memory.gradient = memory_of("grads", grads, Lies::Packed);
   });
+  int64_t bytes = 0;
   c.each(stage::Kind::Kept, [&](const stage::Buffer& b, StageBuffer& memory) {
     memory.x = csp::kept({OP, "kept", b.index}, kept[size_t(b.index)], c.first.dtype, {c.pixels(b), memory.pitch});
+    bytes += kept[size_t(b.index)].numel() * int64_t(kept[size_t(b.index)].element_size());
   });
+  freed_behind_backward(bytes);
   c.statistics(statistics_of(OP, stats, p.statistics));
   std::vector<Tensor> result;
   for (int64_t i : p.wanted.inputs) {

@@ -6,11 +6,15 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "checks.h"
@@ -66,7 +70,7 @@ inline Parallel parallel() {
           }};
 }
 
-#if defined(__linux__)
+#if defined(__GLIBC__)
 // glibc gives the end of its heap back to the system when more of it is free than twice the largest block it has seen freed, up to
 // 32 MiB: gradients and outputs of a step would be page faults of the next one. A block of that size, never touched, says so at once
 // what a larger batch would have said later. Thresholds that its owner has set stay as they are.
@@ -75,6 +79,21 @@ inline bool keep_freed_heap() {
   std::free(block);
   return true;
 }
+// What calls kept is freed behind backward, all in a moment: a heap that is given back then would be page faults of the next step. So
+// twice as much stays with the process as the backward calls that followed each other without a forward were given (bytes: by one of
+// them; 0: a forward call).
+inline void freed_behind_backward(int64_t bytes) {
+  static const bool owned = std::getenv("MALLOC_TRIM_THRESHOLD_") || std::getenv("MALLOC_MMAP_THRESHOLD_") || std::getenv("GLIBC_TUNABLES");
+  static std::atomic<int64_t> in_a_row{0}, most{int64_t(64) << 20};
+  if (!bytes) return in_a_row.store(0, std::memory_order_relaxed);
+  const int64_t given = in_a_row.fetch_add(bytes, std::memory_order_relaxed) + bytes, wanted = std::min<int64_t>(2 * given, std::numeric_limits<int>::max());
+  int64_t now = most.load(std::memory_order_relaxed);
+  while (!owned && wanted > now)
+    if (most.compare_exchange_weak(now, wanted, std::memory_order_relaxed)) return void(mallopt(M_TRIM_THRESHOLD, int(wanted)));
+}
+#else
+inline bool keep_freed_heap() { return true; }
+inline void freed_behind_backward(int64_t) {}
 #endif
 
 // Asks for huge pages behind a fresh large tensor: a step touches it once, and page faults would cost as much as the work.

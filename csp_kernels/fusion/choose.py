@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from csp_kernels.fusion.leaves import activation_of, is_conv, is_norm, is_norm_act
+from csp_kernels.fusion.leaves import is_conv
 from csp_kernels.fusion.make_plan import make_plan
 from csp_kernels.fusion.plan import Plan, is_of_now
 from csp_kernels.fusion.report import Left, Report, Row
@@ -19,8 +19,9 @@ from csp_kernels.fusion.symbols import is_image
 from csp_kernels.fusion.trace import SIZE, STATE, Trace, modes
 from csp_kernels.layers._children import Fused as CspLayer
 
-MOST = 128  # convolutions of a module that is fused as a whole
-OF_A_BLOCK = 5  # convolutions of what is fused across children that it only calls
+MOST = 512  # convolutions of a module that is fused as a whole
+OF_A_BLOCK = 5  # convolutions of one whose children are not fused besides
+LIST = "it only calls its children"
 
 
 def fuse(model: nn.Module) -> Report:
@@ -97,7 +98,7 @@ def _visit(
         if isinstance(made, str):
             reason = made
         elif made.regions:
-            inside = Inside(_not_traced(made.trace), convs > OF_A_BLOCK and _assembles(module, made.trace))
+            inside = Inside(_not_traced(made.trace), convs > OF_A_BLOCK)
             swap(module, {(State(module).flags(), modes(), made.spec): made.plan}, inside)
             rows.append(Row(path, type(module).__mro__[1].__name__, tuple(made.regions), halved))
             left += [Left(path, why) for why in made.reasons]
@@ -109,7 +110,7 @@ def _visit(
     for name, child in module.named_children():
         _visit(child, f"{path}.{name}" if path else name, rows, left, seen, halved)
     deeper = any(_convolutions(child) for child in module.children() if not is_conv(child))
-    if len(rows) == before and (not deeper or reason != "it only calls its children"):
+    if len(rows) == before and (not deeper or reason != LIST):
         left.append(Left(path, reason))
 
 
@@ -128,27 +129,8 @@ def _why_not_here(module: nn.Module, convs: int) -> str:
     if "forward" in module.__dict__:
         return "it has a forward of its own"
     if type(module).forward is nn.Module.forward:  # a list of modules
-        return "it only calls its children"
-    if convs > MOST:
-        return f"it has {convs} convolutions"
-    if type(module).forward is nn.Sequential.forward:
-        children = list(module.children())
-        inner = [child for child in children if not _is_leaf(child)]
-        if inner and convs > OF_A_BLOCK and any(_is_leaf(child) and _convolutions(child) for child in children):
-            return "it only calls its children"
-        if any(_convolutions(child) > OF_A_BLOCK for child in inner):
-            return "it only calls its children"
-    elif any(_convolutions(child) and not _is_leaf(child) for child in module.children()):
-        found = make_plan(module, regions=False)
-        if isinstance(found, str):
-            return found
-        whole = convs <= OF_A_BLOCK or _joins(module, found.trace) or _assembles(module, found.trace)
-        return "" if whole else "it only calls its children"
-    return ""
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return not module._modules or is_norm(module) or is_norm_act(module) or activation_of(module) is not None
+        return LIST
+    return f"it has {convs} convolutions" if convs > MOST else ""
 
 
 def _convolutions(module: nn.Module) -> int:
@@ -156,29 +138,6 @@ def _convolutions(module: nn.Module) -> int:
     if isinstance(module, CspLayer):
         return 0
     return isinstance(module, nn.Conv2d) + sum(_convolutions(child) for child in module.children())
-
-
-def _joins(module: nn.Module, found: Trace) -> bool:
-    """Whether its own forward concatenates, adds or cuts, or that of a child which cannot be fused by itself."""
-    frames = {op.frame for op in found.operations if op.kind in ("cat", "add", "slice")}
-    children = [frame for frame in frames if frame and "." not in frame]
-    return "" in frames or any(isinstance(make_plan(module.get_submodule(f), regions=False), str) for f in children)
-
-
-def _assembles(module: nn.Module, found: Trace) -> bool:
-    """Whether its own forward calls modules that do nothing but join what others give, as a YOLO's does: what makes and
-    what reads that is its other children. It is fused as a whole, and so are they, for where its forward cannot be
-    traced (a YOLO's in evaluation) or somebody watches one of them."""
-    convs = [op.path for op in found.operations if op.kind == "conv"]
-    if len(set(convs)) < len(convs):
-        return False  # a layer is called again: no stage of the whole takes it
-    joins = {op.frame for op in found.operations if op.kind in ("cat", "add", "slice") and op.frame}
-    return any(not _convolutions(module.get_submodule(f)) and not _callers(f, found.descended) for f in joins)
-
-
-def _callers(path: str, descended: set[str]) -> list[str]:
-    """The modules that a module is in whose forwards were traced."""
-    return [above for above in descended if above and path.startswith(f"{above}.")]
 
 
 def _not_traced(found: Trace) -> tuple[tuple[str, int], ...]:

@@ -138,11 +138,22 @@ class _Uses:
         if op.kind == "max_pool":
             return bool(op.options["size"] <= 3)  # larger ones are faster as they are
         if op.kind == "avg_pool":
+            if self.averaged_conv(op) is not None:
+                return True
             (value,) = op.outputs
             readers = [i for i in self.readers.get(value, []) if self.fits[i]]
             alone = len(readers) == len(self.readers.get(value, [])) and value not in self.returned
             return not readers or (alone and all(_averages(self.trace.operations[i]) for i in readers))
         return True
+
+    def averaged_conv(self, op: Operation) -> Operation | None:
+        """The 1x1 that an average alone reads: averages in front of it give the same, of a quarter of the products."""
+        maker = self.maker.get(op.inputs[0])
+        conv = None if maker is None else self.trace.operations[maker]
+        if conv is None or not _averages(conv) or conv.path in self.repeated or self.only_reader(op.inputs[0]) is None:
+            return None
+        before = self.maker.get(conv.inputs[0])
+        return None if before is not None and self.trace.operations[before].kind == "avg_pool" else conv
 
     def components(self, within: Sequence[int] | None = None) -> list[tuple[int, ...]]:
         """Operations of one region each: no way leads out of it and back. within: of those of one such region, where
@@ -235,12 +246,12 @@ class _Region:
 
     def _conv(self, op: Operation) -> list[Read]:
         given, options = self.reads[op.inputs[0]], op.options
-        drop = self._behind(op, "dropout")
+        drop, average = self._behind(op, "dropout"), self._behind(op, "avg_pool")
+        pool = op.inputs[0] in self.averaged or (average is not None and self.uses.averaged_conv(average) is op)
         self.holders.append(op.path)
         value = self.build.conv(
             given, options["out"], options["kernel"], stride=options["stride"], groups=options["groups"],
-            bias=options["bias"], pool=op.inputs[0] in self.averaged, drop_rate=drop.options["p"] if drop else 0.0,
-            name=op.path or "conv",
+            bias=options["bias"], pool=pool, drop_rate=drop.options["p"] if drop else 0.0, name=op.path or "conv",
         )  # fmt: skip
         channels = self.trace.shapes[op.inputs[0]][1] // options["groups"]
         self.flops += 2 * prod(self.trace.shapes[op.outputs[0]][1:]) * channels * options["kernel"] ** 2
@@ -297,7 +308,8 @@ class _Region:
         ]  # fmt: skip
 
     def _avg_pool(self, op: Operation) -> list[Read]:
-        self.averaged.add(op.outputs[0])
+        if self.uses.averaged_conv(op) is None:
+            self.averaged.add(op.outputs[0])
         return self.reads[op.inputs[0]]
 
 

@@ -235,7 +235,8 @@ class Tracer:
 
         self.aside = True
         try:
-            found = run(*tree_map(meta, args), **tree_map(meta, kwargs))
+            with torch.no_grad():  # or hooks of saved tensors, a checkpoint's, would see what autograd saves here
+                found = run(*tree_map(meta, args), **tree_map(meta, kwargs))
             changed = any(t._version for t in made)
             tensors = tree_flatten(found)[0]
             known = bool(tensors) and all(isinstance(t, Tensor) and t.is_meta for t in tensors)
@@ -317,6 +318,8 @@ class Tracer:
             found = self.try_to_descend(module, path, args, kwargs)
             if found is not NotImplemented:
                 return found
+        if hooked := [name for name, inner in module.named_modules() if name and _is_watched(inner)]:
+            raise Untraceable(f"{path}.{hooked[0]} has a forward hook")  # which would be called on meta tensors
         self.aside = True
         try:
             twin = on_meta(module)
@@ -414,6 +417,10 @@ def _is_fresh(op: Operation) -> bool:
     if op.kind != "call":
         return op.kind != "slice" and not (op.kind == "max_pool" and op.options["size"] == 1)
     return op.fresh
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def on_meta(module: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from csp_kernels.stage.program import (
     AddBackward,
     Backward,
     Binding,
+    Buffer,
     Clear,
     Copy,
     Fill,
@@ -40,6 +41,7 @@ from csp_kernels.stage.program import (
     Settle,
     Wanted,
     Weight,
+    values_read,
 )
 from csp_kernels.vocabulary import RECOMPUTE
 
@@ -74,7 +76,21 @@ def compile_stage(
     statistics = sum(graph.channels[value] for value in layout.statistics)
     weights, norms = _parameters(graph, frozen)
     wanted = wanted or Wanted()
-    return Program(layout.buffers, statistics, sum(graph.norms), weights, norms, wanted, forward, backward)
+    buffers = _kept_if_read(layout.buffers, backward)
+    return Program(buffers, statistics, sum(graph.norms), weights, norms, wanted, forward, backward)
+
+
+def _kept_if_read(buffers: Sequence[Buffer], backward: Sequence[Backward]) -> tuple[Buffer, ...]:
+    """What backward does not read, as in front of the first weight that is trained, is scratch memory of forward."""
+    read = {place.buffer for step in backward for place in values_read(step)}
+    counts = dict.fromkeys(("kept", "scratch"), 0)
+    made = []
+    for i, buffer in enumerate(buffers):
+        kind = "scratch" if buffer.kind == "kept" and i not in read else buffer.kind
+        made.append(replace(buffer, kind=kind, index=counts.get(kind, buffer.index)))
+        if kind in counts:
+            counts[kind] += 1
+    return tuple(made)
 
 
 def _parameters(graph: Graph, frozen: Sequence[bool]) -> tuple[tuple[Weight | None, ...], tuple[Norm, ...]]:

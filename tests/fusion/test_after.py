@@ -142,23 +142,23 @@ def assigned(m: Net) -> None:
 
 # name -> what is done; stages that still run in training for each of ORDERS
 CHANGES: dict[str, tuple[Callable[[Any], Any], tuple[int, int, int]]] = {
-    "synchronised norms": (nn.SyncBatchNorm.convert_sync_batchnorm, (0, 0, 1)),
-    "weight_norm": (weight_norm, (2, 0, 2)),
-    "spectral_norm": (spectral_norm, (2, 0, 2)),
-    "parametrized and back": (parametrized_and_back, (0, 2, 2)),
+    "synchronised norms": (nn.SyncBatchNorm.convert_sync_batchnorm, (0, 0, 2)),
+    "weight_norm": (weight_norm, (1, 2, 1)),
+    "spectral_norm": (spectral_norm, (1, 2, 1)),
+    "parametrized and back": (parametrized_and_back, (2, 1, 1)),
     "weight_norm by a hook": (weight_norm_by_a_hook, (1, 1, 2)),
     "spectral_norm by a hook": (spectral_norm_by_a_hook, (1, 1, 2)),
-    "pruned": (pruned, (0, 0, 1)),
-    "pruned for good": (pruned_for_good, (2, 2, 2)),
+    "pruned": (pruned, (0, 0, 2)),
+    "pruned for good": (pruned_for_good, (1, 1, 1)),
     "a norm with a hook": (sparse_norm, (1, 1, 2)),
     "frozen norms of torchvision": (frozen_norms_of_torchvision, (0, 0, 1)),
-    "half of the parameters frozen": (half_frozen, (2, 2, 2)),
-    "a frozen backbone": (frozen_backbone, (2, 2, 2)),
-    "other parameters assigned": (assigned, (2, 2, 2)),
-    "contiguous": (lambda m: m.to(memory_format=torch.contiguous_format), (2, 2, 2)),
-    "channels_last": (lambda m: m.to(memory_format=torch.channels_last), (2, 2, 2)),
-    "there and back": (lambda m: m.float().half().double(), (2, 2, 2)),
-    "shared memory": (lambda m: m.share_memory(), (2, 2, 2)),
+    "half of the parameters frozen": (half_frozen, (1, 1, 1)),
+    "a frozen backbone": (frozen_backbone, (1, 1, 1)),
+    "other parameters assigned": (assigned, (1, 1, 1)),
+    "contiguous": (lambda m: m.to(memory_format=torch.contiguous_format), (1, 1, 1)),
+    "channels_last": (lambda m: m.to(memory_format=torch.channels_last), (1, 1, 1)),
+    "there and back": (lambda m: m.float().half().double(), (1, 1, 1)),
+    "shared memory": (lambda m: m.share_memory(), (1, 1, 1)),
 }
 
 
@@ -181,11 +181,12 @@ def test_changed(name: str, order: str) -> None:
 
 def test_the_reason_for_synchronised_norms() -> None:
     report = csp.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(Net()))
-    assert "body.conv1" not in str(report) and "a SyncBatchNorm follows, which is no stage's" in str(report)
+    assert "body.conv1: one convolution" in str(report)
+    assert "a SyncBatchNorm follows, which is no stage's" in str(report)
     _, ours, _ = pair(Net)
     ours(image(3))
     nn.SyncBatchNorm.convert_sync_batchnorm(ours)
-    with pytest.warns(RuntimeWarning, match=f"a Functional {RAN_PLAIN}: it has other children than when it was fused"):
+    with pytest.warns(RuntimeWarning, match=f"a Functional {RAN_PLAIN}: bn1 is a SyncBatchNorm now"):
         ours(image(3))
 
 
@@ -232,14 +233,15 @@ def test_dtypes(dtype: torch.dtype, autocast: bool, bound: float) -> None:
                 m.train(mode)
                 found.append({})
                 ran = calls(lambda m=m, into=found[-1]: into.update(step(m, image(3).to(inner))))  # type: ignore[misc]
-        assert ran == 2
+        assert ran == 1
         errors: list[float] = []
         for result in found:
             assert {n: t.dtype for n, t in result.items()} == {n: t.dtype for n, t in found[0].items()}
             off = {n: (t.double() - expected[n].double()).norm().item() for n, t in result.items()}
             size = {n: expected[n].double().norm().item() for n in result}
             errors.append(max(off[n] / (size[n] + 0.01 * max(size.values())) for n in result))
-        assert errors[1] < bound and errors[1] < 2 * errors[0] + 1e-6
+        # gradients are near the smallest numbers of float16 here: nobody scales the loss
+        assert errors[1] < bound and errors[1] < (4 if dtype is torch.float16 else 2) * errors[0] + 1e-6
 
 
 def test_swapped_weights() -> None:
@@ -257,7 +259,7 @@ def test_swapped_weights() -> None:
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
     ran = same(ours, plain, image(3))
-    assert ran == 2
+    assert ran == 1
     assert all(p.is_contiguous() for p in csp.unfuse(ours).parameters())
 
 
@@ -279,9 +281,9 @@ def test_averaged_weights() -> None:
         torch.testing.assert_close(found.state_dict()[name], t, rtol=1e-9, atol=1e-10)
     assert found.n_averaged == 3
     ran = same(found, expected, image(3))
-    assert ran == 2
+    assert ran == 1
     ran = same(copy.deepcopy(found), copy.deepcopy(expected), image(3))
-    assert ran == 2
+    assert ran == 1
 
 
 def test_a_state_dict_without_this_package(tmp_path: Path) -> None:
@@ -311,7 +313,7 @@ def test_a_state_dict_without_this_package(tmp_path: Path) -> None:
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     assert done.stdout == f"loaded {len([*ours.parameters()])}\n", done.stderr
     again = torch.load(tmp_path / "model.pt", weights_only=False)  # here: plain too, and fused by one line
-    assert type(again) is Net and len(csp.fuse(again).fused) == 2
+    assert type(again) is Net and len(csp.fuse(again).fused) == 1
     torch.testing.assert_close(again(image(3)), expected, rtol=1e-9, atol=1e-10)
 
 
@@ -361,7 +363,7 @@ def test_functional_call() -> None:
     plain, ours, _ = pair(Net)
     expected = called_with_other_parameters(plain)
     found: dict[str, Tensor] = {}
-    assert calls(lambda: found.update(called_with_other_parameters(ours))) == 2
+    assert calls(lambda: found.update(called_with_other_parameters(ours))) == 1
     assert found.keys() == expected.keys()
     compare(found, expected)
     assert all(p.grad is None for p in ours.parameters())
@@ -390,7 +392,7 @@ def test_checkpoint_around(reentrant: bool) -> None:
 
     plain, ours, _ = pair(Net)
     ran = same(Checkpointed(ours), Checkpointed(plain), image(3))
-    assert ran == 4
+    assert ran == 2
 
 
 def test_checkpoint_that_ends_with_a_stage() -> None:
@@ -423,7 +425,7 @@ def test_accumulated_gradients() -> None:
 def test_data_parallel() -> None:
     plain, ours, _ = pair(Net)
     ran = same(nn.DataParallel(ours), nn.DataParallel(plain), image(3))
-    assert ran == 2
+    assert ran == 1
 
 
 def test_made_without_memory() -> None:
@@ -432,13 +434,13 @@ def test_made_without_memory() -> None:
     for empty in (True, False):
         with torch.device("meta"):
             ours = Net()
-            assert len(csp.fuse(ours).fused) == 2
+            assert len(csp.fuse(ours).fused) == 1
         state = copy.deepcopy(plain.state_dict())
         if empty:
             ours.to_empty(device="cpu").double()
         ours.load_state_dict(state, assign=not empty)
         ran = same(ours, plain, image(3))
-        assert ran == 2
+        assert ran == 1
 
 
 # --- compilers and exporters ---
@@ -508,7 +510,7 @@ def test_features_of_timm(kind: str) -> None:
         wrap = {**vars(sys.modules["timm.models._features"]), **vars(sys.modules["timm.models._features_fx"])}[kind]
         plain, ours = (wrap(m, out_indices=(1, 2, 3)) for m in (plain, ours))
     ran = same(ours, plain, image(3, 48))
-    stages = {"features_only": 4, "FeatureGetterNet": 3, "FeatureHookNet": 4, "FeatureGraphNet": 0}
+    stages = {"features_only": 1, "FeatureGetterNet": 3, "FeatureHookNet": 4, "FeatureGraphNet": 0}
     assert ran == stages[kind]  # the getter leaves the last stage out; torch.fx records what there was before csp.fuse
 
 
@@ -539,7 +541,7 @@ def test_freezing_of_timm() -> None:
     csp.unfuse(ours)
     csp.fuse(ours)
     ran = same(ours, plain, image(3, 48))
-    assert ran == 4
+    assert ran == 1
 
 
 @pytest.mark.verify

@@ -53,7 +53,7 @@ def test_finetune_timm(capsys: pytest.CaptureFixture[str]) -> None:
     losses = main(20)
     printed = capsys.readouterr().out
     assert len(losses) == 20 and falls(losses), losses
-    assert "CspNet: 32 of 32 convolutions in 5 fused modules" in printed and "step   20: loss" in printed
+    assert "CspNet: 32 of 32 convolutions in 1 fused modules" in printed and "step   20: loss" in printed
     assert "20 steps in" in printed and "of 256 digits that it has not seen are right" in printed
     assert main(3, fuse=False) == pytest.approx(losses[:3], rel=2e-5)
     assert "fused" not in capsys.readouterr().out

@@ -462,6 +462,18 @@ def test_maxima_behind_a_norm_are_a_stage_without_convolutions() -> None:
     assert [MaxPool] in nodes and len(nodes) == 2
 
 
+def test_a_stage_keeps_nothing_of_what_is_frozen() -> None:
+    """In front of the first weight that is trained, as PyTorch has it."""
+    kept = []
+    for fuse in (False, True):
+        model = nn.Sequential(networks.ConvNorm(8, 64), *(networks.ConvNorm(64, 64) for _ in range(6)))
+        model[:5].requires_grad_(False)
+        assert not fuse or len(csp.fuse(model).fused[0].regions) == 1
+        x = torch.randn(2, 8, 32, 32).contiguous(memory_format=torch.channels_last)
+        kept.append(saved_bytes(lambda m=model, x=x: m(x), [*model.parameters(), *model.buffers()]))  # type: ignore[misc]
+    assert kept[1] < 0.8 * kept[0]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_lone_convolution_gives_what_one_with_its_weights_would(count: int) -> None:
     """channels_last for an NCHW image, so that nothing behind it converts; several give what they are given."""
