@@ -68,7 +68,7 @@ def test_densenet_lightning(tmp_path: Path) -> None:
     assert len(losses) == 16 and falls(losses), losses
     assert losses[0] == pytest.approx(plain[0], rel=1e-5) and losses[1] == pytest.approx(plain[1], rel=1e-2)
     assert same == 0 and 0 < differs < 1e-4
-    assert "DenseNet: 119 of 120 convolutions in 7 fused modules" in printed and "the checkpoint loads" in printed
+    assert "DenseNet: 119 of 120 convolutions in 1 fused modules" in printed and "the checkpoint loads" in printed
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -80,4 +80,4 @@ def test_yolo_backbone(tmp_path: Path) -> None:
     assert len(losses) == 12 and falls(losses), losses
     assert losses[:5] == pytest.approx(plain[:5], rel=1e-4)  # rounding drifts apart later
     assert same == 0 and 0 < differs < 1e-4
-    assert "Backbone: 26 of 27 convolutions in 10 fused modules" in printed and "features [2, 64, 20, 20]" in printed
+    assert "Backbone: 27 of 27 convolutions in 1 fused modules" in printed and "features [2, 64, 20, 20]" in printed
