@@ -164,6 +164,22 @@ class Stem(nn.Module):
         return self.joint(torch.cat([self.down(self.narrow(x)), self.halves(x)], 1))
 
 
+class Averages(nn.Module):
+    """Of what a 1x1 gives, once alone and once beside another reader; the stage goes on behind them, with a 1x1 too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 6, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False)
+        self.norm, self.conv = nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3, padding=1, bias=False)
+        self.before, self.last, self.direct = ConvNorm(8, 8), ConvNorm(8, 4, 1), nn.Conv2d(6, 8, 1, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.avg_pool2d(self.first(self.before(x)), 2)
+        y = self.conv(F.relu(self.norm(y))) + self.direct(y)
+        z = self.second(y)
+        return self.last(F.avg_pool2d(z, 2)), torch.relu(z)
+
+
 class Attention(nn.Module):
     """What a stage cannot express between two that it can."""
 
@@ -322,7 +338,9 @@ class OnSizeInPlace(nn.Module):
         return x.relu_() * (2 if x.shape[0] > 0 else 3)
 
 
-KINDS = (Functional, Lists, Layers, Lambdas, Depth, Pools, Stem, Attention, Twice, Configured, Copies, Separable)
+KINDS = (
+    Functional, Lists, Layers, Lambdas, Depth, Pools, Stem, Averages, Attention, Twice, Configured, Copies, Separable,
+)  # fmt: skip
 FUSED: dict[str, Callable[[], nn.Module]] = {kind.__name__: kind for kind in KINDS}
 FUSED["Sequential"] = lambda: nn.Sequential(
     nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(True), nn.Conv2d(12, 8, 1), nn.LeakyReLU(0.3, True)
