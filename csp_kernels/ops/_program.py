@@ -17,7 +17,7 @@ from csp_kernels.ops._repeated import Call
 from csp_kernels.reference.stage import stage as reference_stage
 from csp_kernels.stage.compile import compile_stage
 from csp_kernels.stage.cost import side
-from csp_kernels.stage.graph import Conv, Graph, Parameters
+from csp_kernels.stage.graph import Conv, Graph, Parameters, Read
 from csp_kernels.stage.program import Add, Buffer, Copy, Fill, Maximum, Measure, Product, Program, Wanted, values_read
 from csp_kernels.stage.text import decode, encode
 
@@ -107,7 +107,10 @@ def run(
     if not torch.compiler.is_compiling():
         packed.forget(params)
     y, _, stats = node.call(op, _FORMULA, arguments)
-    outputs = [checks.formatted(t, channels_last) for t in y]
+    outputs = [
+        checks.formatted(t if depends else t.detach(), channels_last)
+        for t, depends in zip(y, _depend(source, wants), strict=True)
+    ]
     given = [*inputs, *outputs]
     for i in read_again(text):
         node.watch(y[0], [*names.inputs, *names.outputs][i], given[i], [*used, *y][i])
@@ -221,6 +224,21 @@ def _values(step: Copy | Measure | Product | Add | Maximum, inputs: int) -> list
 
 def _image(like: Tensor, buffer: Buffer) -> Tensor:
     return node.fake_image(like, buffer.channels, side(buffer.size, like.shape[2]), side(buffer.size, like.shape[3]))
+
+
+@cached_constant
+def _depend(source: Source, wants: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Of each output, whether it depends on what wants a gradient; the others have none, as PyTorch has it."""
+    graph = built(source)
+    wanted = wanted_gradients(graph, wants)
+    needs = [value in wanted.inputs for value in range(len(graph.inputs))]
+
+    def any_of(reads: Sequence[Read]) -> bool:
+        return any(needs[read.value] or read.norm in wanted.norms for read in reads)
+
+    for index, each in enumerate(graph.nodes):
+        needs.append(index in wanted.nodes or any_of(each.reads))
+    return tuple(any_of(write.reads) for write in graph.outputs)
 
 
 def _fake(inputs: list[Tensor], params: list[Tensor], running: list[Tensor], seed: Tensor | None, program: str,

@@ -474,6 +474,20 @@ def test_a_stage_keeps_nothing_of_what_is_frozen() -> None:
     assert kept[1] < 0.8 * kept[0]
 
 
+def test_outputs_of_frozen_layers_want_no_gradient() -> None:
+    made = pair(networks.Pools)[:2]
+    gradients = []
+    for model in made:
+        biased = model.get_submodule("biased")
+        model.requires_grad_(False)
+        biased.requires_grad_(True)
+        outputs = model(image())
+        assert [y.requires_grad for y in outputs] == [False, True]
+        outputs[1].sum().backward()
+        gradients.append(biased.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_lone_convolution_gives_what_one_with_its_weights_would(count: int) -> None:
     """channels_last for an NCHW image, so that nothing behind it converts; several give what they are given."""
